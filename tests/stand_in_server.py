@@ -1,0 +1,476 @@
+"""A stand-in for OpenAI's server, on this machine: real HTTP, no model, no key, no cost.
+
+It speaks the part of OpenAI's protocol that enrich_dataset uses, checks requests as OpenAI does, and
+answers by a plain word rule, so that every cell that should come out is known beforehand:
+
+    A label applies to a text if the text contains, upper or lower case alike, the first five letters of
+    any word of four letters or more in the label's name. "praising_violence": "prais" or "viole".
+
+Tokens are counted as four characters each. By hand:
+
+    python tests/stand_in_server.py --port 8000 --first-token 0.4 --per-token 0.012
+    python tests/stand_in_server.py --port 8000 --requests-per-minute 600 --fault reset=0.02 --fault html=0.02
+
+GET /stand-in/calls tells what it has been asked so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import socket
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+FAULTS = (
+    "500", "503", "429", "reset", "cut", "html", "empty", "refusal", "filter", "length",
+    "missing", "foreign", "doubled", "unknown", "garbage",
+)  # fmt: skip
+# A text that holds one of these words always meets that fault, whatever it is asked with.
+POISON = {f"poison-{fault}": fault for fault in (*FAULTS, "400-filter", "400-context")}
+
+
+@lru_cache(maxsize=4096)
+def label_stems(label: str) -> tuple[str, ...]:
+    return tuple(word[:5] for word in re.findall(r"[a-z]+", label.casefold()) if len(word) >= 4)
+
+
+def labels_of(text: str, labels: list[str]) -> list[str]:
+    """The labels that apply to a text, by the word rule."""
+    folded = text.casefold()
+    return [label for label in labels if any(stem in folded for stem in label_stems(label))]
+
+
+def count_tokens(text: str) -> int:
+    return (len(text) + 3) // 4
+
+
+@dataclass(frozen=True)
+class Call:
+    """One chat call as it was answered."""
+
+    at: float
+    status: int
+    fault: str
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    body: dict[str, Any]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass
+class Limit:
+    """A token bucket, as OpenAI's limits are."""
+
+    per_minute: float
+    burst: float
+    level: float = field(init=False)
+    at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.level, self.at = self.burst, time.monotonic()
+
+    def refill(self) -> None:
+        now = time.monotonic()
+        self.level = min(self.burst, self.level + (now - self.at) * self.per_minute / 60)
+        self.at = now
+
+    def headers(self, name: str) -> dict[str, str]:
+        full = (self.burst - self.level) * 60 / self.per_minute
+        return {
+            f"x-ratelimit-limit-{name}": f"{self.burst:.0f}",
+            f"x-ratelimit-remaining-{name}": f"{max(0.0, self.level):.0f}",
+            f"x-ratelimit-reset-{name}": f"{full * 1000:.0f}ms" if full < 1 else f"{full:.2f}s",
+        }
+
+
+class StandIn(ThreadingHTTPServer):
+    """The server; its attributes are its settings, and `calls` is what it was asked."""
+
+    daemon_threads = True
+    request_queue_size = 512
+
+    def __init__(self, port: int = 0, **settings: Any) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.first_token = 0.0  # seconds to the first token
+        self.per_token = 0.0  # seconds a token after that
+        self.tail = 0.0  # sigma of a log-normal factor on the latency
+        self.faults: dict[str, float] = {}  # share of the calls that meet each
+        self.refuses: set[str] = set()  # parts of a request that are answered with a 400
+        self.limits: dict[str, Limit] = {}  # "requests" and "tokens"
+        self.tells_limits = True
+        self.key: str | None = None  # the only key that is taken; None: any
+        self.models: set[str] | None = None  # the only models; None: any
+        self.script: deque[tuple[int, dict[str, str], Any]] = deque()  # replies to give first
+        self.down = False  # cut every connection
+        self.random = random.Random(0)
+        self.calls: list[Call] = []
+        self.in_flight = self.most_in_flight = 0
+        self.lock = threading.Lock()
+        self.sockets: set[socket.socket] = set()
+        for name, value in settings.items():
+            getattr(self, name)
+            setattr(self, name, value)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def set_limit(self, name: str, per_minute: float, burst: float | None = None) -> None:
+        self.limits[name] = Limit(per_minute, per_minute if burst is None else burst)
+
+    def start(self) -> StandIn:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __enter__(self) -> StandIn:
+        return self.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of a client that has gone."""
+
+    def admit(self, tokens: int) -> tuple[dict[str, str], str]:
+        """Headers, and the name of the limit that refuses the call, or ""."""
+        with self.lock:
+            refused = ""
+            for name, limit in self.limits.items():
+                limit.refill()
+                if limit.level < (tokens if name == "tokens" else 1):
+                    refused = name
+            for name, limit in self.limits.items():
+                limit.level -= 0 if refused else (tokens if name == "tokens" else 1)
+            headers: dict[str, str] = {}
+            for name, limit in self.limits.items() if self.tells_limits else ():
+                headers |= limit.headers(name)
+            if refused and self.tells_limits:
+                headers["retry-after-ms"] = f"{60_000 / self.limits[refused].per_minute + 1:.0f}"
+            return headers, refused
+
+    def choose_fault(self, texts: list[str]) -> str:
+        for word, fault in POISON.items():
+            if any(word in text for text in texts):
+                return fault
+        with self.lock:
+            dice = self.random.random()
+        for fault, share in self.faults.items():
+            dice -= share
+            if dice < 0:
+                return fault
+        return ""
+
+    def summary(self) -> dict[str, Any]:
+        calls = list(self.calls)
+        good = [call for call in calls if call.status == 200]
+        return {
+            "calls": len(calls),
+            "by_status": Counter(call.status for call in calls),
+            "rows": sum(len(call.texts) for call in good),
+            "prompt_tokens": sum(call.prompt_tokens for call in good),
+            "completion_tokens": sum(call.completion_tokens for call in good),
+            "seconds": calls[-1].at - calls[0].at if calls else 0,
+            "most_in_flight": self.most_in_flight,
+        }
+
+
+def error_body(message: str, kind: str = "invalid_request_error", param: Any = None, code: Any = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def unsupported(param: str) -> dict[str, Any]:
+    message = f"Unsupported parameter: '{param}' is not supported with this model."
+    if param == "reasoning_effort":
+        message = (
+            "Unsupported value: 'reasoning_effort' does not support 'none' with this model. "
+            "Supported values are: 'minimal', 'low', 'medium', and 'high'."
+        )
+    return error_body(message, param=param, code="unsupported_parameter")
+
+
+def refused_part(body: dict[str, Any], refuses: set[str]) -> str:
+    """The first part of a request that this server is set to refuse."""
+    form = body.get("response_format", {"type": "text"})
+    found = {name for name in body if name in refuses} | ({form["type"]} & refuses)
+    if "maxItems" in refuses and "maxItems" in json.dumps(form):
+        found.add("maxItems")
+    if body.get("reasoning_effort") not in {"none", None}:
+        found.discard("reasoning_effort")
+    if "temperature" in body and body.get("reasoning_effort") not in {"none", None}:
+        found.add("temperature")
+    return min(found, default="")
+
+
+def check_schema(schema: Any, path: str = "") -> str:
+    """What OpenAI would say against a strict schema, or ""."""
+    root = schema
+    enums: list[Any] = []
+    properties = 0
+
+    def walk(node: Any, place: str) -> str:
+        nonlocal properties
+        if "$ref" in node:
+            return "" if node["$ref"].removeprefix("#/$defs/") in root.get("$defs", {}) else f"{place}: bad $ref"
+        unknown = set(node) - {"type", "properties", "required", "additionalProperties", "$defs", "items", "enum", "maxItems"}
+        if unknown:
+            return f"In context={place}, '{unknown.pop()}' is not permitted."
+        enums.extend(node.get("enum", ()))
+        if node.get("type") == "object":
+            names = node.get("properties", {})
+            properties += len(names)
+            if node.get("additionalProperties") is not False:
+                return f"In context={place}, 'additionalProperties' is required to be supplied and to be false."
+            if sorted(node.get("required", [])) != sorted(names):
+                return f"In context={place}, 'required' is required to be an array including every key in properties."
+        children = [*node.get("properties", {}).items(), *node.get("$defs", {}).items()]
+        children += [("items", node["items"])] if "items" in node else []
+        return next(filter(None, (walk(child, f"{place}/{name}") for name, child in children)), "")
+
+    if schema.get("type") != "object":
+        return "schema must be a JSON Schema of 'type: \"object\"'"
+    return walk(schema, path) or (
+        "too many enum values" if len(enums) > 1000 else "too many properties" if properties > 5000 else ""
+    )
+
+
+def check_body(body: Any) -> dict[str, Any] | None:
+    """The 400 that OpenAI would give to a request, or None."""
+    if not isinstance(body, dict) or not isinstance(body.get("model"), str) or not body.get("messages"):
+        return error_body("you must provide a model and messages")
+    known = {
+        "model", "messages", "response_format", "temperature", "reasoning_effort", "max_completion_tokens", "max_tokens",
+    }  # fmt: skip
+    if set(body) - known:
+        return error_body(f"Unrecognized request argument supplied: {min(set(body) - known)}")
+    form = body.get("response_format", {"type": "text"})
+    if form["type"] == "json_object" and "json" not in json.dumps(body["messages"]).lower():
+        return error_body("'messages' must contain the word 'json' in some form, to use 'response_format'.")
+    if form["type"] == "json_schema":
+        given = form["json_schema"]
+        complaint = "" if re.fullmatch(r"[\w-]{1,64}", given.get("name", "")) else "bad name"
+        complaint = complaint or ("" if given.get("strict") is True else "strict must be true")
+        complaint = complaint or check_schema(given["schema"])
+        if complaint:
+            name = given.get("name")
+            return error_body(f"Invalid schema for response_format '{name}': {complaint}", param="response_format")
+    return None
+
+
+def asked_labels(body: dict[str, Any]) -> list[str]:
+    """The labels of a request, from its schema, or without one from the system message."""
+    form = body.get("response_format", {})
+    if form.get("type") == "json_schema":
+        return list(form["json_schema"]["schema"]["$defs"]["labels"]["items"]["enum"])
+    return [json.loads(name) for name in re.findall(r'^- (".*?[^\\]")', body["messages"][0]["content"], re.MULTILINE)]
+
+
+def spoil(answer: dict[str, list[str]], fault: str) -> str:
+    """The answer's JSON, with a fault of content in it."""
+    ids = list(answer)
+    victim = ids[len(ids) // 2]
+    if fault == "garbage":
+        return "I think that none of these are a problem."
+    if fault == "doubled":
+        return json.dumps(answer)[:-1] + f', "{victim}": []}}'
+    if fault == "missing":
+        del answer[victim]
+    if fault == "foreign":
+        answer = {("7" if row == victim else row): labels for row, labels in answer.items()}
+    if fault == "unknown":
+        answer[victim] = ["no_such_label"]
+    return json.dumps(answer, separators=(",", ":"), ensure_ascii=False)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection. The request's path decides, then the script, the limits, the faults, the word rule."""
+
+    server: StandIn
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.sockets.add(self.request)
+
+    def finish(self) -> None:
+        self.server.sockets.discard(self.request)
+        super().finish()
+
+    def send(self, status: int, body: Any, headers: dict[str, str] | None = None, cut: bool = False) -> None:
+        content = body.encode() if isinstance(body, str) else json.dumps(body, ensure_ascii=False).encode()
+        self.send_response(status)
+        self.send_header("content-type", "text/html" if isinstance(body, str) else "application/json")
+        self.send_header("content-length", str(len(content)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if cut else content)
+        self.wfile.flush()
+        self.close_connection |= cut
+
+    def do_GET(self) -> None:
+        if self.path == "/stand-in/calls":
+            return self.send(200, self.server.summary())
+        model = self.path.removeprefix("/v1/models/")
+        if model != self.path and (self.server.models is None or model in self.server.models):
+            day = "2027-01-14" if model.startswith("gpt-4o-mini") else None
+            return self.send(200, {"id": model, "object": "model", "created": 0, "owned_by": "x", "shutdown_date": day})
+        return self.send(404, error_body(f"Nothing at {self.path}"))
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers["content-length"]))
+        if self.server.down:
+            return self.hang_up()
+        if self.path != "/v1/chat/completions":
+            return self.send(404, "<html>Not found</html>")
+        with self.server.lock:
+            self.server.in_flight += 1
+            self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
+        try:
+            self.answer(json.loads(raw))
+        finally:
+            with self.server.lock:
+                self.server.in_flight -= 1
+
+    def hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def answer(self, body: dict[str, Any]) -> None:
+        arrived = time.monotonic()
+        given = json.loads(body["messages"][-1]["content"])["texts"]
+        texts = [row["text"] for row in given]
+        labels = asked_labels(body)
+        prompt = count_tokens("".join(message["content"] for message in body["messages"]))
+        fault = ""
+
+        def reply(status: int, content: Any, headers: dict[str, str] | None = None, completion: int = 0) -> None:
+            call = Call(arrived, status, fault, tuple(texts), tuple(labels), body, prompt, completion)
+            with self.server.lock:
+                self.server.calls.append(call)
+            self.send(status, content, headers, cut=fault == "cut")
+
+        refusal = self.refuse(body)
+        if refusal:
+            return reply(*refusal)
+        charged = max(prompt, body.get("max_completion_tokens", 0))
+        headers, limited = self.server.admit(charged)
+        fault = self.server.choose_fault(texts)
+        if limited or fault == "429":
+            return reply(429, error_body("Rate limit reached", kind=limited, code="rate_limit_exceeded"), headers)
+        if fault in {"500", "503"}:
+            return reply(int(fault), error_body("The server had an error"), headers)
+        if fault == "reset":
+            reply_call = Call(arrived, 0, fault, tuple(texts), tuple(labels), body, prompt, 0)
+            self.server.calls.append(reply_call)
+            return self.hang_up()
+        if fault in {"html", "empty"}:
+            return reply(200, "<html>Bad gateway</html>" if fault == "html" else {"choices": None}, headers)
+        if fault == "400-filter":
+            return reply(400, error_body("The response was filtered", code="content_filter"), headers)
+        if fault == "400-context":
+            return reply(400, error_body("maximum context length", code="context_length_exceeded"), headers)
+        answer = {row["id"]: labels_of(row["text"], labels) for row in given}
+        completion = self.complete(body, spoil(answer, fault), fault, prompt)
+        used = completion["usage"]["completion_tokens"]
+        self.wait(arrived, used)
+        return reply(200, completion, headers, used)
+
+    def refuse(self, body: Any) -> tuple[int, Any, dict[str, str]] | tuple[int, Any] | None:
+        server = self.server
+        with server.lock:
+            if server.script:
+                status, headers, scripted = server.script.popleft()
+                return status, scripted, headers
+        if server.key is not None and self.headers["authorization"] != f"Bearer {server.key}":
+            return 401, error_body("Incorrect API key provided: sk-ab***yz.", code="invalid_api_key")
+        complaint = check_body(body)
+        if complaint:
+            return 400, complaint
+        if server.models is not None and body["model"] not in server.models:
+            return 404, error_body(f"The model `{body['model']}` does not exist", code="model_not_found")
+        part = refused_part(body, server.refuses)
+        return (400, unsupported(part)) if part else None
+
+    def complete(self, body: dict[str, Any], content: str, fault: str, prompt: int) -> dict[str, Any]:
+        message = {"role": "assistant", "content": content, "refusal": None}
+        finish = {"filter": "content_filter", "length": "length"}.get(fault, "stop")
+        if fault == "refusal":
+            message |= {"content": None, "refusal": "I cannot help with that."}
+        if fault == "length":
+            message["content"] = content[: len(content) // 2]
+        used = count_tokens(content)
+        return {
+            "id": f"chatcmpl-{id(body):x}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": f"{body['model']}-2024-07-18",
+            "system_fingerprint": "fp_stand_in",
+            "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}],
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": used,
+                "total_tokens": prompt + used,
+                "prompt_tokens_details": {"cached_tokens": 0},
+                "completion_tokens_details": {"reasoning_tokens": 0},
+            },
+        }
+
+    def wait(self, arrived: float, tokens: int) -> None:
+        server = self.server
+        seconds = server.first_token + server.per_token * tokens
+        if server.tail:
+            with server.lock:
+                seconds *= server.random.lognormvariate(0, server.tail)
+        left = arrived + seconds - time.monotonic()
+        if left > 0:
+            time.sleep(left)
+
+
+def share(text: str) -> tuple[str, float]:
+    fault, _, value = text.partition("=")
+    if fault not in FAULTS:
+        raise argparse.ArgumentTypeError(f"{fault} is none of {', '.join(FAULTS)}")
+    return fault, float(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A stand-in for OpenAI's server, on this machine.")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--first-token", type=float, default=0.0, metavar="SECONDS")
+    parser.add_argument("--per-token", type=float, default=0.0, metavar="SECONDS")
+    parser.add_argument("--tail", type=float, default=0.0, metavar="SIGMA", help="log-normal spread of the latency")
+    parser.add_argument("--requests-per-minute", type=float, metavar="N")
+    parser.add_argument("--tokens-per-minute", type=float, metavar="N")
+    parser.add_argument("--fault", type=share, action="append", default=[], metavar="NAME=SHARE", help=", ".join(FAULTS))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    server = StandIn(options.port, first_token=options.first_token, per_token=options.per_token, tail=options.tail)
+    server.faults = dict(options.fault)
+    server.random = random.Random(options.seed)
+    for name, limit in ("requests", options.requests_per_minute), ("tokens", options.tokens_per_minute):
+        if limit:
+            server.set_limit(name, limit)
+    print(f"Stand-in server on {server.url} (Ctrl-C ends it)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+
+
+if __name__ == "__main__":
+    main()
