@@ -274,21 +274,19 @@ def enrich_file(settings: Settings) -> Run:
 
 def answer_pending(run: Run, requests: deque[Request], endpoint: Endpoint, console: Console) -> None:
     """Have the requests answered; whatever ends that early, the CSV is written with what there is."""
-    started = time.monotonic()
-    try:
-        with (
-            connect(endpoint, run.settings) as client,
-            stop_on_signals() as stop,
-            console.progress(len(requests)) as bar,
-        ):
-            send = ParallelSender(partial(call_server, client), endpoint, run.settings, stop, console.warn)
-            answer_rows(requests, send, run, bar)
-    except (Exception, Stopped):
-        run.save()
-        console.warn(unfinished_line(run))
-        raise
-    finally:
-        run.tally.seconds = time.monotonic() - started
+    with connect(endpoint, run.settings) as client, stop_on_signals() as stop:
+        send = ParallelSender(partial(call_server, client), endpoint, run.settings, stop, console.warn)
+        started = time.monotonic()
+        try:
+            with console.progress(len(requests)) as bar:
+                answer_rows(requests, send, run, bar)
+        except (Exception, Stopped):
+            run.save()
+            console.warn(unfinished_line(run))
+            raise
+        finally:
+            send.close()
+            run.tally.seconds = time.monotonic() - started
 
 
 def answer_rows(
@@ -395,7 +393,10 @@ def check_settings(settings: Settings) -> None:
     if not settings.model.strip():
         raise InputError("The model's name is blank: pass one, such as gpt-4o-mini.")
     check_labels(settings.new_labels)
-    check_paths(settings)
+    try:
+        check_paths(settings)
+    except OSError as error:
+        raise InputError(f"A path cannot be used ({error.strerror}): {error.filename}. Name another.") from None
 
 
 def check_number(name: str, value: float, low: float, high: float, whole: bool = True) -> None:
@@ -895,7 +896,8 @@ def learn(dialect: Dialect, message: str) -> tuple[Dialect, str] | None:
 def lower_effort(dialect: Dialect, message: str) -> tuple[Dialect, str]:
     """The least effort that the message offers. A model that reasons takes no temperature and needs room."""
     offered = message.partition("supported values")[2]
-    effort = next((effort for effort in EFFORTS if f"'{effort}'" in offered), None)
+    higher = EFFORTS[EFFORTS.index(dialect.reasoning_effort or "low") + 1 :]
+    effort = next((effort for effort in higher if f"'{effort}'" in offered), None)
     return replace(dialect, reasoning_effort=effort, temperature=None, output_cap=None), (
         f"reasoning effort {effort!r}" if effort else "no reasoning effort"
     )
@@ -1026,7 +1028,7 @@ class RateLimiter:
 
     def __init__(self, max_workers: int, jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25)) -> None:
         self.max_workers = max_workers
-        self.slots = float(max_workers)  # calls at once: halved by a refusal, one more after each success
+        self.slots = float(max_workers)  # calls at once; after a refusal half, then one more a round of successes
         self.jitter = jitter
         self.resume_at = -math.inf
         self.refusals = 0  # in a row
@@ -1039,7 +1041,8 @@ class RateLimiter:
         """Seconds until a call of so many tokens may leave; 0 or less: now."""
         waits = [self.resume_at - now]
         for name, bucket in self.buckets.items():
-            needed = min(bucket.capacity, 1.0 + (tokens if kind_of(name) == "tokens" else 1.0))
+            cost = tokens if kind_of(name) == "tokens" else 1.0
+            needed = min(bucket.capacity, 2 * cost)  # one call in reserve, since costs are estimates
             waits.append((needed - bucket.level_at(now)) / bucket.rate)
         return max(waits)
 
@@ -1069,14 +1072,15 @@ class RateLimiter:
         if ticket.at >= self.refused_at:  # else it left before the last refusal came, and tells nothing new
             self.refused_at = now
             self.refusals += 1
-            self.slots = max(1.0, self.slots / 2)
+            if not self.buckets:  # with nothing known of the limit, fewer calls at once are all we have
+                self.slots = max(1.0, self.slots / 2)
         seconds = asked + 0.1 * (self.jitter() - 0.75) if asked is not None else backoff(self.refusals, self.jitter())
         self.resume_at = max(self.resume_at, now + seconds) if asked is not None else self.refused_at + seconds
         return seconds
 
     def succeed(self) -> None:
         self.refusals = 0
-        self.slots = min(self.max_workers, self.slots + 1)
+        self.slots = min(self.max_workers, self.slots + 1 / self.slots)
 
 
 def kind_of(limit_name: str) -> str:
@@ -1090,16 +1094,25 @@ def backoff(failures: int, jitter: float) -> float:
 
 def rate_limits(headers: Mapping[str, str]) -> dict[str, tuple[float, float, float]]:
     """Limit, remaining and seconds until full, by the limit's name: {"requests": (60.0, 59.0, 1.0)}."""
-    found = {}
-    for header, limit in headers.items():
-        name = header.lower().removeprefix("x-ratelimit-limit-")
-        if name != header.lower():
-            with contextlib.suppress(ValueError):
-                remaining = float(headers.get(f"x-ratelimit-remaining-{name}", "nan"))
-                reset = seconds_of(headers.get(f"x-ratelimit-reset-{name}", ""))
-                if float(limit) > 0 and 0 <= remaining <= float(limit):  # Azure sends 0 and -1
-                    found[name] = (float(limit), remaining, reset)
-    return found
+    prefix = "x-ratelimit-limit-"
+    names = [header.lower().removeprefix(prefix) for header in headers if header.lower().startswith(prefix)]
+    found = {
+        name: (
+            number_in(headers.get(f"x-ratelimit-limit-{name}")),
+            number_in(headers.get(f"x-ratelimit-remaining-{name}")),
+            seconds_of(headers.get(f"x-ratelimit-reset-{name}", "")),
+        )
+        for name in names
+    }
+    return {name: parts for name, parts in found.items() if 0 <= parts[1] <= parts[0] > 0}  # Azure sends 0 and -1
+
+
+def number_in(text: str | None) -> float:
+    """A number, or NaN, with which no comparison holds."""
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
 
 
 def seconds_of(duration: str) -> float:
@@ -1508,24 +1521,28 @@ def pick(applies: Cells, places: tuple[int | None, ...]) -> Cells:
 
 
 def call_values(reply: Reply, asked: int, answered: bool) -> tuple[Any, ...]:
-    """A row of `calls`. Servers may leave out any of the figures."""
-    usage = reply.body.get("usage") or {}
-    details = usage.get("prompt_tokens_details") or {}
-    spent = usage.get("completion_tokens_details") or {}
+    """A row of `calls`."""
     return (
         datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         reply.seconds,
         reply.calls,
         asked,
         len(reply.request.rows),
-        reply.body.get("model"),
-        reply.body.get("system_fingerprint"),
-        usage.get("prompt_tokens"),
-        details.get("cached_tokens"),
-        usage.get("completion_tokens"),
-        spent.get("reasoning_tokens"),
+        look_up(reply.body, "model"),
+        look_up(reply.body, "system_fingerprint"),
+        look_up(reply.body, "usage", "prompt_tokens"),
+        look_up(reply.body, "usage", "prompt_tokens_details", "cached_tokens"),
+        look_up(reply.body, "usage", "completion_tokens"),
+        look_up(reply.body, "usage", "completion_tokens_details", "reasoning_tokens"),
         reply.problem or ("answered" if answered else "no row answered"),
     )
+
+
+def look_up(body: Any, *names: str) -> str | int | None:
+    """A value deep in a reply, of which servers may leave out or misshape any part."""
+    for name in names:
+        body = body.get(name) if isinstance(body, dict) else None
+    return body if isinstance(body, str) or (isinstance(body, int) and abs(body) < 2**63) else None
 
 
 # --- Answers -> table -------------------------------------------------------------------------------------
@@ -1534,9 +1551,7 @@ def call_values(reply: Reply, asked: int, answered: bool) -> tuple[Any, ...]:
 def merge_answers(table: Table, answers: Mapping[bytes, Cells], label_count: int) -> list[Cells]:
     """Each row's values: what the input gives, else what was answered. A blank text has no answer."""
     unknown = BLANK * label_count
-    return [
-        overlay(answers.get(row.key, unknown), given) for row, given in zip(table.rows, table.given, strict=True)
-    ]
+    return [overlay(answers.get(row.key, unknown), given) for row, given in zip(table.rows, table.given, strict=True)]
 
 
 def write_table(table: Table, labels: Sequence[str], cells: Sequence[Cells], path: Path) -> None:
@@ -1694,8 +1709,9 @@ def closing_lines(run: Run, pending: Pending) -> list[str]:
     lines.append(f"✓ Enriched dataset saved to {run.settings.output_filepath}")
     saved = len(pending.numbers) - tally.calls
     lines.append(f"✓ Total API calls made: {tally.calls}" + (f" (saved {saved} API calls!)" if saved > 0 else ""))
-    if tally.calls:
-        lines.append(f"✓ Speedup from parallelization: ~{round(tally.call_seconds / tally.seconds, 1):g}x faster")
+    speedup = round(tally.call_seconds / tally.seconds, 1) if tally.calls else 0
+    if speedup >= 1:
+        lines.append(f"✓ Speedup from parallelization: ~{speedup:g}x faster")
     return [*lines, "", "=== Summary ===", *summary_lines(run)]
 
 
@@ -1752,6 +1768,8 @@ class Console:
 
 class LineWriter(io.StringIO):
     """Where no terminal redraws a line, a bar is lines."""
+
+    encoding = "utf-8"
 
     def write(self, text: str) -> int:
         if text.strip():
@@ -1828,9 +1846,11 @@ def build_parser() -> Parser:
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--version", action="version", version=f"enrich_dataset {__version__}")
     signature = inspect.signature(enrich_dataset).parameters.values()
-    parser.set_defaults(label_column=None, api_key_file=None, **{
-        parameter.name: parameter.default for parameter in signature if parameter.default is not parameter.empty
-    })
+    parser.set_defaults(
+        label_column=None,
+        api_key_file=None,
+        **{parameter.name: parameter.default for parameter in signature if parameter.default is not parameter.empty},
+    )
     return parser
 
 

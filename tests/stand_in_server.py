@@ -54,9 +54,10 @@ def count_tokens(text: str) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """One chat call as it was answered."""
+    """One chat call as it was answered; `at` and `ended` are on the monotonic clock."""
 
     at: float
+    ended: float
     status: int
     fault: str
     texts: tuple[str, ...]
@@ -110,12 +111,11 @@ class StandIn(ThreadingHTTPServer):
         self.key: str | None = None  # the only key that is taken; None: any
         self.models: set[str] | None = None  # the only models; None: any
         self.script: deque[tuple[int, dict[str, str], Any]] = deque()  # replies to give first
-        self.down = False  # cut every connection
+        self.dense = False  # answer 0 or 1 for each label, as prompts that ask for all of them get
         self.random = random.Random(0)
         self.calls: list[Call] = []
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
-        self.sockets: set[socket.socket] = set()
         for name, value in settings.items():
             getattr(self, name)
             setattr(self, name, value)
@@ -184,7 +184,9 @@ class StandIn(ThreadingHTTPServer):
         }
 
 
-def error_body(message: str, kind: str = "invalid_request_error", param: Any = None, code: Any = None) -> dict[str, Any]:
+def error_body(
+    message: str, kind: str = "invalid_request_error", param: Any = None, code: Any = None
+) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -221,7 +223,16 @@ def check_schema(schema: Any, path: str = "") -> str:
         nonlocal properties
         if "$ref" in node:
             return "" if node["$ref"].removeprefix("#/$defs/") in root.get("$defs", {}) else f"{place}: bad $ref"
-        unknown = set(node) - {"type", "properties", "required", "additionalProperties", "$defs", "items", "enum", "maxItems"}
+        unknown = set(node) - {
+            "type",
+            "properties",
+            "required",
+            "additionalProperties",
+            "$defs",
+            "items",
+            "enum",
+            "maxItems",
+        }
         if unknown:
             return f"In context={place}, '{unknown.pop()}' is not permitted."
         enums.extend(node.get("enum", ()))
@@ -291,6 +302,12 @@ def spoil(answer: dict[str, list[str]], fault: str) -> str:
     return json.dumps(answer, separators=(",", ":"), ensure_ascii=False)
 
 
+def spread(answer: dict[str, list[str]], labels: list[str]) -> str:
+    """The answer's JSON in the long form, with a 0 or 1 for each label."""
+    dense = {row: {label: int(label in applying) for label in labels} for row, applying in answer.items()}
+    return json.dumps(dense, separators=(",", ":"), ensure_ascii=False)
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection. The request's path decides, then the script, the limits, the faults, the word rule."""
 
@@ -301,14 +318,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Print nothing."""
-
-    def setup(self) -> None:
-        super().setup()
-        self.server.sockets.add(self.request)
-
-    def finish(self) -> None:
-        self.server.sockets.discard(self.request)
-        super().finish()
 
     def send(self, status: int, body: Any, headers: dict[str, str] | None = None, cut: bool = False) -> None:
         content = body.encode() if isinstance(body, str) else json.dumps(body, ensure_ascii=False).encode()
@@ -333,8 +342,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["content-length"]))
-        if self.server.down:
-            return self.hang_up()
         if self.path != "/v1/chat/completions":
             return self.send(404, "<html>Not found</html>")
         with self.server.lock:
@@ -359,10 +366,13 @@ class Handler(BaseHTTPRequestHandler):
         fault = ""
 
         def reply(status: int, content: Any, headers: dict[str, str] | None = None, completion: int = 0) -> None:
-            call = Call(arrived, status, fault, tuple(texts), tuple(labels), body, prompt, completion)
+            ended = time.monotonic()
+            call = Call(arrived, ended, status, fault, tuple(texts), tuple(labels), body, prompt, completion)
             with self.server.lock:
                 self.server.calls.append(call)
-            self.send(status, content, headers, cut=fault == "cut")
+            if fault == "reset":
+                return self.hang_up()
+            return self.send(status, content, headers, cut=fault == "cut")
 
         refusal = self.refuse(body)
         if refusal:
@@ -375,9 +385,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault in {"500", "503"}:
             return reply(int(fault), error_body("The server had an error"), headers)
         if fault == "reset":
-            reply_call = Call(arrived, 0, fault, tuple(texts), tuple(labels), body, prompt, 0)
-            self.server.calls.append(reply_call)
-            return self.hang_up()
+            return reply(0, {})
         if fault in {"html", "empty"}:
             return reply(200, "<html>Bad gateway</html>" if fault == "html" else {"choices": None}, headers)
         if fault == "400-filter":
@@ -385,7 +393,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "400-context":
             return reply(400, error_body("maximum context length", code="context_length_exceeded"), headers)
         answer = {row["id"]: labels_of(row["text"], labels) for row in given}
-        completion = self.complete(body, spoil(answer, fault), fault, prompt)
+        content = spread(answer, labels) if self.server.dense else spoil(answer, fault)
+        completion = self.complete(body, content, fault, prompt)
         used = completion["usage"]["completion_tokens"]
         self.wait(arrived, used)
         return reply(200, completion, headers, used)
@@ -456,7 +465,9 @@ def main() -> None:
     parser.add_argument("--tail", type=float, default=0.0, metavar="SIGMA", help="log-normal spread of the latency")
     parser.add_argument("--requests-per-minute", type=float, metavar="N")
     parser.add_argument("--tokens-per-minute", type=float, metavar="N")
-    parser.add_argument("--fault", type=share, action="append", default=[], metavar="NAME=SHARE", help=", ".join(FAULTS))
+    parser.add_argument(
+        "--fault", type=share, action="append", default=[], metavar="NAME=SHARE", help=", ".join(FAULTS)
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     server = StandIn(options.port, first_token=options.first_token, per_token=options.per_token, tail=options.tail)

@@ -1,0 +1,132 @@
+"""What all tests share: a clean environment, the stand-in server, tables of texts, the command in a process."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import openai
+import pandas as pd
+import pytest
+from stand_in_server import StandIn, labels_of
+
+import enrich_dataset as module
+
+ROOT = Path(__file__).parent.parent
+LABELS = ["praising_violence", "personal_attacks", "sexual_harassment"]
+WORDS = ["violence", "praise", "person", "attack", "sexual", "harass", "weather", "cake", "tram", "holiday"]
+
+
+def pytest_report_header() -> str:
+    return f"openai {openai.__version__}, pandas {pd.__version__}, sqlite {module.sqlite3.sqlite_version}"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("OPENAI_", "TQDM_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def server() -> Iterator[StandIn]:
+    with StandIn() as server:
+        yield server
+
+
+def make_texts(count: int) -> list[str]:
+    """Distinct texts, some of which the word rule gives labels."""
+    return [f"{WORDS[i % 10]} and {WORDS[i * 7 // 10 % 10]}, number {i}" for i in range(count)]
+
+
+def write_texts(path: Path, texts: Sequence[str]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([["id", "text"], *([i, text] for i, text in enumerate(texts))])
+    return path
+
+
+def expected(texts: Sequence[str], labels: Sequence[str] = LABELS) -> list[list[str]]:
+    """The cells by the word rule."""
+    return [[str(int(label in labels_of(text, list(labels)))) for label in labels] for text in texts]
+
+
+def read_cells(path: Path, labels: Sequence[str] = LABELS) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [[row[label] for label in labels] for row in csv.DictReader(file)]
+
+
+class Job:
+    """A table of texts in a folder of its own, and the ways to have it labelled."""
+
+    def __init__(self, folder: Path, server: StandIn) -> None:
+        self.server = server
+        self.input = folder / "in.csv"
+        self.output = folder / "out.csv"
+        self.store = folder / "out.csv.answers.sqlite3"
+        self.texts: list[str] = []
+
+    def write(self, texts: Sequence[str]) -> Job:
+        self.texts = list(texts)
+        write_texts(self.input, texts)
+        return self
+
+    def enrich(self, labels: Sequence[str] = LABELS, **options: Any) -> pd.DataFrame:
+        options = {"base_url": self.server.url, "quiet": True} | options
+        return module.enrich_dataset(self.input, self.output, "text", None, labels, **options)
+
+    def arguments(self, *more: str) -> list[str]:
+        paths = ["--input", str(self.input), "--output", str(self.output), "--text-column", "text"]
+        return [*paths, "--labels", *LABELS, *more]
+
+    def command(self, *more: str) -> int:
+        return module.main(self.arguments("--base-url", self.server.url, *more))
+
+    def process(self, *more: str) -> subprocess.Popen[str]:
+        program = [sys.executable, str(ROOT / "enrich_dataset.py")]
+        arguments = self.arguments("--base-url", self.server.url, *more)
+        return subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    @property
+    def cells(self) -> list[list[str]]:
+        return read_cells(self.output)
+
+    @property
+    def asked(self) -> list[str]:
+        """The texts of all calls, in the order in which these were answered."""
+        return [text for call in self.server.calls for text in call.texts]
+
+    def check(self, blank_rows: Sequence[int] = ()) -> None:
+        """Every cell is right, and these rows alone are blank."""
+        right = expected(self.texts)
+        for number in blank_rows:
+            right[number] = [""] * len(LABELS)
+        assert self.cells == right
+
+
+@pytest.fixture
+def job(tmp_path: Path, server: StandIn) -> Job:
+    return Job(tmp_path, server)
+
+
+@pytest.fixture
+def enrich_bytes(tmp_path: Path, server: StandIn) -> Callable[..., bytes]:
+    """Bytes in, bytes out."""
+
+    def enrich(content: bytes, text_column: str = "text", labels: Sequence[str] = ("praise",), **options: Any) -> bytes:
+        path, output = tmp_path / "in.csv", tmp_path / "out.csv"
+        path.write_bytes(content)
+        options = {"base_url": server.url, "quiet": True} | options
+        module.enrich_dataset(path, output, text_column, None, labels, **options)
+        return output.read_bytes()
+
+    return enrich
+
+
+def parse(content: str, delimiter: str = ",") -> list[list[str]]:
+    return list(csv.reader(io.StringIO(content, newline=""), delimiter=delimiter))

@@ -1,0 +1,228 @@
+"""The command: what it prints, its exit codes, its one-line errors."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import LABELS, ROOT, Job, make_texts
+
+import enrich_dataset as module
+
+REPORT = """\
+Loading dataset from {input}...
+Dataset loaded: 38 rows
+Text column: 'text'
+New labels to add: ['praising_violence', 'personal_attacks', 'sexual_harassment']
+Batch size: 10 rows per API call
+Parallel workers: 3
+
+Starting parallel enrichment from row 0...
+Total batches to process: 4
+Processing 3 batches simultaneously...
+This will make 4 API calls instead of 38 (single-row processing)
+
+
+✓ Enrichment complete!
+✓ Enriched dataset saved to {output}
+✓ Total API calls made: 4 (saved 34 API calls!)
+✓ Speedup from parallelization: ~#x faster
+
+=== Summary ===
+praising_violence: 13/38 (34.2%)
+personal_attacks: 13/38 (34.2%)
+sexual_harassment: 13/38 (34.2%)
+"""
+
+
+def test_the_report_word_for_word(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.server.first_token = 0.05
+    assert job.write(make_texts(38)).command() == 0
+    printed = re.sub(r"~\d+(\.\d)?x", "~#x", capsys.readouterr().out)
+    printed = re.sub(r": \d+/38 \(\d+\.\d%\)", ": 13/38 (34.2%)", printed)
+    assert printed == REPORT.format(input=job.input, output=job.output)
+
+
+def test_the_summary_counts_what_is_in_the_file(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.write([*make_texts(38), "", " "]).command() == 0
+    ones = sum(cells[0] == "1" for cells in job.cells)
+    printed = capsys.readouterr().out
+    assert f"praising_violence: {ones}/38 ({ones / 38:.1%}), 2 blank\n" in printed
+    assert "Blank texts: 2 rows (not sent, left blank)" in printed
+
+
+def test_the_speedup_is_the_calls_own_seconds_over_the_wall_clock(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.server.first_token = 0.3
+    job.write(make_texts(80)).command("--max-workers", "4")
+    found = re.search(r"~(\d+\.?\d*)x faster", capsys.readouterr().out)
+    assert found
+    assert 2 < float(found[1]) <= 4
+
+
+def test_what_is_known_already_is_said(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.write(["cake", "cake", "tram"]).command("--quiet")
+    assert job.command() == 0
+    printed = capsys.readouterr().out
+    assert "Already answered: 3 rows (not asked again)\nNothing to ask: no API call is made\n" in printed
+    assert "Total API calls made: 0\n" in printed
+
+
+def test_equal_rows_and_another_encoding_are_said(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.input.write_bytes(b"text\ncaf\xe9\ncaf\xe9\n")
+    assert job.command() == 0
+    printed = capsys.readouterr().out
+    assert "Encoding: cp1252, since the file is not UTF-8\n" in printed
+    assert "Equal rows: 1 rows (asked once, answered alike)\n" in printed
+
+
+def test_quiet_prints_nothing(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.write(make_texts(5)).command("--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_where_no_terminal_is_the_bar_is_a_few_lines(job: Job) -> None:
+    job.server.first_token = 0.02
+    process = job.write(make_texts(300)).process("--batch-size", "2")
+    _, errors = process.communicate(timeout=60)
+    lines = errors.splitlines()
+    assert 1 <= len(lines) <= 3
+    assert re.match(r"Processing batches: 100%.*150/150 \[", lines[-1])
+    assert "\r" not in errors
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_terminal_without_the_check_mark_gets_a_plain_sign(job: Job, encoding: str) -> None:
+    output = job.output.with_name("héllo 賞.csv")
+    arguments = ["--output", str(output), "--base-url", job.server.url]
+    program = [sys.executable, str(ROOT / "enrich_dataset.py"), *job.write(["cake"]).arguments(*arguments)]
+    run = subprocess.run(program, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True)
+    assert b"* Enrichment complete!" in run.stdout
+    assert output.exists()
+
+
+WRONG = {
+    "no arguments": ([], "the following arguments are required"),
+    "batch size": (["--batch-size", "0"], "The batch size must be from 1 to 500, not 0."),
+    "batch size text": (["--batch-size", "ten"], "invalid int value: 'ten'"),
+    "workers": (["--max-workers", "501"], "The number of workers must be from 1 to 500, not 501."),
+    "limit": (["--limit", "0"], "The limit must be at least 1, not 0."),
+    "timeout": (["--timeout", "0"], "The timeout must be from 0.001 to 86400, not 0.0."),
+    "timeout nan": (["--timeout", "nan"], "The timeout must be"),
+    "retries": (["--max-retries", "-1"], "The number of retries must be"),
+    "start": (["--start-index", "3"], "The start index 3 is past the last row"),
+    "start below": (["--start-index", "-1"], "The start index must be at least 0"),
+    "model": (["--model", " "], "The model's name is blank"),
+    "label twice": (["--labels", "a", "b", "a"], "The label 'a' is given twice"),
+    "label blank": (["--labels", "a", " "], "A label must be a name of printable characters, not ' '"),
+    "label with newline": (["--labels", "a\nb"], "printable"),
+    "text column": (["--text-column", "texts"], "which has 'id', 'text'"),
+    "label column": (["--label-column", "label"], "The label column 'label' is not in the header"),
+    "label is the id": (["--labels", "id"], "holds something else than 0, 1"),
+    "input": (["--input", "nowhere.csv"], "There is no file nowhere.csv"),
+    "output folder": (["--output", "nowhere/out.csv"], "There is no folder nowhere"),
+    "output is a folder": (["--output", "."], "is a folder"),
+    "output is input": (["--output", "in.csv"], "The output is the input itself"),
+    "store is input": (["--store", "in.csv"], "The store is the input itself"),
+    "store is output": (["--store", "out.csv"], "The store and the output are the same file"),
+    "url": (["--base-url", "localhost:8000/v1"], "The base URL must begin with http://"),
+    "key": (["--api-key", "sk-ab\u00a0c"], "blank or foreign character at place 6"),
+    "two keys": (["--api-key", "a", "--api-key-file", "b"], "not allowed with"),
+    "key file": (["--api-key-file", "nowhere"], "The key file nowhere cannot be read"),
+    "no key": (["--base-url", "https://api.openai.com/v1"], "No API key: set OPENAI_API_KEY"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_one_line_exit_2_and_nothing_written(
+    job: Job, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more, message = WRONG[name]
+    job.write(["cake", "tram", "sun"])
+    monkeypatch.chdir(job.input.parent)
+    base = ["--input", "in.csv", "--output", "out.csv", "--text-column", "text", "--base-url", job.server.url]
+    labels = [] if "--labels" in more else ["--labels", *LABELS]
+    try:
+        code = module.main([*base, *labels, *more] if more else [])
+    except SystemExit as left:
+        code = left.code
+    errors = capsys.readouterr().err
+    assert code == 2
+    assert message in errors
+    assert errors.startswith("Error: ")
+    assert errors.count("\n") == 1
+    assert "sk-ab" not in errors
+    assert [path.name for path in Path().iterdir()] == ["in.csv"]
+    assert job.server.calls == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 2.5}, "whole number, not 2.5"),
+        ({"batch_size": True}, "whole number, not True"),
+        ({"new_labels": "racist"}, r"pass \['racist'\]"),
+        ({"new_labels": []}, "name at least one"),
+        ({"new_labels": [None]}, "printable"),
+    ],
+)
+def test_what_only_python_can_get_wrong(job: Job, options: dict[str, object], message: str) -> None:
+    with pytest.raises(module.InputError, match=message):
+        job.write(["cake"]).enrich(**({"labels": options.pop("new_labels", LABELS)} | options))  # type: ignore[arg-type]
+
+
+def test_the_key_may_come_from_a_file_or_the_environment(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.server.key = "my-key"
+    key_file = job.input.with_name("key")
+    key_file.write_text("\ufeffmy-key \n", encoding="utf-8")
+    assert job.write(["cake"]).command("--quiet", "--api-key-file", str(key_file)) == 0
+    monkeypatch.setenv("OPENAI_API_KEY", " my-key\n")
+    monkeypatch.setenv("OPENAI_BASE_URL", job.server.url)
+    assert module.main(job.write(["tram"]).arguments("--quiet")) == 0
+    assert len(job.server.calls) == 2
+
+
+def test_another_server_than_openais_needs_no_key(job: Job) -> None:
+    job.server.key = "none"
+    assert job.write(["cake"]).command("--quiet") == 0
+
+
+def test_each_default_is_written_once(job: Job) -> None:
+    options = vars(module.build_parser().parse_args(job.arguments()))
+    for name, parameter in inspect.signature(module.enrich_dataset).parameters.items():
+        assert name in options
+        if parameter.default is not parameter.empty:
+            assert options[name] == parameter.default
+
+
+def test_the_users_ten_parameters_stand_first_and_the_rest_are_by_name() -> None:
+    parameters = inspect.signature(module.enrich_dataset).parameters.values()
+    positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert positional == [
+        "input_filepath", "output_filepath", "text_column", "label_column", "new_labels", "api_key", "model",
+        "batch_size", "start_index", "max_workers",
+    ]  # fmt: skip
+
+
+def test_help_and_version_answer_without_the_heavy_packages() -> None:
+    code = "import sys, enrich_dataset as m\nm.main(sys.argv[1:])"
+    for flag in ("--help", "--version"):
+        check = "import atexit, sys\natexit.register(lambda: print({'pandas', 'openai', 'tqdm'} & set(sys.modules)))\n"
+        run = subprocess.run([sys.executable, "-c", check + code, flag], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0
+        assert run.stdout.endswith("set()\n")
+
+
+def test_no_traceback_and_no_text_reaches_the_user_of_a_bug(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WORDING", "{a_bug}")
+    assert job.write(["my secret"]).command("--labels", "a label of this test alone") == 1
+    errors = capsys.readouterr().err
+    assert "Error: unexpected KeyError in system_message" in errors
+    assert "secret" not in errors
+    assert "Traceback" not in errors

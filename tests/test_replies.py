@@ -1,0 +1,185 @@
+"""Replies -> answers: any reply, however broken, yields right cells or none."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from conftest import LABELS, Job, make_texts
+from hypothesis import given
+from hypothesis import strategies as st
+
+import enrich_dataset as module
+
+QUESTION = module.Question("m", tuple(LABELS), sends_label=False)
+ROWS = tuple(module.make_row(text, None) for text in ("a", "b", "c"))
+A, B, C = "660", "149", "538"
+FIRST, SECOND, THIRD = LABELS
+
+
+def reply(content: Any, **choice: Any) -> module.Reply:
+    body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"} | choice]}
+    return module.Reply(module.Request(ROWS, QUESTION), body, "", True, 1, 1.0)
+
+
+def read(content: Any, **choice: Any) -> tuple[dict[str, str], dict[str, str]]:
+    answers, problems = module.read_reply(reply(content, **choice))
+    return {row.text: cells for row, cells in answers.items()}, {row.text: why for row, why in problems.items()}
+
+
+WHOLE = {A: [], B: [FIRST], C: [SECOND, THIRD]}
+RIGHT = {"a": "000", "b": "100", "c": "011"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(WHOLE),
+        json.dumps(dict(reversed(WHOLE.items()))),
+        f"```json\n{json.dumps(WHOLE)}\n```",
+        f"```\n{json.dumps(WHOLE, indent=2)}```\n",
+        json.dumps(WHOLE | {C: [THIRD, SECOND, THIRD]}),
+        json.dumps(WHOLE | {"7": [FIRST]}),
+    ],
+    ids=["plain", "other order", "fenced", "fenced without a name", "a label repeated", "a foreign id besides"],
+)
+def test_a_good_answer_is_read(content: str) -> None:
+    assert read(content) == (RIGHT, {})
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({A: [], C: [SECOND, THIRD]}, "its id was missing from the answer"),
+        ({A: [], "150": [FIRST], C: [SECOND, THIRD]}, "its id was missing from the answer"),
+        (WHOLE | {B: ["other"]}, "its answer had an unknown label"),
+        (WHOLE | {B: [FIRST.upper()]}, "its answer had an unknown label"),
+        (WHOLE | {B: [1]}, "its answer had an unknown label"),
+        (WHOLE | {B: [[FIRST]]}, "its answer had an unknown label"),
+        (WHOLE | {B: FIRST}, "its answer was no list"),
+        (WHOLE | {B: None}, "its answer was no list"),
+        (WHOLE | {B: {FIRST: 1}}, "its answer was no list"),
+    ],
+)
+def test_only_the_row_concerned_has_a_problem(changed: dict[str, Any], reason: str) -> None:
+    assert read(json.dumps(changed)) == ({"a": "000", "c": "011"}, {"b": reason})
+
+
+def test_an_id_given_twice_is_not_believed() -> None:
+    content = json.dumps(WHOLE)[:-1] + f', "{B}": []}}'
+    assert read(content) == ({"a": "000", "c": "011"}, {"b": "its id was missing from the answer"})
+
+
+@pytest.mark.parametrize(
+    ("content", "choice", "reason"),
+    [
+        (None, {}, "the answer was no text"),
+        ("", {}, "the answer was no JSON"),
+        ("[" * 100_000, {}, "the answer was no JSON"),
+        ("[]", {}, "the answer was no JSON object"),
+        (json.dumps(WHOLE)[:-3], {"finish_reason": "length"}, "the answer was cut off at its greatest length"),
+        ("", {"finish_reason": "content_filter"}, "stopped by the provider's content filter"),
+        (None, {"message": {"content": None, "refusal": "no"}}, "the model refused to answer"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_a_problem_of_all_rows(content: Any, choice: Any, reason: str) -> None:
+    assert read(content, **choice) == ({}, dict.fromkeys("abc", reason))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from([*LABELS, A, B, C]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([A, B, C, "1"]) | st.text(max_size=3), inner),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(json_values.map(json.dumps) | st.text() | json_values)
+def test_any_reply_gives_each_row_an_answer_or_a_reason(content: Any) -> None:
+    answers, problems = read(content)
+    assert sorted([*answers, *problems]) == ["a", "b", "c"]
+    assert all(len(cells) == 3 and set(cells) <= {"0", "1"} for cells in answers.values())
+
+
+@given(st.integers(1, 40), st.data())
+def test_splitting_asks_for_each_problem_once_and_ends(count: int, data: st.DataObject) -> None:
+    rows = tuple(module.make_row(str(number), None) for number in range(count))
+    poisoned = data.draw(st.sets(st.sampled_from(rows), min_size=1))
+    open_requests, failed, calls = [module.Request(rows, QUESTION)], {}, 0
+    while open_requests:
+        request = open_requests.pop()
+        calls += 1
+        problems = dict.fromkeys(request.rows, "why") if poisoned & set(request.rows) else {}
+        again, given_up = module.split_request(module.Reply(request, {}, "", True, 1, 0.0), problems)
+        assert sorted(row for part in again for row in part.rows) == ([] if given_up else sorted(problems))
+        assert not failed.keys() & given_up.keys()
+        open_requests += again
+        failed |= given_up
+    assert failed.keys() == poisoned
+    assert calls <= 1 + len(poisoned) * 2 * (count.bit_length() + module.LONE_TRIES)
+
+
+def test_a_lone_row_gets_three_tries(job: Job) -> None:
+    job.write(["poison-garbage"]).enrich()
+    assert len(job.server.calls) == 3
+
+
+def test_only_what_is_missing_is_asked_again(job: Job) -> None:
+    job.server.script.append((200, {}, reply_without_half()))
+    job.write(make_texts(4)).enrich()
+    assert [len(call.texts) for call in job.server.calls] == [4, 1, 1]
+    job.check()
+
+
+def reply_without_half() -> dict[str, Any]:
+    """A reply to `make_texts(4)` that answers its first two rows."""
+    content = json.dumps({module.row_id(0): ["praising_violence"], module.row_id(1): ["praising_violence"]})
+    return {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+
+
+@pytest.mark.parametrize("usage", [None, "many", {"prompt_tokens": 2**70, "prompt_tokens_details": []}])
+def test_figures_that_a_server_misshapes_cost_no_answer(job: Job, usage: Any) -> None:
+    content = json.dumps({module.row_id(0): []})
+    body = {"choices": [{"message": {"content": content}}], "usage": usage, "model": ["m"], "system_fingerprint": 1.5}
+    job.server.script.append((200, {}, body))
+    job.write(["cake"]).enrich()
+    job.check()
+
+
+def test_a_poisoned_row_stays_blank_alone_and_is_named(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = make_texts(40)
+    texts[3], texts[17], texts[31] = "poison-filter", "poison-refusal", "poison-garbage"
+    assert job.write(texts).command() == 3
+    job.check(blank_rows=[3, 17, 31])
+    printed = capsys.readouterr().out
+    assert "3 rows stay blank" in printed
+    assert "  row 3: stopped by the provider's content filter\n" in printed
+    assert "  row 17: the model refused to answer\n" in printed
+    assert "  row 31: the answer was no JSON\n" in printed
+
+
+@pytest.mark.parametrize("fault", ["400-filter", "400-context", "length", "missing", "foreign", "doubled", "unknown"])
+def test_each_fault_of_content_stays_with_its_row(job: Job, fault: str) -> None:
+    texts = make_texts(12)
+    texts[5] = f"poison-{fault}"
+    frame = job.write(texts).enrich()
+    if fault in {"missing", "foreign", "doubled", "unknown"}:
+        assert list(frame.attrs["enrichment"]["blank_rows"]) == [5]
+    job.check(blank_rows=[5])
+
+
+def test_a_row_that_failed_is_pending_at_the_next_run(job: Job) -> None:
+    job.write(["cake", "poison-garbage"])
+    assert job.command("--quiet") == 3
+    before = len(job.server.calls)
+    assert job.command("--quiet") == 3
+    assert [call.texts for call in job.server.calls[before:]] == [("poison-garbage",)] * 3
+
+
+def test_many_blank_rows_are_counted_and_some_named(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.write([f"poison-garbage {number}" for number in range(25)])
+    assert job.command("--batch-size", "1", "--max-workers", "8") == 3
+    printed = capsys.readouterr().out
+    assert printed.count(": the answer was no JSON") == 20
+    assert "  and 5 more\n" in printed
+    assert "personal_attacks: 0/0, 25 blank" in printed

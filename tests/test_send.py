@@ -1,0 +1,451 @@
+"""Requests -> replies: limits are paced, faults retried, dialects learned, and pointless jobs stopped."""
+
+from __future__ import annotations
+
+import socket
+import time
+from email.utils import formatdate
+from typing import Any
+
+import pytest
+from conftest import LABELS, Job, make_texts
+from hypothesis import given
+from hypothesis import strategies as st
+from stand_in_server import error_body
+
+import enrich_dataset as module
+
+TRANSPORT_FAULTS = ["500", "503", "reset", "cut", "html", "empty"]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits a fiftieth as long."""
+    slow = module.backoff
+    monkeypatch.setattr(module, "backoff", lambda failures, jitter: slow(failures, jitter) / 50)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("fault", TRANSPORT_FAULTS)
+def test_a_fault_on_the_way_is_retried(job: Job, fault: str) -> None:
+    job.server.faults = {fault: 0.3}
+    job.write(make_texts(60)).enrich(batch_size=3)
+    job.check()
+    assert any(call.fault == fault for call in job.server.calls)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_storm_of_all_faults_leaves_right_cells_and_only_the_poisoned_rows_blank(job: Job) -> None:
+    from stand_in_server import FAULTS
+
+    job.server.faults = dict.fromkeys(FAULTS, 0.02)
+    texts = make_texts(400)
+    texts[7], texts[205], texts[399] = "poison-filter", "poison-refusal", "poison-garbage"
+    assert job.write(texts).command("--quiet", "--max-workers", "8") == 3
+    job.check(blank_rows=[7, 205, 399])
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("fault", TRANSPORT_FAULTS)
+def test_a_request_on_which_the_server_always_fails_is_given_up_whole(job: Job, fault: str) -> None:
+    texts = make_texts(60)
+    texts[5] = f"poison-{fault}"
+    frame = job.write(texts).enrich(max_retries=2, batch_size=3)
+    job.check(blank_rows=[3, 4, 5])
+    assert "the server failed on it 3 times" in frame.attrs["enrichment"]["blank_rows"][4]
+    assert sum("poison" in text for text in job.asked) == 3
+    job.server.calls.clear()
+    job.enrich(max_retries=0, batch_size=3)
+    assert len(job.server.calls) == 1
+
+
+def test_a_timeout_is_retried(job: Job) -> None:
+    job.server.first_token = 0.5
+    with pytest.raises(module.ProviderError, match="no answer in time"):
+        job.write(["cake"]).enrich(timeout=0.1, max_retries=4)
+    assert 2 <= len(job.server.calls) + job.server.in_flight <= 10
+    job.server.first_token = 0.0
+    job.enrich(timeout=5)
+    job.check()
+
+
+# --- Limits
+
+
+def test_rate_limits_alone_leave_no_row_blank(job: Job) -> None:
+    job.server.faults = {"429": 0.3}
+    job.write(make_texts(60)).enrich(max_retries=0, batch_size=10, max_workers=2)
+    job.check()
+
+
+@pytest.mark.parametrize(("kind", "per_minute", "burst"), [("requests", 3000, 20), ("tokens", 400_000, 6000)])
+def test_a_limit_that_is_told_is_kept_before_it_refuses(job: Job, kind: str, per_minute: int, burst: int) -> None:
+    job.server.set_limit(kind, per_minute, burst)
+    job.write(make_texts(200)).enrich(batch_size=1, max_workers=8)
+    job.check()
+    refused = sum(call.status == 429 for call in job.server.calls)
+    assert refused <= 0.05 * len(job.server.calls)
+
+
+def test_all_workers_wait_as_long_as_a_429_asks(job: Job) -> None:
+    job.server.script.append((429, {"retry-after-ms": "700"}, error_body("slow down")))
+    job.write(make_texts(40)).enrich(max_workers=1)
+    waited = job.server.calls[1].at - job.server.calls[0].at
+    assert 0.65 < waited < 1.5
+    job.check()
+
+
+def test_a_long_wait_is_told_and_can_be_interrupted(job: Job) -> None:
+    job.server.script.append((429, {"retry-after": "3000"}, error_body("slow down")))
+    process = job.write(make_texts(10)).process()
+    started = time.monotonic()
+    while not job.server.calls and time.monotonic() < started + 20:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.terminate()
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Rate limit: all workers wait 3000 s." in errors
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+        ({"retry-after": "2.5"}, 2.5),
+        ({"retry-after": "-1"}, 0.0),
+        ({"retry-after": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_server_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
+    assert module.asked_wait(headers) == seconds
+
+
+def test_a_server_may_ask_to_wait_until_a_date() -> None:
+    asked = module.asked_wait({"retry-after": formatdate(time.time() + 60, usegmt=True)})
+    assert asked is not None
+    assert 57 < asked <= 60
+
+
+@pytest.mark.parametrize(
+    ("duration", "seconds"),
+    [("4ms", 0.004), ("8.64s", 8.64), ("7m12s", 432), ("2s81ms", 2.081), ("5h50m30ms", 21_000.03), ("1d", 86_400), ("", 0)],
+)  # fmt: skip
+def test_durations_of_rate_limit_headers(duration: str, seconds: float) -> None:
+    assert module.seconds_of(duration) == pytest.approx(seconds)
+
+
+def told(limit: float, remaining: float, reset: str, name: str = "requests") -> dict[str, str]:
+    return {
+        f"x-ratelimit-limit-{name}": str(limit),
+        f"x-ratelimit-remaining-{name}": str(remaining),
+        f"x-ratelimit-reset-{name}": reset,
+    }
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, told(0, 0, "1s"), told(-1, -1, ""), told(60, 61, "1s"), {"x-ratelimit-limit-requests": "many"}]
+)
+def test_limits_that_say_nothing_are_not_believed(headers: dict[str, str]) -> None:
+    assert module.rate_limits(headers) == {}
+
+
+def test_capacity_level_and_refill_are_learned() -> None:
+    limiter = module.RateLimiter(8)
+    ticket = limiter.leave(100, now=0.0)
+    limiter.observe(told(600, 0, "60s") | told(1000, 500, "30s", "project-tokens"), ticket, now=0.0)
+    assert limiter.buckets["requests"].rate == pytest.approx(10)
+    assert limiter.wait(100, now=0.0) == pytest.approx(0.2)  # two calls' worth
+    assert limiter.wait(400, now=0.0) == pytest.approx((800 - 500) / (500 / 30))
+    assert limiter.wait(9000, now=100.0) <= 0  # more than the bucket holds: it must do with all
+
+
+def test_a_daily_limit_is_not_taken_for_one_a_minute() -> None:
+    assert module.rate_limits(told(10_000, 9_999, "8.64s")) == {"requests": (10_000, 9_999, 8.64)}
+    limiter = module.RateLimiter(8)
+    limiter.observe(told(10_000, 9_999, "8.64s"), limiter.leave(1, 0.0), 0.0)
+    assert limiter.buckets["requests"].rate == pytest.approx(10_000 / 86_400)
+
+
+def test_an_older_reply_teaches_nothing() -> None:
+    limiter = module.RateLimiter(8)
+    early, late = limiter.leave(1, 0.0), limiter.leave(1, 1.0)
+    limiter.observe(told(600, 500, "10s"), late, 2.0)
+    limiter.observe(told(600, 0, "60s"), early, 2.0)
+    assert limiter.buckets["requests"].level_at(2.0) == pytest.approx(510)
+
+
+def test_refusals_in_a_row_wait_longer_and_a_minute_at_most() -> None:
+    limiter = module.RateLimiter(8, jitter=lambda: 1.0)
+    now, waits = 0.0, []
+    for _ in range(9):
+        ticket = limiter.leave(1, now)
+        waits.append(limiter.refuse(None, ticket, now))
+        now = limiter.resume_at
+    assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+    assert limiter.slots == 1
+    limiter.succeed()
+    assert limiter.refuse(None, limiter.leave(1, now), now) == 0.5
+
+
+def test_refusals_of_calls_that_left_together_count_once() -> None:
+    limiter = module.RateLimiter(8, jitter=lambda: 1.0)
+    tickets = [limiter.leave(1, 0.0) for _ in range(8)]
+    for ticket in tickets:
+        limiter.refuse(None, ticket, 1.0)
+    assert limiter.refusals == 1
+    assert limiter.resume_at == 1.5
+
+
+@given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 50)), min_size=1, max_size=200))
+def test_the_pace_never_passes_a_known_limit(calls: list[tuple[float, int]]) -> None:
+    """Whatever calls come when, a bucket that is told exactly is never overdrawn."""
+    limiter, level, now, at = module.RateLimiter(4), 100.0, 0.0, 0.0
+    for pause, tokens in calls:
+        now += pause
+        now += max(0.0, limiter.wait(tokens, now)) + 1e-9
+        level = min(100.0, level + (now - at) * 10)
+        at = now
+        ticket = limiter.leave(tokens, now)
+        level -= tokens
+        assert level > -1e-3
+        limiter.observe(told(100, max(level, 0), f"{(100 - level) / 10}s", "tokens"), ticket, now)
+
+
+# --- Dialects
+
+
+@pytest.mark.parametrize(
+    ("refused", "model", "lost"),
+    [
+        ({"temperature"}, "gpt-4o-mini", {"temperature"}),
+        ({"max_completion_tokens"}, "gpt-4o-mini", {"max_completion_tokens"}),
+        ({"max_completion_tokens", "max_tokens"}, "gpt-4o-mini", {"max_completion_tokens", "max_tokens"}),
+        ({"reasoning_effort"}, "gpt-5-mini", {"temperature"}),
+        ({"json_schema"}, "local", set()),
+        ({"json_schema", "json_object"}, "local", {"response_format"}),
+        ({"temperature", "max_completion_tokens", "json_schema"}, "gpt-4o-mini", {"temperature"}),
+    ],
+)
+def test_what_a_server_refuses_is_learned_and_said_once(
+    job: Job, refused: set[str], model: str, lost: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.server.refuses = refused
+    job.write(make_texts(60))
+    assert job.command("--model", model, "--max-workers", "1") == 0
+    job.check()
+    assert not lost & set(job.server.calls[-1].body)
+    refusals = [call for call in job.server.calls if call.status == 400]
+    assert 1 <= len(refusals) <= 4
+    assert capsys.readouterr().err.count("refuses a part of the request") == len(refusals)
+
+
+def test_many_workers_learn_together(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.server.refuses, job.server.first_token = {"temperature"}, 0.05
+    job.write(make_texts(60))
+    assert job.command("--max-workers", "6") == 0
+    job.check()
+    assert capsys.readouterr().err.count("going on with no temperature") == 1
+    assert sum(call.status == 400 for call in job.server.calls) <= 6
+
+
+def test_a_schema_part_that_is_refused_is_left_out_before_the_schema_is(job: Job) -> None:
+    job.server.refuses = {"maxItems"}
+    job.write(make_texts(20)).enrich()
+    job.check()
+    last = job.server.calls[-1].body["response_format"]
+    assert last["type"] == "json_schema"
+    assert "maxItems" not in str(last)
+
+
+def test_models_that_reason_are_asked_not_to(job: Job) -> None:
+    job.write(["cake"]).enrich(model="gpt-6-luna")
+    assert job.server.calls[0].body["reasoning_effort"] == "none"
+    assert job.server.calls[0].body["temperature"] == 0
+
+
+def test_a_model_without_that_choice_is_asked_for_the_least(job: Job) -> None:
+    job.server.refuses = {"reasoning_effort"}
+    job.write(["cake"]).enrich(model="gpt-5-mini")
+    body = job.server.calls[-1].body
+    assert body["reasoning_effort"] == "minimal"
+    assert not {"temperature", "max_completion_tokens"} & set(body)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
+        "Unsupported parameter: 'max_completion_tokens' is not supported with this model.",
+        "Unrecognized request argument supplied: reasoning_effort",
+        "Unsupported value: 'minimal' is not supported. reasoning.effort Supported values are: 'low', 'medium'.",
+        "'response_format.type' must be 'json_schema' or 'text'",
+        "Invalid schema for response_format 'labels': In context=(), 'maxItems' is not permitted.",
+    ],
+)
+def test_each_refusal_changes_one_part_and_learning_ends(message: str) -> None:
+    dialect, steps = module.Dialect(reasoning_effort="none", output_cap="max_completion_tokens"), 0
+    while lesson := module.learn(dialect, message):
+        assert lesson[0] != dialect
+        dialect, steps = lesson[0], steps + 1
+        assert steps < 6
+    assert steps
+
+
+# --- What a response means
+
+
+def response(status: int, message: str = "", code: Any = None, kind: str = "x") -> module.Response:
+    return module.Response(status, {}, error_body(message, kind, code=code), 0.0)
+
+
+V = module.Verdict
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        (response(401, "bad key"), V.FATAL),
+        (response(402, "pay"), V.FATAL),
+        (response(403, "no access"), V.FATAL),
+        (module.Response(403, {}, None, 0.0), V.STRANGE),
+        (response(404, "no model", "model_not_found"), V.FATAL),
+        (response(429, "quota", "insufficient_quota"), V.FATAL),
+        (response(429, "quota", None, "insufficient_quota"), V.FATAL),
+        (response(429, "spend", "project_spend_limit_exceeded"), V.FATAL),
+        (response(400, "Budget has been exceeded", "400", "budget_exceeded"), V.FATAL),
+        (response(429, "Rate limit reached", "rate_limit_exceeded", "tokens"), V.LIMITED),
+        (response(429, "None", "429"), V.LIMITED),
+        (response(429, "Request too large for gpt-4o", "rate_limit_exceeded", "tokens"), V.CONTENT),
+        (response(400, "This model's maximum context length is 8192 tokens."), V.CONTENT),
+        (response(400, "the request exceeds the available context size", 400, "exceed_context_size_error"), V.CONTENT),
+        (response(413, "Payload too large"), V.CONTENT),
+        (response(400, "The response was filtered due to Azure's content management policy", "content_filter"), V.CONTENT),
+        (response(408), V.BROKEN),
+        (response(409), V.BROKEN),
+        (response(500), V.BROKEN),
+        (response(529), V.BROKEN),
+        (response(503, "overloaded", "server_is_overloaded"), V.BROKEN),
+        (module.Response(502, {}, None, 0.0), V.BROKEN),
+        (module.Response(0, {}, None, 0.0, "no answer in time"), V.BROKEN),
+        (module.Response(200, {}, None, 0.0), V.BROKEN),
+        (module.Response(200, {}, {"error": {}}, 0.0), V.BROKEN),
+        (module.Response(200, {}, {"choices": []}, 0.0), V.BROKEN),
+        (module.Response(200, {}, [], 0.0), V.BROKEN),
+        (module.Response(200, {}, {"choices": [{"message": {}}]}, 0.0), V.COMPLETION),
+        (module.Response(400, {}, {"error": "a text alone"}, 0.0), V.STRANGE),
+        (module.Response(302, {}, None, 0.0), V.STRANGE),
+    ],
+)  # fmt: skip
+def test_verdicts(answer: module.Response, verdict: module.Verdict) -> None:
+    assert module.judge(answer)[0] is verdict
+
+
+# --- Pointless jobs
+
+
+STOPPING = {
+    "key": (
+        401,
+        error_body("Incorrect API key provided: sk-ab***yz", code="invalid_api_key"),
+        "The API key was refused",
+    ),
+    "no access": (403, error_body("Project lacks access"), "The API key was refused"),
+    "model": (404, error_body("The model `x` does not exist", code="model_not_found"), "pass another --model"),
+    "address": (404, "<html>", "does the base URL end in /v1"),
+    "money": (429, error_body("You exceeded your quota", code="insufficient_quota"), "No money or budget is left"),
+}
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_a_pointless_job_stops_at_once_with_one_line(job: Job, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, body, line = STOPPING[name]
+    job.server.first_token = 0.05
+    job.write(make_texts(200)).enrich(limit=20, batch_size=10)
+    job.server.script.extend([(status, {}, body)] * 100)
+    assert job.command("--max-workers", "4") == 1
+    errors = capsys.readouterr().err
+    assert line in errors
+    assert "sk-ab" not in errors
+    assert "20 of 200 rows are labelled and saved" in errors
+    assert len(job.server.calls) <= 2 + 4
+    job.check(blank_rows=range(20, 200))
+
+
+def test_answers_in_flight_when_a_job_stops_are_kept(job: Job) -> None:
+    job.server.first_token = 0.3
+    job.server.script.append((401, {}, error_body("no")))
+    with pytest.raises(module.ProviderError):
+        job.write(make_texts(40)).enrich(max_workers=4)
+    assert sum(cells != ["", "", ""] for cells in job.cells) == 30
+
+
+def test_a_server_that_refuses_every_request_stops_the_job(job: Job) -> None:
+    job.server.script.extend([(400, {}, error_body("Something is wrong with your request"))] * 500)
+    with pytest.raises(module.ProviderError, match=r"Every request is refused .* Something is wrong"):
+        job.write(make_texts(200)).enrich()
+    assert len(job.server.calls) <= module.STRANGE_LIMIT + 3
+
+
+def test_one_request_that_is_refused_for_an_unknown_reason_stops_nothing(job: Job) -> None:
+    job.server.script.append((400, {}, error_body("Something is wrong with your request")))
+    job.write(make_texts(100)).enrich()
+    job.check()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_server_that_goes_away_stops_the_job(job: Job) -> None:
+    job.write(make_texts(30)).enrich()
+    job.write(make_texts(400))
+    wrong = [(503, {}, error_body("down"))] * 2000
+    job.server.script.extend([*wrong])
+    with pytest.raises(module.ProviderError, match="fails every request"):
+        job.enrich(max_retries=3)
+    job.check(blank_rows=range(30, 400))
+
+
+def test_a_server_that_cannot_be_reached_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "UNREACHABLE_SECONDS", 1.0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://user:secret@127.0.0.1:{taken.getsockname()[1]}/v1"
+    with pytest.raises(module.ProviderError, match=r"No answer from 127\.0\.0\.1:\d+: no connection") as caught:
+        job.write(make_texts(100)).enrich(base_url=url)
+    assert "secret" not in str(caught.value)
+
+
+def test_the_waits_before_a_server_is_given_up_end_within_thirty_seconds() -> None:
+    for jitter in (0.75, 1.0, 1.25):
+        waited, failures = 0.0, 0
+        while waited <= module.UNREACHABLE_SECONDS:
+            failures += 1
+            waited += module.backoff(failures, jitter)
+        assert waited < 20
+
+
+def test_a_server_is_quoted_without_key_or_text(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.write(["a text that nobody should see in a log"])
+    message = "Input 'a text that nobody should see' with key my-own-key is bad"
+    job.server.script.extend([(403, {}, error_body(message))] * 20)
+    assert job.command("--api-key", "my-own-key") == 1
+    assert "nobody" not in capsys.readouterr().err
+    words = module.quote_server(
+        response(400, "bad key my-own-key sk-abc***d and  more"),
+        module.Request((module.make_row("text", None),), module.Question("m", tuple(LABELS), False)),
+        module.Endpoint(None, "my-own-key"),
+    )
+    assert words == "bad key [key] [key] and more"
+
+
+def test_a_proxy_is_not_asked_for_this_machine(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    job.write(["cake"]).enrich()
+    job.check()
+
+
+def test_a_socks_proxy_without_its_package_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    with pytest.raises(module.InputError, match="pip install socksio"):
+        job.write(["cake"]).enrich(base_url="http://example.invalid/v1", api_key="x")

@@ -1,0 +1,65 @@
+"""The module stays short-breathed: function lengths, nesting, comments, and files only where they belong."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import re
+from collections.abc import Iterator
+
+from conftest import ROOT
+
+import enrich_dataset as module
+
+SOURCE = (ROOT / "enrich_dataset.py").read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
+
+
+def bare_length(function: ast.FunctionDef) -> int:
+    body = function.body[1:] if ast.get_docstring(function) and len(function.body) > 1 else function.body
+    return (function.end_lineno or 0) - body[0].lineno + 1
+
+
+def nesting(node: ast.AST) -> int:
+    deeper = isinstance(node, ast.If | ast.For | ast.While | ast.With | ast.Try | ast.Match)
+    return deeper + max((nesting(child) for child in ast.iter_child_nodes(node)), default=0)
+
+
+def test_functions_are_short() -> None:
+    lengths = sorted(bare_length(function) for function in FUNCTIONS)
+    assert lengths[len(lengths) // 2] <= 12
+    assert lengths[len(lengths) * 9 // 10] <= 35
+    assert lengths[-1] <= 60
+
+
+def test_nothing_is_nested_deeper_than_three() -> None:
+    assert [function.name for function in FUNCTIONS if nesting(function) > 3] == []
+
+
+def test_the_top_level_is_what_the_user_asked_for() -> None:
+    import subprocess
+
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if tracked:
+        assert {path.split("/")[0] for path in tracked} == {
+            "enrich_dataset.py", "example_usage.py", "tests", "requirements.txt", "ENRICHMENT_README.md",
+            ".gitignore", "HatefulData.csv", "pyproject.toml", ".ci",
+        }  # fmt: skip
+
+
+def examples() -> Iterator[tuple[str, str]]:
+    for function in FUNCTIONS:
+        docstring = ast.get_docstring(function) or ""
+        yield from re.findall(rf"({function.name}\(.+?\)) == (.+?)[.\n]*$", docstring, re.MULTILINE)
+
+
+def test_examples_in_docstrings_hold() -> None:
+    found = list(examples())
+    assert len(found) >= 5
+    for left, right in found:
+        assert eval(left, vars(module)) == eval(right), left  # noqa: S307 # our own docstrings
+
+
+def test_every_doctest_holds() -> None:
+    assert doctest.testmod(module).failed == 0

@@ -1,0 +1,173 @@
+"""The file: every byte kept, fields appended, the rest refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import parse
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stand_in_server import StandIn
+
+import enrich_dataset as module
+
+EXACT = {
+    "plain": (b"id,text\n1,praise\n2,cake\n", b"id,text,praise\n1,praise,1\n2,cake,0\n"),
+    "no-last-line-end": (b"id,text\n1,praise\n2,cake", b"id,text,praise\n1,praise,1\n2,cake,0"),
+    "crlf": (b"id,text\r\n1,praise\r\n", b"id,text,praise\r\n1,praise,1\r\n"),
+    "cr": (b"id,text\r1,praise\r", b"id,text,praise\r1,praise,1\r"),
+    "mixed-ends": (b"id,text\r\n1,praise\n2,cake\r3,tram\r\n", b"id,text,praise\r\n1,praise,1\n2,cake,0\r3,tram,0\r\n"),
+    "doubled-cr": (b"id,text\r\r\n1,praise\r\r\n", b"id,text,praise\r\r\n1,praise,1\r\r\n"),
+    "semicolons": (b"id;text\n1;praise, no\n", b"id;text;praise\n1;praise, no;1\n"),
+    "tabs": (b"id\ttext\n1\tpraise\n", b"id\ttext\tpraise\n1\tpraise\t1\n"),
+    "bars": (b"id|text\n1|praise\n", b"id|text|praise\n1|praise|1\n"),
+    "one-column": (b"text\npraise\n", b"text,praise\npraise,1\n"),
+    "bom": (b"\xef\xbb\xbftext,id\npraise,1\n", b"\xef\xbb\xbftext,id,praise\npraise,1,1\n"),
+    "bom-and-quotes": (b'\xef\xbb\xbf"text","id"\n"praise","1"\n', b'\xef\xbb\xbf"text","id","praise"\n"praise","1","1"\n'),
+    "utf-16-le": ("\ufefftext,id\npraisé,1\n".encode("utf-16-le"), "\ufefftext,id,praise\npraisé,1,1\n".encode("utf-16-le")),
+    "utf-16-be": ("\ufefftext\tid\npraise\t1\n".encode("utf-16-be"), "\ufefftext\tid\tpraise\npraise\t1\t1\n".encode("utf-16-be")),
+    "cp1252": (b"id,text\n\x80,praise\n", b"id,text,praise\n\x80,praise,1\n"),
+    "all-quoted": (b'"id","text"\n"1","praise"\n"2",""\n', b'"id","text","praise"\n"1","praise","1"\n"2","",""\n'),
+    "header-quoted": (b'"id","text"\n1,"praise"\n', b'"id","text","praise"\n1,"praise",1\n'),
+    "records-quoted": (b'id,text\n"1","praise"\n', b'id,text,praise\n"1","praise","1"\n'),
+    "newlines-inside": (b'text,id\n"praise\nand\r\nmore\rof it",1\n', b'text,id,praise\n"praise\nand\r\nmore\rof it",1,1\n'),
+    "ends-in-a-quoted-newline": (b'id,text\n1,"praise\n"\n', b'id,text,praise\n1,"praise\n",1\n'),
+    "blank-lines": (b"\n\nid,text\n\n1,praise\n\n \n2,cake\n\n", b"\n\nid,text,praise\n\n1,praise,1\n\n \n2,cake,0\n\n"),
+    "odd-quotes": (b'id,text\n "1",praise "x"\n"a"b"c,praise\n', b'id,text,praise\n "1",praise "x",1\n"a"b"c,praise,1\n'),
+    "numbers-as-they-were": (b"id,text\n00123,praise\n1.10,NA\n1e5,null\n", b"id,text,praise\n00123,praise,1\n1.10,NA,0\n1e5,null,0\n"),
+    "control-characters": (b"id,text\n\x18\x1c\x1d,praise\x85\n", None),
+    "blank-header": (b",text,\n1,praise,2\n", b",text,,praise\n1,praise,2,1\n"),
+    "newline-in-header": (b'"a\n\x0b",text\n1,praise\n', b'"a\n\x0b",text,praise\n1,praise,1\n'),
+    "doubled-other-column": (b"id,id,text\n1,2,praise\n", b"id,id,text,praise\n1,2,praise,1\n"),
+    "separators-of-lines": ("id,text\n\u2028,praise\u2029\n".encode(), "id,text,praise\n\u2028,praise\u2029,1\n".encode()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_every_byte_is_kept(name: str, enrich_bytes: Callable[..., bytes]) -> None:
+    content, right = EXACT[name]
+    written = enrich_bytes(content)
+    assert written == (right or b"id,text,praise\n\x18\x1c\x1d,praise\x85,1\n")
+
+
+def test_a_field_may_be_longer_than_csv_allows(enrich_bytes: Callable[..., bytes]) -> None:
+    long = b"praise " * 30_000
+    assert enrich_bytes(b"text\n" + long + b"\n") == b"text,praise\n" + long + b",1\n"
+
+
+def test_a_label_is_quoted_where_it_must_be(enrich_bytes: Callable[..., bytes]) -> None:
+    assert enrich_bytes(b"text\npraise\n", labels=['praise, or "not"']).startswith(b'text,"praise, or ""not"""\n')
+
+
+REFUSED = {
+    "too-long": (b"id,text\n1,2\n1,2,3\n", "line 3: this record has 3 fields, the header has 2"),
+    "too-short": (b"id,text\n1\n", "line 2: this record has 1 fields"),
+    "trailing-delimiter": (b"id,text\n1,2,\n", "line 2: this record has 3 fields"),
+    "torn-by-cr": (b"id,text\n1,a\rb\n", "line 3: this record has 1 fields"),
+    "unclosed-quote": (b'id,text\n1,a\n2,"b\n3,c\n', "a quote is opened and never closed"),
+    "no-such-column": (b"id,body\n1,2\n", "is not in the header of .*which has 'id', 'body'"),
+    "doubled-column": (b"text,text\n1,2\n", "stands twice in the header"),
+    "empty": (b"", "is empty"),
+    "one-newline": (b"\n", "is empty"),
+    "bom-alone": (b"\xef\xbb\xbf", "is empty"),
+    "binary": (b"PK\x03\x04\x00\x00\xff\xfe\x00text", "is it a binary file"),
+    "no-encoding": (b"text\n\x81\x8d\n", "no text in UTF-8"),
+    "utf-16-cut": (b"\xff\xfet\0e\0x\0t\0\n\0a", "no text in UTF-8"),
+    "not-a-label-column": (
+        b"text,praise\na,1\nb,maybe\n",
+        "line 3: the column 'praise' holds something else than 0, 1",
+    ),
+    "doubled-label-column": (b"text,praise,praise\na,1,1\n", "'praise' stands twice"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_exact_table_is_refused(
+    name: str, enrich_bytes: Callable[..., bytes], tmp_path: Path, server: StandIn
+) -> None:
+    content, message = REFUSED[name]
+    with pytest.raises(module.InputError, match=message) as caught:
+        enrich_bytes(content)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
+    assert server.calls == []
+
+
+def test_a_label_that_the_encoding_lacks_is_refused(enrich_bytes: Callable[..., bytes]) -> None:
+    with pytest.raises(module.InputError, match="cp1252"):
+        enrich_bytes(b"text\n\x80\n", labels=["賞賛"])
+
+
+def test_no_text_is_in_a_refusal(enrich_bytes: Callable[..., bytes]) -> None:
+    with pytest.raises(module.InputError) as caught:
+        enrich_bytes(b"text,praise\nmy secret,my secret\n")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_failed_write_leaves_the_old_output_whole(tmp_path: Path) -> None:
+    output = tmp_path / "out.csv"
+    output.write_text("old")
+    with pytest.raises(RuntimeError), module.replacing(output, "utf-8") as file:
+        file.write("half of the new")
+        raise RuntimeError
+    assert output.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_an_output_that_cannot_be_written_loses_nothing(enrich_bytes: Callable[..., bytes], tmp_path: Path) -> None:
+    draft = tmp_path / "out.csv.tmp"
+    draft.mkdir()
+    with pytest.raises(module.EnrichmentError, match=r"cannot be written .*no answer is lost"):
+        enrich_bytes(b"text\npraise\n")
+    draft.rmdir()
+    assert enrich_bytes(b"text\npraise\n", base_url=None) == b"text,praise\npraise,1\n"
+
+
+def test_an_output_behind_a_link_is_written_where_the_link_points(
+    enrich_bytes: Callable[..., bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.csv").symlink_to(tmp_path / "elsewhere" / "out.csv")
+    enrich_bytes(b"text\npraise\n")
+    assert (tmp_path / "out.csv").is_symlink()
+    assert (tmp_path / "elsewhere" / "out.csv").read_text() == "text,praise\npraise,1\n"
+
+
+cell_texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
+
+
+@given(
+    rows=st.lists(st.lists(cell_texts, min_size=3, max_size=3), min_size=1, max_size=8),
+    delimiter=st.sampled_from(",;\t|"),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    end=st.sampled_from(["\n", "\r\n"]),
+    quote_all=st.booleans(),
+    last_end=st.booleans(),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_csv_comes_back_byte_for_byte_plus_columns(
+    rows: list[list[str]], delimiter: str, encoding: str, end: str, quote_all: bool, last_end: bool,
+    enrich_bytes: Callable[..., bytes],
+) -> None:  # fmt: skip
+    quoted = [['"' + cell.replace('"', '""') + '"' for cell in row] for row in rows]
+    if not quote_all:
+        special = set(delimiter + '"\r\n')
+        quoted = [
+            [text if set(cell) & special or not cell.strip() else cell for cell, text in zip(row, line, strict=True)]
+            for row, line in zip(rows, quoted, strict=True)
+        ]
+    header = ['"a"', '"text"', '"c"'] if quote_all else ["a", "text", "c"]
+    lines = [delimiter.join(row) for row in [header, *quoted]]
+    content = end.join(lines) + (end if last_end else "")
+
+    written = enrich_bytes(content.encode(encoding), labels=["praise", "cakes"]).decode(encoding)
+
+    cells = [row[3:] for row in parse(written, delimiter)[1:]]
+    assert [row == ["", ""] for row in cells] == [not row[1].strip() for row in rows]
+    quotes_cells = all(cell.startswith('"') for cell in quoted[0])
+    values = [[f'"{value}"' if quotes_cells else value for value in row] for row in cells]
+    names = ['"praise"', '"cakes"'] if quote_all else ["praise", "cakes"]
+    longer = [delimiter.join([line, *added]) for line, added in zip(lines, [names, *values], strict=True)]
+    assert written == end.join(longer) + (end if last_end else "")
