@@ -1681,11 +1681,13 @@ def plan_lines(run: Run, pending: Pending, batch_count: int) -> list[str]:
     known = len(window) - blank_texts - asked
     lines = [f"Starting parallel enrichment from row {run.settings.start_index}..."]
     if known:
-        lines.append(f"Already answered: {known} rows (not asked again)")
+        lines.append(f"Rows already answered (not asked again): {known}")
     if blank_texts:
-        lines.append(f"Blank texts: {blank_texts} rows (not sent, left blank)")
+        lines.append(f"Rows with a blank text (not sent, left blank): {blank_texts}")
     if asked > pending.distinct:
-        lines.append(f"Equal rows: {asked - pending.distinct} rows (asked once, answered alike)")
+        lines.append(f"Rows equal to another one (asked once, answered alike): {asked - pending.distinct}")
+    if len(pending.groups) == 1 and run.question.labels not in pending.groups:
+        lines.append(f"Labels to ask (the others are answered): {list(*pending.groups)}")
     if not batch_count:
         return [*lines, "Nothing to ask: no API call is made"]
     return [
@@ -1701,7 +1703,7 @@ def closing_lines(run: Run, pending: Pending) -> list[str]:
     tally, blank_rows = run.tally, run.blank_rows()
     lines = ["", "✓ Enrichment complete!"]
     if blank_rows:
-        lines = ["", f"✗ Enrichment finished, but {len(blank_rows)} rows stay blank (asked again at the next run):"]
+        lines = ["", f"✗ Enrichment finished, rows left blank (asked again at the next run): {len(blank_rows)}"]
         shown = itertools.islice(blank_rows.items(), SHOWN_BLANK_ROWS)
         lines += [f"  row {number}: {reason}" for number, reason in shown]
         if len(blank_rows) > SHOWN_BLANK_ROWS:

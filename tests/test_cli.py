@@ -53,7 +53,7 @@ def test_the_summary_counts_what_is_in_the_file(job: Job, capsys: pytest.Capture
     ones = sum(cells[0] == "1" for cells in job.cells)
     printed = capsys.readouterr().out
     assert f"praising_violence: {ones}/38 ({ones / 38:.1%}), 2 blank\n" in printed
-    assert "Blank texts: 2 rows (not sent, left blank)" in printed
+    assert "Rows with a blank text (not sent, left blank): 2\n" in printed
 
 
 def test_the_speedup_is_the_calls_own_seconds_over_the_wall_clock(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +68,7 @@ def test_what_is_known_already_is_said(job: Job, capsys: pytest.CaptureFixture[s
     job.write(["cake", "cake", "tram"]).command("--quiet")
     assert job.command() == 0
     printed = capsys.readouterr().out
-    assert "Already answered: 3 rows (not asked again)\nNothing to ask: no API call is made\n" in printed
+    assert "Rows already answered (not asked again): 3\nNothing to ask: no API call is made\n" in printed
     assert "Total API calls made: 0\n" in printed
 
 
@@ -77,7 +77,7 @@ def test_equal_rows_and_another_encoding_are_said(job: Job, capsys: pytest.Captu
     assert job.command() == 0
     printed = capsys.readouterr().out
     assert "Encoding: cp1252, since the file is not UTF-8\n" in printed
-    assert "Equal rows: 1 rows (asked once, answered alike)\n" in printed
+    assert "Rows equal to another one (asked once, answered alike): 1\n" in printed
 
 
 def test_quiet_prints_nothing(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

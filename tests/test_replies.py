@@ -152,7 +152,7 @@ def test_a_poisoned_row_stays_blank_alone_and_is_named(job: Job, capsys: pytest.
     assert job.write(texts).command() == 3
     job.check(blank_rows=[3, 17, 31])
     printed = capsys.readouterr().out
-    assert "3 rows stay blank" in printed
+    assert "rows left blank (asked again at the next run): 3\n" in printed
     assert "  row 3: stopped by the provider's content filter\n" in printed
     assert "  row 17: the model refused to answer\n" in printed
     assert "  row 31: the answer was no JSON\n" in printed

@@ -1,0 +1,132 @@
+"""The README and the example do what they say."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from stand_in_server import StandIn
+
+import enrich_dataset as module
+
+README = (ROOT / "ENRICHMENT_README.md").read_text(encoding="utf-8")
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the first table under a heading, cells without backticks."""
+    section = README.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_flag_table_is_the_parsers() -> None:
+    parser = module.build_parser()
+    actions = {action.option_strings[-1]: action for action in parser._actions}
+    rows = {flag: (parameter, default) for flag, parameter, default, _ in table("Flags")}
+    assert sorted(rows) == sorted(actions)
+    parameters = inspect.signature(module.enrich_dataset).parameters
+    for flag, (parameter, default) in rows.items():
+        action = actions[flag]
+        assert parameter == (action.dest if action.dest in parameters else "")
+        value = parser.get_default(action.dest)
+        assert default == ("" if value is None or value is argparse.SUPPRESS else str(value))
+    assert {parameter for parameter, _ in rows.values()} - {""} == set(parameters)
+
+
+def test_the_exit_codes_are_the_modules() -> None:
+    told = re.findall(r"(\d+) [a-z]", (module.__doc__ or "").partition("Exit codes:")[2].partition("\n\n")[0])
+    assert [row[0] for row in table("Exit codes")] == told == ["0", "1", "2", "3", "130"]
+
+
+def without_times(text: str) -> str:
+    text = re.sub(r"\[\d\d:\d\d<.*?\]", "[]", text)
+    return re.sub(r"~[\d.]+x", "~x", text)
+
+
+def test_the_tour_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    block = README.partition("```console\n$ ")[2].partition("\n```")[0]
+    command, _, shown = block.partition("\n")
+    shutil.copy(ROOT / "HatefulData.csv", tmp_path)
+    shutil.copy(ROOT / "enrich_dataset.py", tmp_path)
+    with StandIn(first_token=0.4, per_token=0.012) as server:
+        words = shlex.split(command.replace("http://127.0.0.1:8000/v1", server.url))
+        assert words[0] == "python"
+        run = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=True)
+    bar = run.stderr.splitlines()[-1]
+    printed = run.stdout.replace("\n\n\n", f"\n\n{bar}\n\n").strip()
+    assert without_times(printed) == without_times(shown)
+    excerpt = "\n".join(line.strip() for line in README.splitlines() if line.startswith(("    id,text", "    001,")))
+    assert (tmp_path / "HatefulData_enriched.csv").read_text(encoding="utf-8").startswith(excerpt)
+
+
+def test_the_query_of_the_store_works(tmp_path: Path, server: StandIn) -> None:
+    import sqlite3
+
+    module.enrich_dataset(
+        ROOT / "HatefulData.csv", tmp_path / "out.csv", "text", "label", ["a label"], base_url=server.url, quiet=True
+    )
+    (query,) = re.findall(r'sqlite3 "(SELECT .*)"', README.replace("HatefulData_enriched.csv.answers.", ""))
+    with sqlite3.connect(tmp_path / "out.csv.answers.sqlite3") as db:
+        calls, prompt, completion = db.execute(query).fetchone()
+    assert calls == len(server.calls) == 4
+    assert prompt == sum(call.prompt_tokens for call in server.calls)
+    assert completion == sum(call.completion_tokens for call in server.calls)
+
+
+def test_the_example_works_without_a_key(tmp_path: Path) -> None:
+    for name in ("example_usage.py", "enrich_dataset.py", "HatefulData.csv"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "stand_in_server.py", tmp_path / "tests")
+    run = subprocess.run([sys.executable, "example_usage.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("No OPENAI_API_KEY is set, so no model is asked.\n")
+    assert "word rule" in run.stdout
+    assert "psychological_attacks: 3/38 (7.9%)\n" in run.stdout
+    assert (tmp_path / "HatefulData_stand_in_enriched.csv").exists()
+
+
+def test_the_example_asks_the_server_when_there_is_a_key(
+    tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("example_usage.py", "enrich_dataset.py", "HatefulData.csv"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "some-key")
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    subprocess.run([sys.executable, "example_usage.py"], cwd=tmp_path, capture_output=True, check=True)
+    assert (tmp_path / "HatefulData_enriched.csv").exists()
+    assert len(server.calls) == 4
+
+
+def test_the_sample_is_what_it_should_be() -> None:
+    import pandas as pd
+
+    sample = pd.read_csv(ROOT / "HatefulData.csv")
+    assert list(sample.columns) == ["id", "text", "label"]
+    assert len(sample) == 38
+    assert set(sample["label"]) == {"hate", "nothate"}
+    assert sample["text"].duplicated().sum() == 1
+    for sign in (",", '"', "\n", "👊"):
+        assert sample["text"].str.contains(sign, regex=False).any()
+
+
+def test_the_stand_in_runs_by_hand() -> None:
+    import json
+    from urllib.request import urlopen
+
+    command = [sys.executable, str(ROOT / "tests" / "stand_in_server.py"), "--port", "0", "--fault", "500=0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        url = process.stdout.readline().split()[3]
+        with urlopen(f"{url}/models/gpt-4o-mini") as reply:
+            assert json.load(reply)["shutdown_date"] == "2027-01-14"
+        with urlopen(url.replace("/v1", "/stand-in/calls")) as reply:
+            assert json.load(reply)["calls"] == 0
+        process.terminate()
