@@ -139,11 +139,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """A batch and what is asked of it. `tries` counts the times a lone row has been asked."""
+    """A batch and what is asked of it. `failures` are the reasons for which a lone row has failed so far."""
 
     rows: tuple[Row, ...]
     question: Question
-    tries: int = 1
+    failures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -1311,7 +1311,7 @@ class ParallelSender:
 # --- Replies -> answers -----------------------------------------------------------------------------------
 
 FENCED = re.compile(r"\s*```\w*\s*(.*?)\s*```\s*", re.DOTALL)
-LONE_TRIES = 3
+LONE_TRIES = 3  # that fail alike: chance fails a good row now this way, now that, a poisoned row always the same
 MISSING = object()
 
 
@@ -1381,8 +1381,9 @@ def split_request(reply: Reply, problems: Mapping[Row, str]) -> tuple[list[Reque
     if len(request.rows) > 1:
         middle = (len(rows) + 1) // 2
         return [Request(half, request.question) for half in (rows[:middle], rows[middle:]) if half], {}
-    if rows and request.tries < LONE_TRIES:
-        return [replace(request, tries=request.tries + 1)], {}
+    failures = (*request.failures, *problems.values())
+    if rows and failures.count(failures[-1]) < LONE_TRIES:
+        return [replace(request, failures=failures)], {}
     return [], dict(problems)
 
 

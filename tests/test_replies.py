@@ -124,6 +124,14 @@ def test_a_lone_row_gets_three_tries(job: Job) -> None:
     assert len(job.server.calls) == 3
 
 
+def test_failures_of_other_kinds_do_not_use_up_a_lone_rows_tries(job: Job) -> None:
+    broken = [{"content": "no"}, {"content": "{}"}, {"content": "no"}, {"content": "", "refusal": "no"}]
+    job.server.script.extend((200, {}, {"choices": [{"message": message}]}) for message in broken)
+    job.write(["cake"]).enrich()
+    assert len(job.server.calls) == 5
+    job.check()
+
+
 def test_only_what_is_missing_is_asked_again(job: Job) -> None:
     job.server.script.append((200, {}, reply_without_half()))
     job.write(make_texts(4)).enrich()
