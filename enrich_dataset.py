@@ -260,29 +260,29 @@ def enrich_file(settings: Settings) -> Run:
         require_key(endpoint)
     question = Question(settings.model, tuple(settings.new_labels), settings.label_column is not None)
     with AnswerStore(settings.store_path) as store:
-        run = Run(settings, table, question, store)
+        run = Run(settings, table, question, store, console)
         pending = pending_rows(table, {} if settings.fresh else store.answers(question), settings)
         requests = deque(make_requests(pending, settings))
         console.say(*plan_lines(run, pending, len(requests)))
         if requests:
             require_key(endpoint)
-            answer_pending(run, requests, endpoint, console)
+            answer_pending(run, requests, endpoint)
         run.save()
     console.say(*closing_lines(run, pending))
     return run
 
 
-def answer_pending(run: Run, requests: deque[Request], endpoint: Endpoint, console: Console) -> None:
+def answer_pending(run: Run, requests: deque[Request], endpoint: Endpoint) -> None:
     """Have the requests answered; whatever ends that early, the CSV is written with what there is."""
     with connect(endpoint, run.settings) as client, stop_on_signals() as stop:
-        send = ParallelSender(partial(call_server, client), endpoint, run.settings, stop, console.warn)
+        send = ParallelSender(partial(call_server, client), endpoint, run.settings, stop, run.console.warn)
         started = time.monotonic()
         try:
-            with console.progress(len(requests)) as bar:
+            with run.console.progress(len(requests)) as bar:
                 answer_rows(requests, send, run, bar)
         except (Exception, Stopped):
             run.save()
-            console.warn(unfinished_line(run))
+            run.console.warn(unfinished_line(run))
             raise
         finally:
             send.close()
@@ -317,6 +317,7 @@ class Run:
     table: Table
     question: Question
     store: AnswerStore
+    console: Console
     tally: Tally = field(default_factory=Tally)
     cells: list[Cells] = field(default_factory=list)
     save_at: float = field(default_factory=lambda: time.monotonic() + SAVE_SECONDS)
@@ -334,10 +335,14 @@ class Run:
     def save_now_and_then(self) -> None:
         """Write the CSV once a minute, and less often where that would take over a twentieth of the time."""
         started = time.monotonic()
-        if started >= self.save_at:
+        if started < self.save_at:
+            return
+        try:
             self.save()
-            finished = time.monotonic()
-            self.save_at = finished + max(SAVE_SECONDS, 20 * (finished - started))
+        except EnrichmentError as error:  # the answers are in the store, and the file may be free later
+            self.console.warn(f"Not saved yet: {error}")
+        finished = time.monotonic()
+        self.save_at = finished + max(SAVE_SECONDS, 20 * (finished - started))
 
     def blank_rows(self) -> dict[int, str]:
         """Row number -> reason, of the rows in the window that have a text and lack an answer."""
@@ -1020,6 +1025,9 @@ class Ticket:
     spent: Mapping[str, float]
 
 
+BELIEVED_SECONDS = 60.0  # how long what a server told of a limit may hold up all calls; then one asks anew
+
+
 class RateLimiter:
     """Paces all calls before the server has to refuse them, and makes all wait where it does.
 
@@ -1043,7 +1051,8 @@ class RateLimiter:
         for name, bucket in self.buckets.items():
             cost = tokens if kind_of(name) == "tokens" else 1.0
             needed = min(bucket.capacity, 2 * cost)  # one call in reserve, since costs are estimates
-            waits.append((needed - bucket.level_at(now)) / bucket.rate)
+            until_full_enough = (needed - bucket.level_at(now)) / bucket.rate
+            waits.append(min(until_full_enough, bucket.at + BELIEVED_SECONDS - now))
         return max(waits)
 
     def leave(self, tokens: float, now: float) -> Ticket:
@@ -1067,16 +1076,17 @@ class RateLimiter:
             level = min(limit, remaining - since + rate * (now - ticket.at))
             self.buckets[name] = Bucket(limit, level, rate, now)
 
-    def refuse(self, asked: float | None, ticket: Ticket, now: float) -> float:
+    def refuse(self, asked: float, ticket: Ticket, now: float) -> None:
         """Make all calls wait: as long as the server asks, else longer with each refusal in a row."""
         if ticket.at >= self.refused_at:  # else it left before the last refusal came, and tells nothing new
             self.refused_at = now
             self.refusals += 1
             if not self.buckets:  # with nothing known of the limit, fewer calls at once are all we have
                 self.slots = max(1.0, self.slots / 2)
-        seconds = asked + 0.1 * (self.jitter() - 0.75) if asked is not None else backoff(self.refusals, self.jitter())
-        self.resume_at = max(self.resume_at, now + seconds) if asked is not None else self.refused_at + seconds
-        return seconds
+        if asked:
+            self.resume_at = max(self.resume_at, now + asked + 0.1 * (self.jitter() - 0.75))
+        else:
+            self.resume_at = max(self.resume_at, self.refused_at + backoff(self.refusals, self.jitter()))
 
     def succeed(self) -> None:
         self.refusals = 0
@@ -1121,15 +1131,15 @@ def seconds_of(duration: str) -> float:
     return sum(float(number) * units[unit] for number, unit in re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", duration))
 
 
-def asked_wait(headers: Mapping[str, str]) -> float | None:
-    """The seconds that `retry-after-ms` or `retry-after` (seconds or a date) asks for."""
+def asked_wait(headers: Mapping[str, str]) -> float:
+    """The seconds that `retry-after-ms` or `retry-after` (seconds or a date) asks for; 0 where nothing does."""
     with contextlib.suppress(KeyError, ValueError):
         return max(0.0, float(headers["retry-after-ms"]) / 1000)
     with contextlib.suppress(KeyError, ValueError):
         return max(0.0, float(headers["retry-after"]))
     with contextlib.suppress(KeyError, ValueError, TypeError):
         return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-    return None
+    return 0.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -1263,9 +1273,10 @@ class ParallelSender:
         return None
 
     def _wait_for_limit(self, errand: Errand, response: Response, now: float) -> None:
-        seconds = self.limiter.refuse(asked_wait(response.headers), errand.ticket, now)
-        if seconds > 30:
-            self.warn(f"Rate limit: all workers wait {seconds:.0f} s.")
+        known = self.limiter.resume_at
+        self.limiter.refuse(asked_wait(response.headers), errand.ticket, now)
+        if self.limiter.resume_at > max(now + 30, known + 1):
+            self.warn(f"Rate limit: all workers wait {self.limiter.resume_at - now:.0f} s.")
         self._ask_again(errand, now)
 
     def _ask_again(self, errand: Errand, due: float) -> None:
@@ -1280,8 +1291,7 @@ class ParallelSender:
         if self.answered_at == -math.inf and now - self.failing_since > UNREACHABLE_SECONDS:
             self._halt(f"No answer from {self.endpoint.host}: {reason}. Check the address and the network")
         elif errand.failures <= self.max_retries:
-            asked = asked_wait(response.headers)
-            pause = backoff(errand.failures, self.limiter.jitter()) if asked is None else asked
+            pause = asked_wait(response.headers) or backoff(errand.failures, self.limiter.jitter())
             self._ask_again(errand, now + pause)
         elif self.successful_at < errand.failed_since and self.failures >= max(5, self.max_retries + 1):
             self._halt(f"{self.endpoint.host} fails every request ({reason}, {self.failures} in a row). Try later")

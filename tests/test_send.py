@@ -114,17 +114,16 @@ def test_a_long_wait_is_told_and_can_be_interrupted(job: Job) -> None:
         ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
         ({"retry-after": "2.5"}, 2.5),
         ({"retry-after": "-1"}, 0.0),
-        ({"retry-after": "soon"}, None),
-        ({}, None),
+        ({"retry-after": "soon"}, 0.0),
+        ({}, 0.0),
     ],
 )
-def test_what_a_server_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
+def test_what_a_server_asks_to_wait(headers: dict[str, str], seconds: float) -> None:
     assert module.asked_wait(headers) == seconds
 
 
 def test_a_server_may_ask_to_wait_until_a_date() -> None:
     asked = module.asked_wait({"retry-after": formatdate(time.time() + 60, usegmt=True)})
-    assert asked is not None
     assert 57 < asked <= 60
 
 
@@ -168,6 +167,15 @@ def test_a_daily_limit_is_not_taken_for_one_a_minute() -> None:
     assert limiter.buckets["requests"].rate == pytest.approx(10_000 / 86_400)
 
 
+def test_what_a_server_told_holds_calls_up_for_a_minute_at_most() -> None:
+    limiter = module.RateLimiter(8)
+    limiter.observe(told(60, 0, "24h"), limiter.leave(1, 0.0), 0.0)
+    assert limiter.wait(1, 10.0) == pytest.approx(50)
+    assert limiter.wait(1, 60.0) <= 0
+    limiter.leave(1, 60.0)
+    assert limiter.wait(1, 60.0) == pytest.approx(60)
+
+
 def test_an_older_reply_teaches_nothing() -> None:
     limiter = module.RateLimiter(8)
     early, late = limiter.leave(1, 0.0), limiter.leave(1, 1.0)
@@ -181,19 +189,21 @@ def test_refusals_in_a_row_wait_longer_and_a_minute_at_most() -> None:
     now, waits = 0.0, []
     for _ in range(9):
         ticket = limiter.leave(1, now)
-        waits.append(limiter.refuse(None, ticket, now))
+        limiter.refuse(0.0, ticket, now)
+        waits.append(limiter.resume_at - now)
         now = limiter.resume_at
     assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
     assert limiter.slots == 1
     limiter.succeed()
-    assert limiter.refuse(None, limiter.leave(1, now), now) == 0.5
+    limiter.refuse(0.0, limiter.leave(1, now), now)
+    assert limiter.resume_at == now + 0.5
 
 
 def test_refusals_of_calls_that_left_together_count_once() -> None:
     limiter = module.RateLimiter(8, jitter=lambda: 1.0)
     tickets = [limiter.leave(1, 0.0) for _ in range(8)]
     for ticket in tickets:
-        limiter.refuse(None, ticket, 1.0)
+        limiter.refuse(0.0, ticket, 1.0)
     assert limiter.refusals == 1
     assert limiter.resume_at == 1.5
 

@@ -181,6 +181,26 @@ def test_the_csv_is_written_while_the_job_runs(job: Job, monkeypatch: pytest.Mon
     assert seen[-1]
 
 
+def test_a_csv_that_cannot_be_written_meanwhile_does_not_end_the_job(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    job.server.first_token = 0.02
+    draft = job.output.with_name("out.csv.tmp")
+    draft.mkdir()
+    admit = job.server.admit
+
+    def free_the_draft(tokens: int) -> tuple[dict[str, str], str]:
+        if len(job.server.calls) == 4 and draft.exists():
+            draft.rmdir()
+        return admit(tokens)
+
+    job.server.admit = free_the_draft  # type: ignore[method-assign]
+    job.write(make_texts(80)).enrich(max_workers=1, quiet=False)
+    assert "Not saved yet: " in capsys.readouterr().err
+    job.check()
+
+
 def test_a_run_in_another_thread_works(job: Job) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
