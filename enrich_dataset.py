@@ -49,9 +49,10 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum, auto
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TextIO
 from urllib.parse import SplitResult, urlsplit
 
 if TYPE_CHECKING:  # imported where they are used, so that --help and a wrong argument answer at once
@@ -59,7 +60,14 @@ if TYPE_CHECKING:  # imported where they are used, so that --help and a wrong ar
     import pandas as pd
     from tqdm import tqdm
 
-__all__ = ["EnrichmentError", "InputError", "ProviderError", "enrich_dataset"]
+__all__ = [
+    "BudgetExceeded",
+    "EnrichmentError",
+    "InputError",
+    "ProviderError",
+    "enrich_dataframe",
+    "enrich_dataset",
+]
 __version__ = "1.0.0"
 
 
@@ -85,20 +93,24 @@ class ProviderError(EnrichmentError):
     """The server will answer no request of this run: key, model, money, address; answers so far are kept."""
 
 
+class BudgetExceeded(EnrichmentError):  # noqa: N818 # it is no error of anybody's
+    """The next call could cost more than the user allows; answers so far are kept."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options of one run, as `enrich_dataset` documents them."""
 
-    input_filepath: str | Path
-    output_filepath: str | Path
+    input_filepath: str | Path | None  # None: the table is a DataFrame
+    output_filepath: str | Path | None
     text_column: str
     label_column: str | None
     new_labels: Sequence[str]
     api_key: str | None
     model: str
-    batch_size: int
+    batch_size: int | Literal["auto"]
     start_index: int
-    max_workers: int
+    max_workers: int | Literal["auto"]
     limit: int | None
     base_url: str | None
     timeout: float
@@ -106,10 +118,22 @@ class Settings:
     store_filepath: str | Path | None
     fresh: bool
     quiet: bool
+    price: tuple[float, float] | None
+    max_cost: float | None
+    max_cost_total: float | None
+    dry_run: bool
+    show_prompt: bool
 
     @property
-    def store_path(self) -> Path:
-        return Path(self.store_filepath or f"{self.output_filepath}.answers.sqlite3")
+    def store_path(self) -> Path | None:
+        """Where the answers are kept; None: in memory."""
+        if self.store_filepath is not None:
+            return Path(self.store_filepath)
+        return None if self.output_filepath is None else Path(f"{self.output_filepath}.answers.sqlite3")
+
+    @property
+    def source(self) -> str:
+        return "the DataFrame" if self.input_filepath is None else str(self.input_filepath)
 
     def window(self, row_count: int) -> range:
         stop = row_count if self.limit is None else min(row_count, self.start_index + self.limit)
@@ -118,15 +142,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a text. With the text it decides the answer, so it is part of every answer's key."""
+    """What is asked of a text, in which words. With the text it decides the answer.
+
+    `label_keys` stand for it in the store, one a label, so that a label's neighbours are no part of its key.
+    """
 
     model: str
     labels: tuple[str, ...]
-    sends_label: bool
-
-    @property
-    def label_keys(self) -> tuple[str, ...]:
-        return tuple(digest(WORDING, self.sends_label, self.model, label).hex() for label in self.labels)
+    label_keys: tuple[str, ...]
+    prompt: str  # the system message
 
 
 class Row(NamedTuple):
@@ -155,6 +179,22 @@ class Response:
     body: Any
     seconds: float
     fault: str = ""
+    was_sent: bool = True
+
+    @property
+    def may_be_billed(self) -> bool:
+        """Whether a model may have worked for it, seen or unseen: behind a gateway that gave up, it may have."""
+        return self.was_sent and (self.status // 100 == 2 or self.status in {0, 502, 504, 524})
+
+
+class Usage(NamedTuple):
+    """Tokens. Of the prompt's, some were cached and some written to the cache; of the completion's, some reasoning."""
+
+    prompt: int = 0
+    cached: int = 0
+    written: int = 0
+    completion: int = 0
+    reasoning: int = 0
 
 
 @dataclass(frozen=True)
@@ -167,6 +207,8 @@ class Reply:
     divisible: bool  # whether asking for fewer rows at a time may help
     calls: int
     seconds: float
+    cost: float | None = None  # US dollars; None: the price or the usage is not known
+    unseen_cost: float = 0.0  # at most, of calls without a reply that may have been billed all the same
 
 
 @dataclass
@@ -174,9 +216,24 @@ class Tally:
     """What a run has done so far."""
 
     calls: int = 0
+    replies: int = 0
+    rows: int = 0  # distinct ones that were answered
     call_seconds: float = 0.0  # the calls' own durations, summed
     seconds: float = 0.0  # by the clock on the wall
+    usage: Usage = field(default_factory=Usage)
+    cost: float = 0.0  # US dollars
+    unseen_cost: float = 0.0
     failed: dict[bytes, str] = field(default_factory=dict)  # row key -> reason
+
+    def add(self, reply: Reply, answered: int, failed: Mapping[Row, str]) -> None:
+        self.calls += reply.calls
+        self.replies += 1
+        self.rows += answered
+        self.call_seconds += reply.seconds
+        self.usage = Usage(*map(sum, zip(self.usage, read_usage(reply.body) or Usage(), strict=True)))
+        self.cost += reply.cost or 0.0
+        self.unseen_cost += reply.unseen_cost
+        self.failed.update((row.key, reason) for row, reason in failed.items())
 
 
 def digest(*parts: object) -> bytes:
@@ -195,9 +252,9 @@ def enrich_dataset(
     new_labels: Sequence[str],
     api_key: str | None = None,
     model: str = "gpt-4o-mini",
-    batch_size: int = 10,
+    batch_size: int | Literal["auto"] = 10,
     start_index: int = 0,
-    max_workers: int = 3,
+    max_workers: int | Literal["auto"] = 3,
     *,
     limit: int | None = None,
     base_url: str | None = None,
@@ -206,6 +263,11 @@ def enrich_dataset(
     store_filepath: str | Path | None = None,
     fresh: bool = False,
     quiet: bool = False,
+    price: tuple[float, float] | None = None,
+    max_cost: float | None = None,
+    max_cost_total: float | None = None,
+    dry_run: bool = False,
+    show_prompt: bool = False,
 ) -> pd.DataFrame:
     """Label each text of a CSV by chat calls; write the CSV with one 0/1 column a label; return it.
 
@@ -219,9 +281,9 @@ def enrich_dataset(
             0 and 1 cells; only its blank ones are asked.
         api_key: default OPENAI_API_KEY. Servers other than OpenAI's may need none.
         model: a chat model's name as the server knows it.
-        batch_size: rows a call, 1 to 500.
+        batch_size: rows a call, 1 to 500; "auto" chooses by the length of the texts.
         start_index: rows before this one (counted from 0) are not sent; they keep what is known of them.
-        max_workers: calls at once, 1 to 500.
+        max_workers: calls at once, 1 to 500; "auto" chooses by the number of rows.
         limit: at most so many rows from `start_index` on; None for all.
         base_url: default OPENAI_BASE_URL, else OpenAI's; such as "http://localhost:11434/v1".
         timeout: seconds without a byte before a call is given up and tried again.
@@ -230,59 +292,110 @@ def enrich_dataset(
         store_filepath: the SQLite file of answers; default the output's path + ".answers.sqlite3".
         fresh: ask again although the store has answers.
         quiet: print nothing.
+        price: US dollars for a million prompt tokens and for a million completion tokens; default the
+            list of the package genai-prices.
+        max_cost: US dollars that this run may cost at most; it ends before a call that could pass that.
+        max_cost_total: the same for all runs on this store together.
+        dry_run: send nothing, write nothing, need no key; print what a run would ask and cost.
+        show_prompt: print the messages and the schema of the first request.
 
     Returns:
         What `pandas.read_csv` makes of the input (rows x columns), plus the labels as nullable Int8
         columns of 1, 0 and <NA>. `attrs["enrichment"]` holds rows, labelled_rows, blank_rows (row number
-        -> reason), calls and seconds.
+        -> reason), reused_rows, calls, tokens (prompt, cached, written, completion, reasoning), cost (US
+        dollars, None where the price is not known) and seconds.
 
     Raises:
         InputError: arguments or input cannot be used; nothing was written, nothing sent.
         ProviderError: no request can succeed (key, model, money, no server); what came back is kept.
+        BudgetExceeded: the next call could pass `max_cost` or `max_cost_total`; what came back is kept.
         EnrichmentError: a file could not be written; what came back before is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM; calls in flight were waited for, kept, and the CSV written.
     """
-    run = enrich_file(Settings(**locals()))
-    return build_frame(run)
+    table, run = enrich_file(Settings(**locals()))
+    return label_frame(read_frame(table), run)
 
 
-def enrich_file(settings: Settings) -> Run:
+def enrich_dataframe(
+    df: pd.DataFrame,
+    text_column: str,
+    new_labels: Sequence[str],
+    *,
+    label_column: str | None = None,
+    store_filepath: str | Path | None = None,
+    quiet: bool = True,
+    **options: Any,
+) -> pd.DataFrame:
+    """Label each text of a DataFrame; return a copy of it with one nullable Int8 column a label.
+
+    Args:
+        df: rows x columns; its index and other columns stay as they are. A text that is None, NaN or
+            blank is not sent and stays blank. A label that is a column already may hold 0, 1 and blanks.
+        text_column, new_labels, label_column: as in `enrich_dataset`.
+        store_filepath: the SQLite file of answers; None: they live in memory and are gone with the call.
+        quiet: print nothing.
+        options: the other options of `enrich_dataset`, by name, with the same defaults.
+
+    Returns and raises what `enrich_dataset` does. An empty DataFrame makes no call, so that on Dask
+    `meta=enrich_dataframe(ddf._meta, ...)` is the `meta` that `map_partitions` wants.
+    """
+    arguments = {name: value for name, value in locals().items() if name not in {"df", "options"}}
+    paths = {"input_filepath": None, "output_filepath": None}
+    settings = Settings(**default_options() | options | arguments | paths)
+    check_settings(settings)
+    return label_frame(df.copy(), label_table(settings, take_frame(df, settings), write=lambda _: None))
+
+
+def enrich_file(settings: Settings) -> tuple[CsvTable, Run]:
     """The whole job but for the DataFrame, which the command does not need."""
     check_settings(settings)
-    endpoint = find_endpoint(settings)
+    find_endpoint(settings)
     console = Console(settings.quiet)
     console.say(f"Loading dataset from {settings.input_filepath}...")
     table = read_table(settings)
-    check_table(settings, table)
-    console.say(*opening_lines(settings, table))
+    console.say(*loaded_lines(table))
+    write = partial(write_table, table, settings.new_labels, Path(str(settings.output_filepath)))
+    return table, label_table(settings, table, write)
 
-    if not settings.store_path.exists():
-        require_key(endpoint)
-    question = Question(settings.model, tuple(settings.new_labels), settings.label_column is not None)
-    with AnswerStore(settings.store_path) as store:
-        run = Run(settings, table, question, store, console)
-        pending = pending_rows(table, {} if settings.fresh else store.answers(question), settings)
-        requests = deque(make_requests(pending, settings))
-        console.say(*plan_lines(run, pending, len(requests)))
+
+def label_table(settings: Settings, table: Table, write: Callable[[Sequence[Cells]], None]) -> Run:
+    """The way from a table to its answers; `write` saves them where the table is a file."""
+    check_table(settings, table)
+    settings = choose_sizes(settings, table)
+    endpoint, console = find_endpoint(settings), Console(settings.quiet)
+    console.say(*opening_lines(settings))
+
+    question = pose(settings.model, tuple(settings.new_labels), settings.label_column is not None)
+    with open_store(settings, endpoint) as store:
+        run = Run(settings, table, question, store, console, write, store.spent())
+        run.pending = pending_rows(table, {} if settings.fresh else store.answers(question), settings)
+        requests = deque(make_requests(run.pending, settings))
+        console.say(*plan_lines(run, len(requests)), *prompt_lines(requests, settings))
+        if settings.dry_run:
+            console.say(*estimate_lines(run, requests))
+            run.merge()
+            return run
         if requests:
             require_key(endpoint)
             answer_pending(run, requests, endpoint)
         run.save()
-    console.say(*closing_lines(run, pending))
+    console.say(*closing_lines(run))
     return run
 
 
 def answer_pending(run: Run, requests: deque[Request], endpoint: Endpoint) -> None:
     """Have the requests answered; whatever ends that early, the CSV is written with what there is."""
-    with connect(endpoint, run.settings) as client, stop_on_signals() as stop:
-        send = ParallelSender(partial(call_server, client), endpoint, run.settings, stop, run.console.warn)
+    settings, warn = run.settings, run.console.warn
+    with connect(endpoint, settings) as client, stop_on_signals() as stop, retirement_notice(client, run):
+        budget = Budget(run.price, *cost_cap(run))
+        send = ParallelSender(partial(call_server, client), endpoint, settings, budget, stop, warn)
         started = time.monotonic()
         try:
             with run.console.progress(len(requests)) as bar:
                 answer_rows(requests, send, run, bar)
         except (Exception, Stopped):
             run.save()
-            run.console.warn(unfinished_line(run))
+            warn(unfinished_line(run))
             raise
         finally:
             send.close()
@@ -294,19 +407,19 @@ def answer_rows(
 ) -> None:
     """The one loop that decides: what a reply leaves open goes back to the front of the queue, in halves.
 
-    A sender empties the queue and yields one reply for each request, in any order, as each lands.
+    A sender empties the queue, as long as there is something in it, and yields one reply for each request,
+    in any order, as each lands.
     """
-    while requests:
-        for reply in send(requests):
-            answers, problems = read_reply(reply)
-            again, failed = split_request(reply, problems)
-            run.store.record(reply, answers, failed)
-            requests.extendleft(again)
-            run.count(reply, failed)
-            bar.total = (bar.total or 0) + len(again)
-            bar.set_postfix_str(f"{len(run.tally.failed)} failed" if run.tally.failed else "", refresh=False)
-            bar.update()
-            run.save_now_and_then()
+    for reply in send(requests):
+        answers, problems = read_reply(reply)
+        again, failed = split_request(reply, problems)
+        run.store.record(reply, answers, failed)
+        requests.extendleft(again)
+        run.tally.add(reply, len(answers), failed)
+        bar.total = (bar.total or 0) + len(again)
+        bar.set_postfix_str(progress_note(run, bar), refresh=False)
+        bar.update()
+        run.save_now_and_then()
 
 
 @dataclass
@@ -318,19 +431,35 @@ class Run:
     question: Question
     store: AnswerStore
     console: Console
+    write: Callable[[Sequence[Cells]], None]
+    spent_before: float  # US dollars, by earlier runs on this store
+    pending: Pending = field(default_factory=lambda: Pending({}, []))
     tally: Tally = field(default_factory=Tally)
     cells: list[Cells] = field(default_factory=list)
     save_at: float = field(default_factory=lambda: time.monotonic() + SAVE_SECONDS)
 
-    def count(self, reply: Reply, failed: Mapping[Row, str]) -> None:
-        self.tally.calls += reply.calls
-        self.tally.call_seconds += reply.seconds
-        self.tally.failed.update((row.key, reason) for row, reason in failed.items())
+    @cached_property
+    def price(self) -> Price | None:
+        return find_price(self.settings)
+
+    @property
+    def reused_rows(self) -> int:
+        """The rows of the window that had an answer already."""
+        return len(self.settings.window(len(self.table.rows))) - self.blank_texts - len(self.pending.numbers)
+
+    @cached_property
+    def blank_texts(self) -> int:
+        window = self.settings.window(len(self.table.rows))
+        return sum(not self.table.rows[number].text.strip() for number in window)
+
+    def merge(self) -> None:
+        """Take the answers from the store."""
+        self.cells = merge_answers(self.table, self.store.answers(self.question), len(self.question.labels))
 
     def save(self) -> None:
         """Write the CSV from the store."""
-        self.cells = merge_answers(self.table, self.store.answers(self.question), len(self.question.labels))
-        write_table(self.table, self.question.labels, self.cells, Path(self.settings.output_filepath))
+        self.merge()
+        self.write(self.cells)
 
     def save_now_and_then(self) -> None:
         """Write the CSV once a minute, and less often where that would take over a twentieth of the time."""
@@ -361,16 +490,22 @@ SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV file as it is: each record's raw text, and what is needed of its columns, a list item a row."""
+    """What is needed of a table: a list item a row."""
+
+    rows: list[Row]
+    given: list[Cells]  # what it holds of the new labels already
+
+
+@dataclass(frozen=True)
+class CsvTable(Table):
+    """A CSV file as it is: each record's raw text, and how it is written."""
 
     encoding: str
     delimiter: str
     raw_header: str
     records: list[str]  # raw, with line ends
     gaps: dict[int, str]  # blank lines, by the number of the record they stand before
-    rows: list[Row]
     label_columns: tuple[int | None, ...]  # where the input has the new labels already
-    given: list[Cells]  # what it holds there
     quotes_header: bool  # whether every field is quoted
     quotes_cells: bool
 
@@ -389,12 +524,16 @@ class Pending:
 
 def check_settings(settings: Settings) -> None:
     """Refuse what no file and no server could make right."""
-    check_number("batch size", settings.batch_size, 1, 500)
-    check_number("number of workers", settings.max_workers, 1, 500)
+    check_number("batch size", 1 if settings.batch_size == "auto" else settings.batch_size, 1, 500)
+    check_number("number of workers", 1 if settings.max_workers == "auto" else settings.max_workers, 1, 500)
     check_number("start index", settings.start_index, 0, math.inf)
     check_number("limit", 1 if settings.limit is None else settings.limit, 1, math.inf)
     check_number("timeout", settings.timeout, 0.001, 86_400, whole=False)
     check_number("number of retries", settings.max_retries, 0, 1000)
+    for amount in settings.price or ():
+        check_number("price", amount, 0, math.inf, whole=False)
+    for cap in (settings.max_cost, settings.max_cost_total):
+        check_number("cost cap", 0 if cap is None else cap, 0, math.inf, whole=False)
     if not settings.model.strip():
         raise InputError("The model's name is blank: pass one, such as gpt-4o-mini.")
     check_labels(settings.new_labels)
@@ -426,18 +565,33 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def check_paths(settings: Settings) -> None:
-    source, output, store = Path(settings.input_filepath), Path(settings.output_filepath), settings.store_path
-    if not source.is_file():
+    source = None if settings.input_filepath is None else Path(settings.input_filepath)
+    output = None if settings.output_filepath is None else Path(settings.output_filepath)
+    store = settings.store_path
+    if source and not source.is_file():
         raise InputError(f"There is no file {source}: check the path of the input.")
     for path, what in (output, "output"), (store, "store"):
+        if path is None:
+            continue
         if path.is_dir():
             raise InputError(f"The {what} {path} is a folder: name a file in it.")
         if not path.parent.is_dir():
             raise InputError(f"There is no folder {path.parent} for the {what}: make it, or name another.")
-        if path.exists() and path.samefile(source):
+        if source and path.exists() and path.samefile(source):
             raise InputError(f"The {what} is the input itself ({source}): name another file.")
-    if store.resolve() == output.resolve():
+    if store and output and store.resolve() == output.resolve():
         raise InputError(f"The store and the output are the same file ({output}): name two.")
+
+
+def choose_sizes(settings: Settings, table: Table) -> Settings:
+    """The settings with "auto" replaced, by the length of the texts and the number of rows."""
+    texts = [table.rows[number].text for number in settings.window(len(table.rows))]
+    middle = median(map(len, texts)) if texts else 0
+    if settings.batch_size == "auto":
+        settings = replace(settings, batch_size=25 if middle < 100 else 12 if middle <= 500 else 7)
+    if settings.max_workers == "auto":
+        settings = replace(settings, max_workers=3 if len(texts) < 100 else 5 if len(texts) <= 1000 else 10)
+    return settings
 
 
 def check_table(settings: Settings, table: Table) -> None:
@@ -445,20 +599,13 @@ def check_table(settings: Settings, table: Table) -> None:
     if settings.start_index >= max(1, len(table.rows)):
         raise InputError(
             f"The start index {settings.start_index} is past the last row: "
-            f"{settings.input_filepath} has {len(table.rows)} rows, counted from 0."
+            f"{settings.source} has {len(table.rows)} rows, counted from 0."
         )
-    try:
-        "".join(settings.new_labels).encode(table.encoding)
-    except UnicodeEncodeError:
-        raise InputError(
-            f"A label cannot be written in the encoding of {settings.input_filepath} ({table.encoding}): "
-            "rename it, or save the input as UTF-8."
-        ) from None
 
 
-def read_table(settings: Settings) -> Table:
+def read_table(settings: Settings) -> CsvTable:
     """Read the CSV in the first encoding that fits all of it."""
-    path = Path(settings.input_filepath)
+    path = Path(str(settings.input_filepath))
     try:
         with path.open("rb") as file:
             start = file.read(65_536)
@@ -479,7 +626,7 @@ def candidate_encodings(start: bytes) -> tuple[str, ...]:
     return ("utf-8",) if b"\0" in start else ("utf-8", "cp1252")  # no text in cp1252 holds a NUL
 
 
-def parse_table(lines: Iterator[str], encoding: str, settings: Settings) -> Table:
+def parse_table(lines: Iterator[str], encoding: str, settings: Settings) -> CsvTable:
     head = list(itertools.islice(lines, 100))  # enough for a header whose names hold newlines
     delimiter = choose_delimiter(head, settings)
     parsed = read_records(itertools.chain(head, lines), delimiter, settings)
@@ -489,6 +636,7 @@ def parse_table(lines: Iterator[str], encoding: str, settings: Settings) -> Tabl
     if settings.label_column is not None:
         label_at = find_column(header, settings.label_column, "label", settings)
     label_columns = tuple(find_new_label(header, label, settings) for label in settings.new_labels)
+    check_encoding(encoding, settings)
 
     records: list[str] = []
     rows: list[Row] = []
@@ -504,11 +652,48 @@ def parse_table(lines: Iterator[str], encoding: str, settings: Settings) -> Tabl
             quotes_cells = quotes_all(fields, raw, delimiter)
         records.append(raw)
         rows.append(make_row(fields[text_at], None if label_at is None else fields[label_at]))
-        given.append(read_cells(fields, label_columns, settings, line))
+        held = ["" if column is None else fields[column] for column in label_columns]
+        given.append(read_cells(held, settings, f"line {line}"))
     quotes_header = quotes_all(header, raw_header, delimiter)
-    return Table(
-        encoding, delimiter, gap + raw_header, records, gaps, rows, label_columns, given, quotes_header, quotes_cells
+    raw_header = gap + raw_header
+    return CsvTable(
+        rows, given, encoding, delimiter, raw_header, records, gaps, label_columns, quotes_header, quotes_cells
     )
+
+
+def take_frame(df: pd.DataFrame, settings: Settings) -> Table:
+    """The table that a DataFrame is."""
+    header = [name if isinstance(name, str) else repr(name) for name in df.columns]
+    texts = frame_texts(df.iloc[:, find_column(header, settings.text_column, "text", settings)])
+    labels: Iterable[str | None] = itertools.repeat(None)
+    if settings.label_column is not None:
+        labels = frame_texts(df.iloc[:, find_column(header, settings.label_column, "label", settings)])
+    columns = [find_new_label(header, label, settings) for label in settings.new_labels]
+    held = [[""] * len(df) if column is None else frame_cells(df.iloc[:, column]) for column in columns]
+    given = [read_cells(row, settings, f"row {number}") for number, row in enumerate(zip(*held, strict=True))]
+    return Table([make_row(text, label) for text, label in zip(texts, labels, strict=False)], given)
+
+
+def frame_texts(column: pd.Series[Any]) -> list[str]:
+    return ["" if missing else str(value) for value, missing in zip(column, column.isna(), strict=True)]
+
+
+def frame_cells(column: pd.Series[Any]) -> list[str]:
+    """A label column's values as a CSV has them: 1.0 and True are 1."""
+    known = {0: "0", 1: "1"}
+    return [
+        "" if missing else known.get(value, str(value)) for value, missing in zip(column, column.isna(), strict=True)
+    ]
+
+
+def check_encoding(encoding: str, settings: Settings) -> None:
+    try:
+        "".join(settings.new_labels).encode(encoding)
+    except UnicodeEncodeError:
+        raise InputError(
+            f"A label cannot be written in the encoding of {settings.source} ({encoding}): "
+            "rename it, or save the input as UTF-8."
+        ) from None
 
 
 def choose_delimiter(head: list[str], settings: Settings) -> str:
@@ -584,7 +769,7 @@ def find_column(header: list[str], name: str, what: str, settings: Settings) -> 
     if header.count(name) != 1:
         found = "stands twice in" if name in header else "is not in"
         raise InputError(
-            f"The {what} column {name!r} {found} the header of {settings.input_filepath}, "
+            f"The {what} column {name!r} {found} the header of {settings.source}, "
             f"which has {', '.join(map(repr, header))}: name one that stands there once."
         )
     return header.index(name)
@@ -604,17 +789,16 @@ def make_row(text: str, label: str | None) -> Row:
     return Row(digest(text, label), text, label)
 
 
-def read_cells(fields: list[str], columns: Sequence[int | None], settings: Settings, line: int) -> Cells:
-    """What a record's own label columns hold."""
+def read_cells(held: Sequence[str], settings: Settings, place: str) -> Cells:
+    """What a row's own label columns hold."""
     cells = ""
-    for label, column in zip(settings.new_labels, columns, strict=True):
-        value = "" if column is None else fields[column].strip()
-        if value not in {"0", "1", ""}:
+    for label, value in zip(settings.new_labels, held, strict=True):
+        if value.strip() not in {"0", "1", ""}:
             raise InputError(
-                f"{settings.input_filepath}, line {line}: the column {label!r} holds something else than 0, 1 or "
+                f"{settings.source}, {place}: the column {label!r} holds something else than 0, 1 or "
                 "blank, so it is no label column of this program: name the new label otherwise."
             )
-        cells += value or BLANK
+        cells += value.strip() or BLANK
     return cells
 
 
@@ -675,12 +859,44 @@ LABEL_SHAPE = ', "label": "..."'
 LABEL_NOTE = ' "label" is how the text was labelled before, given as context only.'
 
 
+BATCH_CHARACTERS = 60_000  # of texts; at worst a token each, which is half of what gpt-4o-mini can take in
+
+
+def pose(model: str, labels: tuple[str, ...], sends_label: bool) -> Question:
+    """The question whether these labels apply."""
+    names = [json.dumps(label, ensure_ascii=False) for label in labels]
+    prompt = WORDING.format(
+        labels="\n".join(f"- {name}" for name in names),
+        first_label=names[0],
+        label_shape=LABEL_SHAPE if sends_label else "",
+        label_note=LABEL_NOTE if sends_label else "",
+    )
+    keys = tuple(digest(WORDING, sends_label, model, label).hex() for label in labels)
+    return Question(model, labels, keys, prompt)
+
+
 def make_requests(pending: Pending, settings: Settings) -> Iterator[Request]:
-    """Batches of equal size, so that one schema, which the server compiles once, serves nearly the whole run."""
     for labels, rows in pending.groups.items():
-        question = Question(settings.model, labels, settings.label_column is not None)
-        for start in range(0, len(rows), settings.batch_size):
-            yield Request(tuple(rows[start : start + settings.batch_size]), question)
+        question = pose(settings.model, labels, settings.label_column is not None)
+        for batch in make_batches(rows, int(settings.batch_size)):
+            yield Request(batch, question)
+
+
+def make_batches(rows: Iterable[Row], batch_size: int) -> Iterator[tuple[Row, ...]]:
+    """Batches of equal size, so that one schema, which the server compiles once, serves nearly the whole run.
+
+    Only where texts are very long is a batch closed early.
+    """
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        characters += len(row.text)
+        if batch and (len(batch) == batch_size or characters > BATCH_CHARACTERS):
+            yield tuple(batch)
+            batch, characters = [], len(row.text)
+        batch.append(row)
+    if batch:
+        yield tuple(batch)
 
 
 def row_id(position: int) -> str:
@@ -697,7 +913,7 @@ def build_body(request: Request, dialect: Dialect) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": request.question.model,
         "messages": [
-            {"role": "system", "content": system_message(request.question)},
+            {"role": "system", "content": request.question.prompt},
             {"role": "user", "content": user_message(request.rows)},
         ],
     }
@@ -708,19 +924,8 @@ def build_body(request: Request, dialect: Dialect) -> dict[str, Any]:
     if dialect.reasoning_effort is not None:
         body["reasoning_effort"] = dialect.reasoning_effort
     if dialect.output_cap is not None:
-        body[dialect.output_cap] = most_answer_tokens(request)
+        body[dialect.output_cap] = most_answer_tokens(request) + dialect.reasoning_room
     return body
-
-
-@lru_cache(maxsize=1024)
-def system_message(question: Question) -> str:
-    names = [json.dumps(label, ensure_ascii=False) for label in question.labels]
-    return WORDING.format(
-        labels="\n".join(f"- {name}" for name in names),
-        first_label=names[0],
-        label_shape=LABEL_SHAPE if question.sends_label else "",
-        label_note=LABEL_NOTE if question.sends_label else "",
-    )
 
 
 def user_message(rows: Sequence[Row]) -> str:
@@ -758,10 +963,142 @@ def most_answer_tokens(request: Request) -> int:
     return 50 + len(request.rows) * row // 3
 
 
+def prompt_characters(request: Request) -> int:
+    """About how long the messages are."""
+    labels = sum(len(row.label) + 13 for row in request.rows if row.label is not None)
+    return len(request.question.prompt) + sum(len(row.text) + 27 for row in request.rows) + labels
+
+
 def estimated_tokens(request: Request) -> int:
     """What a call counts towards a limit of tokens a minute: the larger of its prompt and its output cap."""
-    prompt = len(system_message(request.question)) + sum(len(row.text) + 30 for row in request.rows)
-    return max(prompt // 4, most_answer_tokens(request))
+    return max(int(prompt_characters(request) * TOKENS_A_CHARACTER), most_answer_tokens(request))
+
+
+# --- Cost -------------------------------------------------------------------------------------------------
+
+TOKENS_A_CHARACTER = 0.25  # in English; more in most other languages
+Price = Callable[[Usage], float]  # US dollars of one call
+
+
+def find_price(settings: Settings) -> Price | None:
+    """What calls of the model cost, by the user's figures, else by the list of genai-prices; None: it is not known."""
+    if settings.price is not None:
+        into, out = settings.price
+        return lambda usage: (usage.prompt * into + usage.completion * out) / 1e6
+    try:
+        import genai_prices
+    except ImportError:
+        return None
+
+    def listed(usage: Usage) -> float:
+        tokens = genai_prices.Usage(
+            input_tokens=usage.prompt,
+            cache_read_tokens=usage.cached,
+            cache_write_tokens=usage.written,
+            output_tokens=usage.completion,
+        )
+        return float(genai_prices.calc_price(tokens, settings.model, provider_id="openai").total_price)
+
+    try:
+        listed(Usage())
+    except LookupError:
+        return None
+    return listed
+
+
+def read_usage(body: Any) -> Usage | None:
+    """The tokens that a completion tells, or None."""
+    prompt, completion = look_up(body, "usage", "prompt_tokens"), look_up(body, "usage", "completion_tokens")
+    if not isinstance(prompt, int) or not isinstance(completion, int):
+        return None
+    cached = look_up(body, "usage", "prompt_tokens_details", "cached_tokens")
+    written = look_up(body, "usage", "prompt_tokens_details", "cache_write_tokens")
+    reasoning = look_up(body, "usage", "completion_tokens_details", "reasoning_tokens")
+    return Usage(prompt, tokens_in(cached), tokens_in(written), completion, tokens_in(reasoning))
+
+
+def tokens_in(value: str | int | None) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def worst_usage(request: Request, dialect: Dialect) -> Usage:
+    """What a call may be billed at most: a token holds at least one byte, and the answer has its cap."""
+    prompt = len(json.dumps(build_body(request, dialect), ensure_ascii=False).encode())
+    return Usage(prompt=prompt, written=prompt, completion=most_answer_tokens(request) + dialect.reasoning_room)
+
+
+class Budget:
+    """What may still be spent: a call's worst case is set aside before it leaves, and settled when it is back."""
+
+    def __init__(self, price: Price | None, cap: float = math.inf, flag: str = "") -> None:
+        self.price = price
+        self.cap = cap
+        self.flag = flag
+        self.spent = 0.0
+        self.reserved = 0.0
+
+    @property
+    def capped(self) -> bool:
+        return self.cap < math.inf
+
+    def worst_cost(self, request: Request, dialect: Dialect) -> float:
+        return self.price(worst_usage(request, dialect)) if self.price else 0.0
+
+    def reserve(self, request: Request, dialect: Dialect) -> float | None:
+        """Set a call's worst case aside and return it, or None if it does not fit."""
+        worst = self.worst_cost(request, dialect) if self.capped else 0.0
+        if self.spent + self.reserved + worst > self.cap:
+            return None
+        self.reserved += worst
+        return worst
+
+    def settle(self, errand: Errand, response: Response) -> None:
+        """Put what a call has cost, or may have cost unseen, in the place of what was set aside for it."""
+        self.reserved = max(0.0, self.reserved - errand.reserved)
+        if self.price is None or not response.may_be_billed:
+            return
+        usage = read_usage(response.body)
+        if usage:
+            cost = self.price(usage)
+            errand.cost = (errand.cost or 0.0) + cost
+        else:
+            cost = self.worst_cost(errand.request, errand.dialect)
+            errand.unseen_cost += cost
+        self.spent += cost
+
+    def exceeded(self) -> BudgetExceeded:
+        return BudgetExceeded(
+            f"The next call could pass {self.flag} {self.cap:g} ({dollars(self.spent)} counted towards it): "
+            "raise it and run the same command to go on."
+        )
+
+
+def cost_cap(run: Run) -> tuple[float, str]:
+    """What this run may spend at most, in US dollars, and the flag that says so."""
+    caps = [(math.inf, "")]
+    if run.settings.max_cost is not None:
+        caps.append((run.settings.max_cost, "--max-cost"))
+    if run.settings.max_cost_total is not None:
+        caps.append((run.settings.max_cost_total - run.spent_before, "--max-cost-total, of which this run has"))
+    cap = min(caps)
+    if cap[1] and run.price is None:
+        raise InputError(f"No price of {run.settings.model!r} is known, so no cost can be capped: pass --price IN OUT.")
+    return cap
+
+
+def estimate_usage(requests: Iterable[Request], rates: tuple[float, float] | None) -> Usage:
+    """The tokens that requests will take: by this model's earlier calls, else by their characters alone."""
+    prompt = completion = 0.0
+    for request in requests:
+        a_character, a_row = rates or (TOKENS_A_CHARACTER, usual_row_tokens(request.question.labels))
+        prompt += prompt_characters(request) * a_character
+        completion += len(request.rows) * a_row
+    return Usage(prompt=round(prompt), completion=round(completion))
+
+
+def usual_row_tokens(labels: Sequence[str]) -> float:
+    """The tokens of a row's answer if one label in twenty applies."""
+    return 2.5 + sum(len(label) + 3 for label in labels) / 20 * TOKENS_A_CHARACTER
 
 
 # --- Requests -> replies ----------------------------------------------------------------------------------
@@ -838,11 +1175,11 @@ def call_server(client: openai.OpenAI, body: Mapping[str, Any]) -> Response:
         response = client.post("/chat/completions", cast_to=httpx2.Response, body=body)
     except openai.APIStatusError as error:
         response = error.response
-    except openai.APITimeoutError:
-        return Response(0, {}, None, time.perf_counter() - started, "no answer in time")
     except openai.APIConnectionError as error:  # the cause's own text may hold the key
-        fault = f"no connection ({type(error.__cause__).__name__})"
-        return Response(0, {}, None, time.perf_counter() - started, fault)
+        late = isinstance(error, openai.APITimeoutError)
+        fault = "no answer in time" if late else f"no connection ({type(error.__cause__).__name__})"
+        was_sent = not isinstance(error.__cause__, (httpx2.ConnectError, httpx2.ConnectTimeout))
+        return Response(0, {}, None, time.perf_counter() - started, fault, was_sent)
     try:
         content = response.json()
     except ValueError:
@@ -867,15 +1204,19 @@ class Dialect:
     temperature: float | None = 0.0
     reasoning_effort: str | None = None
     output_cap: str | None = None
+    reasoning_room: int = 0  # tokens that the output cap leaves for reasoning, which counts as output
 
 
-def first_dialect(model: str) -> Dialect:
-    """What a model of this name is known to take. Only where nothing is reasoned can the output be capped."""
+REASONING_ROOM = 8192  # to begin with; what calls are seen to need is learnt
+
+
+def first_dialect(model: str, capped: bool) -> Dialect:
+    """What a model of this name is known to take; `capped`: the output must have an end, known model or not."""
     if re.match(r"(ft:)?(gpt-4|chatgpt-4)", model):
         return Dialect(output_cap="max_completion_tokens")
     if re.match(r"(ft:)?(gpt-[5-9]|o\d)", model):
         return Dialect(reasoning_effort="none", output_cap="max_completion_tokens")
-    return Dialect()
+    return Dialect(output_cap="max_completion_tokens" if capped else None)
 
 
 EFFORTS = ("none", "minimal", "low")
@@ -903,8 +1244,21 @@ def lower_effort(dialect: Dialect, message: str) -> tuple[Dialect, str]:
     offered = message.partition("supported values")[2]
     higher = EFFORTS[EFFORTS.index(dialect.reasoning_effort or "low") + 1 :]
     effort = next((effort for effort in higher if f"'{effort}'" in offered), None)
-    return replace(dialect, reasoning_effort=effort, temperature=None, output_cap=None), (
+    return replace(dialect, reasoning_effort=effort, temperature=None, reasoning_room=REASONING_ROOM), (
         f"reasoning effort {effort!r}" if effort else "no reasoning effort"
+    )
+
+
+def make_room(dialect: Dialect, usage: Usage | None) -> Dialect:
+    """Room for twice the reasoning that was seen, so that an answer which it crowded out fits at the next try."""
+    room = 2 * usage.reasoning if usage else 0
+    return replace(dialect, reasoning_room=room) if room > dialect.reasoning_room else dialect
+
+
+def uncapped(endpoint: Endpoint) -> ProviderError:
+    return ProviderError(
+        f"{endpoint.host} takes no bound on an answer's length, so no cost cap can be kept: drop --max-cost and "
+        "--max-cost-total."
     )
 
 
@@ -986,8 +1340,8 @@ def explain(response: Response, request: Request, endpoint: Endpoint) -> Provide
         return ProviderError(f"The API key was refused by {where}: check the key and what it may do.{said}")
     if response.status == 404 and response.body:
         return ProviderError(
-            f"The model {request.question.model!r} or the address was not found at {where}: "
-            f"pass another --model, or a --base-url that ends as the server wants (mostly /v1).{said}"
+            f"The model {request.question.model!r} or the address was not found at {where}: pass another --model "
+            f"(at OpenAI gpt-6-luna), or a --base-url that ends as the server wants (mostly /v1).{said}"
         )
     if response.status == 404:
         return ProviderError(f"Nothing answers chat calls at {where}: does the base URL end in /v1?")
@@ -1157,9 +1511,16 @@ class Errand:
     seconds: float = 0.0
     failures: int = 0
     failed_since: float = math.inf
+    reserved: float = 0.0  # US dollars set aside for the call that is under way
+    cost: float | None = None
+    unseen_cost: float = 0.0
 
     def reply(self, response: Response, problem: str = "", divisible: bool = True) -> Reply:
-        return Reply(self.request, response.body or {}, problem, divisible, self.calls, self.seconds)
+        body = response.body or {}
+        return Reply(self.request, body, problem, divisible, self.calls, self.seconds, self.cost, self.unseen_cost)
+
+
+NO_RESPONSE = Response(0, {}, None, 0.0, was_sent=False)
 
 
 UNREACHABLE_SECONDS = 10.0  # a server that never answered is given up after so long
@@ -1178,6 +1539,7 @@ class ParallelSender:
         call: Callable[[Mapping[str, Any]], Response],
         endpoint: Endpoint,
         settings: Settings,
+        budget: Budget,
         stop: threading.Event,
         warn: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
@@ -1185,16 +1547,17 @@ class ParallelSender:
         self.call = call
         self.endpoint = endpoint
         self.max_retries = settings.max_retries
+        self.budget = budget
         self.stop = stop
         self.warn = warn
         self.clock = clock
-        self.dialect = first_dialect(settings.model)
-        self.limiter = RateLimiter(settings.max_workers)
-        self.pool = ThreadPoolExecutor(settings.max_workers, thread_name_prefix="enrich")
+        self.dialect = first_dialect(settings.model, budget.capped)
+        self.limiter = RateLimiter(int(settings.max_workers))
+        self.pool = ThreadPoolExecutor(int(settings.max_workers), thread_name_prefix="enrich")
         self.landed: queue.SimpleQueue[tuple[Errand, Future[Response]]] = queue.SimpleQueue()
         self.flying = 0
         self.waiting: list[tuple[float, int, Errand]] = []  # a heap, by the time a retry falls due
-        self.trouble: ProviderError | None = None
+        self.trouble: EnrichmentError | None = None
         self.answered_at = -math.inf
         self.successful_at = -math.inf
         self.failing_since = math.inf
@@ -1214,6 +1577,8 @@ class ParallelSender:
             if reply:
                 self._launch(requests)  # before the caller takes its time over the reply
                 yield reply
+        for _, _, errand in self.waiting:  # their calls were made, so they are recorded
+            yield errand.reply(NO_RESPONSE, "not answered before the stop", divisible=False)
         if self.trouble:
             raise self.trouble
         if self.stop.is_set():
@@ -1238,13 +1603,17 @@ class ParallelSender:
             wait = self.limiter.wait(tokens, now)
             if wait > 0:
                 return min(0.5, wait)
+            reserved = self.budget.reserve(request, self.dialect)
+            if reserved is None:
+                self.trouble = None if self.flying else self.budget.exceeded()
+                return 0.5
             ticket = self.limiter.leave(tokens, now)
             errand = heapq.heappop(self.waiting)[2] if retry else Errand(requests.popleft(), self.dialect, ticket)
-            self._fly(errand, ticket)
+            self._fly(errand, ticket, reserved)
         return 0.5
 
-    def _fly(self, errand: Errand, ticket: Ticket) -> None:
-        errand.ticket, errand.dialect = ticket, self.dialect
+    def _fly(self, errand: Errand, ticket: Ticket, reserved: float) -> None:
+        errand.ticket, errand.dialect, errand.reserved = ticket, self.dialect, reserved
         self.flying += 1
         future = self.pool.submit(lambda: self.call(build_body(errand.request, errand.dialect)))
         future.add_done_callback(lambda done: self.landed.put((errand, done)))
@@ -1255,12 +1624,14 @@ class ParallelSender:
         errand.calls += 1
         errand.seconds += response.seconds
         self.limiter.observe(response.headers, errand.ticket, now)
+        self.budget.settle(errand, response)
         verdict, reason = judge(response)
         if response.status:
             self.answered_at = now
         if verdict in {Verdict.COMPLETION, Verdict.CONTENT}:
             self.limiter.succeed()
             self.successful_at, self.failing_since, self.failures, self.strange = now, math.inf, 0, 0
+            self.dialect = make_room(self.dialect, read_usage(response.body))
             return errand.reply(response, reason)
         if verdict is Verdict.BROKEN:
             return self._try_again(errand, response, reason, now)
@@ -1269,7 +1640,7 @@ class ParallelSender:
         if verdict is Verdict.LIMITED:
             self._wait_for_limit(errand, response, now)
         else:
-            self.trouble = self.trouble or explain(response, errand.request, self.endpoint)
+            self._end(explain(response, errand.request, self.endpoint), errand)
         return None
 
     def _wait_for_limit(self, errand: Errand, response: Response, now: float) -> None:
@@ -1289,12 +1660,17 @@ class ParallelSender:
         errand.failures += 1
         errand.failed_since = min(errand.failed_since, now)
         if self.answered_at == -math.inf and now - self.failing_since > UNREACHABLE_SECONDS:
-            self._halt(f"No answer from {self.endpoint.host}: {reason}. Check the address and the network")
+            self._end(
+                self._gone(f"No answer from {self.endpoint.host}: {reason}. Check the address and the network"), errand
+            )
         elif errand.failures <= self.max_retries:
             pause = asked_wait(response.headers) or backoff(errand.failures, self.limiter.jitter())
             self._ask_again(errand, now + pause)
         elif self.successful_at < errand.failed_since and self.failures >= max(5, self.max_retries + 1):
-            self._halt(f"{self.endpoint.host} fails every request ({reason}, {self.failures} in a row). Try later")
+            self._end(
+                self._gone(f"{self.endpoint.host} fails every request ({reason}, {self.failures} in a row). Try later"),
+                errand,
+            )
         else:
             return errand.reply(response, f"the server failed on it {errand.failures} times ({reason})", False)
         return None
@@ -1305,17 +1681,24 @@ class ParallelSender:
         if lesson and errand.dialect == self.dialect:
             self.dialect, note = lesson
             self.warn(f"{self.endpoint.host} refuses a part of the request: going on with {note}.")
+            if self.budget.capped and self.dialect.output_cap is None:
+                self._end(uncapped(self.endpoint), errand)
+                return None
         if errand.dialect != self.dialect:
             self._ask_again(errand, now)
             return None
         self.strange += 1
         if self.strange < STRANGE_LIMIT:
             return errand.reply(response, f"refused by the server ({reason})")
-        self.trouble = self.trouble or explain(response, errand.request, self.endpoint)
+        self._end(explain(response, errand.request, self.endpoint), errand)
         return None
 
-    def _halt(self, line: str) -> None:
-        self.trouble = self.trouble or ProviderError(f"{line}, then run the same command: what came back is kept.")
+    def _end(self, trouble: ProviderError, errand: Errand) -> None:
+        self.trouble = self.trouble or trouble
+        self._ask_again(errand, math.inf)
+
+    def _gone(self, line: str) -> ProviderError:
+        return ProviderError(f"{line}, then run the same command: what came back is kept.")
 
 
 # --- Replies -> answers -----------------------------------------------------------------------------------
@@ -1406,8 +1789,9 @@ CREATE = """
 CREATE TABLE questions (id INTEGER PRIMARY KEY, model TEXT, labels TEXT, label_keys TEXT UNIQUE);
 CREATE TABLE calls (
     id INTEGER PRIMARY KEY, ended_at TEXT, seconds REAL, calls INTEGER, question INTEGER, rows INTEGER,
-    model_served TEXT, system_fingerprint TEXT, prompt_tokens INTEGER, cached_tokens INTEGER,
-    completion_tokens INTEGER, reasoning_tokens INTEGER, outcome TEXT
+    model_served TEXT, system_fingerprint TEXT, prompt_characters INTEGER, prompt_tokens INTEGER,
+    cached_tokens INTEGER, written_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER,
+    cost REAL, unseen_cost REAL, outcome TEXT
 );
 CREATE TABLE answers (call INTEGER, question INTEGER, row BLOB, applies TEXT);
 CREATE TABLE failures (call INTEGER, question INTEGER, row BLOB, reason TEXT);
@@ -1415,7 +1799,12 @@ CREATE TABLE failures (call INTEGER, question INTEGER, row BLOB, reason TEXT);
 FIND_QUESTION = "SELECT id FROM questions WHERE label_keys = ?"
 ADD_QUESTION = "INSERT INTO questions (model, labels, label_keys) VALUES (?, ?, ?)"
 ALL_QUESTIONS = "SELECT id, label_keys FROM questions"
-ADD_CALL = "INSERT INTO calls VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+ADD_CALL = f"INSERT INTO calls VALUES (NULL{', ?' * 16})"
+ALL_COSTS = "SELECT coalesce(sum(cost), 0) + coalesce(sum(unseen_cost), 0) FROM calls"
+RATES = """
+SELECT 1.0 * sum(prompt_tokens) / sum(prompt_characters), 1.0 * sum(completion_tokens) / sum(rows)
+FROM calls JOIN questions ON questions.id = question WHERE model = ? AND outcome = 'answered' AND prompt_tokens > 0
+"""
 ADD_ANSWER = "INSERT INTO answers VALUES (?, ?, ?, ?)"
 ADD_FAILURE = "INSERT INTO failures VALUES (?, ?, ?, ?)"
 ALL_ANSWERS = "SELECT question, row, applies FROM answers ORDER BY rowid"  # the newest last, so that it stands
@@ -1428,13 +1817,14 @@ class AnswerStore:
     ever added. A reply is one transaction, so that a killed run loses what was in flight and no more.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.questions: dict[Question, int] = {}
         try:
             with contextlib.suppress(FileExistsError):
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-            self.db = sqlite3.connect(path, timeout=0.2, isolation_level=None)
+                if path:
+                    os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+            self.db = sqlite3.connect(path or ":memory:", timeout=0.2, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"The store {path} cannot be made ({error}): name another.") from None
         try:
@@ -1505,6 +1895,17 @@ class AnswerStore:
                     known[row] = overlay(known.get(row, unknown), pick(applies, picks[asked]))
         return known
 
+    def spent(self) -> float:
+        """US dollars, of all runs so far."""
+        with self._told():
+            return float(self.db.execute(ALL_COSTS).fetchone()[0])
+
+    def token_rates(self, model: str) -> tuple[float, float] | None:
+        """Of this model's calls so far, the prompt's tokens a character and the completion's tokens a row."""
+        with self._told():
+            rates = self.db.execute(RATES, (model,)).fetchone()
+        return None if None in rates else rates
+
     def record(self, reply: Reply, answers: Mapping[Row, Cells], failed: Mapping[Row, str]) -> None:
         question = reply.request.question
         with self._told(), self._transaction():
@@ -1533,6 +1934,7 @@ def pick(applies: Cells, places: tuple[int | None, ...]) -> Cells:
 
 def call_values(reply: Reply, asked: int, answered: bool) -> tuple[Any, ...]:
     """A row of `calls`."""
+    usage = read_usage(reply.body)
     return (
         datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         reply.seconds,
@@ -1541,10 +1943,10 @@ def call_values(reply: Reply, asked: int, answered: bool) -> tuple[Any, ...]:
         len(reply.request.rows),
         look_up(reply.body, "model"),
         look_up(reply.body, "system_fingerprint"),
-        look_up(reply.body, "usage", "prompt_tokens"),
-        look_up(reply.body, "usage", "prompt_tokens_details", "cached_tokens"),
-        look_up(reply.body, "usage", "completion_tokens"),
-        look_up(reply.body, "usage", "completion_tokens_details", "reasoning_tokens"),
+        prompt_characters(reply.request),
+        *((usage.prompt, usage.cached, usage.written, usage.completion, usage.reasoning) if usage else (None,) * 5),
+        reply.cost,
+        reply.unseen_cost,
         reply.problem or ("answered" if answered else "no row answered"),
     )
 
@@ -1556,6 +1958,17 @@ def look_up(body: Any, *names: str) -> str | int | None:
     return body if isinstance(body, str) or (isinstance(body, int) and abs(body) < 2**63) else None
 
 
+def open_store(settings: Settings, endpoint: Endpoint) -> AnswerStore:
+    """The store of the run. None is made where it could not be used: for a dry run, or without a key."""
+    path = settings.store_path
+    if path is None or not path.exists():
+        if settings.dry_run:
+            return AnswerStore(None)
+        if path is not None:
+            require_key(endpoint)
+    return AnswerStore(path)
+
+
 # --- Answers -> table -------------------------------------------------------------------------------------
 
 
@@ -1565,7 +1978,7 @@ def merge_answers(table: Table, answers: Mapping[bytes, Cells], label_count: int
     return [overlay(answers.get(row.key, unknown), given) for row, given in zip(table.rows, table.given, strict=True)]
 
 
-def write_table(table: Table, labels: Sequence[str], cells: Sequence[Cells], path: Path) -> None:
+def write_table(table: CsvTable, labels: Sequence[str], path: Path, cells: Sequence[Cells]) -> None:
     """The input, byte for byte, with the new fields at each record's end; old label columns have blanks filled in."""
     added = [place for place, column in enumerate(table.label_columns) if column is None]
 
@@ -1603,7 +2016,7 @@ def csv_fields(values: Iterable[str], delimiter: str, quotes_all: bool) -> str:
     return line.getvalue()
 
 
-def fill_in(raw: str, row: Cells, given: Cells, table: Table) -> str:
+def fill_in(raw: str, row: Cells, given: Cells, table: CsvTable) -> str:
     """A record with values written into the blank fields of the label columns that it had before."""
     if row == given:
         return raw
@@ -1642,15 +2055,21 @@ def replacing(path: Path, encoding: str) -> Iterator[TextIO]:
             draft.unlink(missing_ok=True)
 
 
-def build_frame(run: Run) -> pd.DataFrame:
-    """The input as pandas reads it, with the labels as nullable Int8 columns."""
+def read_frame(table: CsvTable) -> pd.DataFrame:
+    """The input as pandas reads it."""
     import pandas as pd
 
     csv_bytes = io.BytesIO()
-    csv_bytes.write(run.table.raw_header.encode())
-    csv_bytes.writelines(raw.encode() for raw in run.table.records)
+    csv_bytes.write(table.raw_header.encode())
+    csv_bytes.writelines(raw.encode() for raw in table.records)
     csv_bytes.seek(0)
-    frame = pd.read_csv(csv_bytes, sep=run.table.delimiter, low_memory=False)
+    return pd.read_csv(csv_bytes, sep=table.delimiter, low_memory=False)
+
+
+def label_frame(frame: pd.DataFrame, run: Run) -> pd.DataFrame:
+    """The frame with its labels as nullable Int8 columns, and what the run has to tell in `attrs`."""
+    import pandas as pd
+
     for place, label in enumerate(run.question.labels):
         values = [None if cells[place] == BLANK else int(cells[place]) for cells in run.cells]
         frame[label] = pd.array(values, dtype="Int8")
@@ -1658,7 +2077,10 @@ def build_frame(run: Run) -> pd.DataFrame:
         "rows": len(run.cells),
         "labelled_rows": sum(BLANK not in cells for cells in run.cells),
         "blank_rows": run.blank_rows(),
+        "reused_rows": run.reused_rows,
         "calls": run.tally.calls,
+        "tokens": run.tally.usage._asdict(),
+        "cost": run.tally.cost if run.price else None,
         "seconds": run.tally.seconds,
     }
     return frame
@@ -1669,11 +2091,15 @@ def build_frame(run: Run) -> pd.DataFrame:
 SHOWN_BLANK_ROWS = 20
 
 
-def opening_lines(settings: Settings, table: Table) -> list[str]:
+def loaded_lines(table: CsvTable) -> list[str]:
     lines = [f"Dataset loaded: {len(table.rows)} rows"]
     if table.encoding == "cp1252":
         lines.append("Encoding: cp1252, since the file is not UTF-8")
-    lines.append(f"Text column: {settings.text_column!r}")
+    return lines
+
+
+def opening_lines(settings: Settings) -> list[str]:
+    lines = [f"Text column: {settings.text_column!r}"]
     if settings.label_column is not None:
         lines.append(f"Label column: {settings.label_column!r}")
     return [
@@ -1685,16 +2111,13 @@ def opening_lines(settings: Settings, table: Table) -> list[str]:
     ]
 
 
-def plan_lines(run: Run, pending: Pending, batch_count: int) -> list[str]:
-    asked = len(pending.numbers)
-    window = run.settings.window(len(run.table.rows))
-    blank_texts = sum(not run.table.rows[number].text.strip() for number in window)
-    known = len(window) - blank_texts - asked
+def plan_lines(run: Run, batch_count: int) -> list[str]:
+    asked, pending = len(run.pending.numbers), run.pending
     lines = [f"Starting parallel enrichment from row {run.settings.start_index}..."]
-    if known:
-        lines.append(f"Rows already answered (not asked again): {known}")
-    if blank_texts:
-        lines.append(f"Rows with a blank text (not sent, left blank): {blank_texts}")
+    if run.reused_rows:
+        lines.append(f"Rows already answered (not asked again): {run.reused_rows}")
+    if run.blank_texts:
+        lines.append(f"Rows with a blank text (not sent, left blank): {run.blank_texts}")
     if asked > pending.distinct:
         lines.append(f"Rows equal to another one (asked once, answered alike): {asked - pending.distinct}")
     if len(pending.groups) == 1 and run.question.labels not in pending.groups:
@@ -1704,13 +2127,51 @@ def plan_lines(run: Run, pending: Pending, batch_count: int) -> list[str]:
     return [
         *lines,
         f"Total batches to process: {batch_count}",
-        f"Processing {min(batch_count, run.settings.max_workers)} batches simultaneously...",
+        f"Processing {min(batch_count, int(run.settings.max_workers))} batches simultaneously...",
         f"This will make {batch_count} API calls instead of {asked} (single-row processing)",
         "",
     ]
 
 
-def closing_lines(run: Run, pending: Pending) -> list[str]:
+def prompt_lines(requests: Sequence[Request], settings: Settings) -> list[str]:
+    """The first request as it is sent, where that is asked for."""
+    if not settings.show_prompt or not requests:
+        return []
+    body = build_body(requests[0], first_dialect(settings.model, capped=False))
+    system, user = (message["content"] for message in body.pop("messages"))
+    rest = json.dumps(body, ensure_ascii=False, indent=2)
+    return [
+        "=== System message ===",
+        system,
+        "",
+        "=== First user message ===",
+        user,
+        "",
+        "=== Sent with it ===",
+        rest,
+        "",
+    ]
+
+
+def estimate_lines(run: Run, requests: Sequence[Request]) -> list[str]:
+    """What a run would take, for a dry run."""
+    rates = run.store.token_rates(run.settings.model)
+    usage = estimate_usage(requests, rates)
+    basis = "this model's earlier calls" if rates else "the number of characters"
+    cost = unknown_price(run.settings)
+    if run.price:
+        each = Usage(usage.prompt // max(1, len(requests)), completion=usage.completion // max(1, len(requests)))
+        live = run.price(each) * len(requests)
+        cost = f"about {dollars(live)}"
+    return [
+        f"Distinct rows to ask: {run.pending.distinct}",
+        f"Estimated tokens (by {basis}): {usage.prompt:,} in, {usage.completion:,} out",
+        f"Estimated cost: {cost}",
+        "Dry run: nothing was sent, nothing was written",
+    ]
+
+
+def closing_lines(run: Run) -> list[str]:
     tally, blank_rows = run.tally, run.blank_rows()
     lines = ["", "✓ Enrichment complete!"]
     if blank_rows:
@@ -1719,13 +2180,56 @@ def closing_lines(run: Run, pending: Pending) -> list[str]:
         lines += [f"  row {number}: {reason}" for number, reason in shown]
         if len(blank_rows) > SHOWN_BLANK_ROWS:
             lines.append(f"  and {len(blank_rows) - SHOWN_BLANK_ROWS} more")
-    lines.append(f"✓ Enriched dataset saved to {run.settings.output_filepath}")
-    saved = len(pending.numbers) - tally.calls
+    if run.settings.output_filepath is not None:
+        lines.append(f"✓ Enriched dataset saved to {run.settings.output_filepath}")
+    saved = len(run.pending.numbers) - tally.calls
     lines.append(f"✓ Total API calls made: {tally.calls}" + (f" (saved {saved} API calls!)" if saved > 0 else ""))
     speedup = round(tally.call_seconds / tally.seconds, 1) if tally.calls else 0
     if speedup >= 1:
         lines.append(f"✓ Speedup from parallelization: ~{speedup:g}x faster")
+    if tally.calls:
+        lines += [f"✓ Tokens: {usage_words(tally.usage)}", f"✓ Cost: {cost_words(run)}"]
     return [*lines, "", "=== Summary ===", *summary_lines(run)]
+
+
+def usage_words(usage: Usage) -> str:
+    cached = f" ({usage.cached:,} of them cached)" if usage.cached else ""
+    reasoning = f" ({usage.reasoning:,} of them reasoning)" if usage.reasoning else ""
+    return f"{usage.prompt:,} in{cached}, {usage.completion:,} out{reasoning}"
+
+
+def cost_words(run: Run) -> str:
+    if run.price is None:
+        return unknown_price(run.settings)
+    words = dollars(run.tally.cost)
+    if run.tally.unseen_cost:
+        words += f", and at most {dollars(run.tally.unseen_cost)} for calls that ended without a reply"
+    if run.spent_before:
+        total = run.spent_before + run.tally.cost + run.tally.unseen_cost
+        words += f" (all runs on this store: {dollars(total)})"
+    return words
+
+
+def unknown_price(settings: Settings) -> str:
+    return f"unknown, since no price of {settings.model!r} is known (--price IN OUT tells it)"
+
+
+def dollars(amount: float) -> str:
+    """More places where there is less of it.
+
+    dollars(1234.5) == "$1,234.50"
+    dollars(0.000411) == "$0.000411"
+    """
+    return f"${amount:,.{2 if amount >= 1 or not amount else 4 if amount >= 0.01 else 6}f}"
+
+
+def progress_note(run: Run, bar: tqdm[NoReturn]) -> str:
+    """What the bar carries behind the batches: rows a second, failures, dollars."""
+    elapsed = bar.format_dict["elapsed"]
+    parts = [f"{run.tally.rows / elapsed:.0f} rows/s"] if elapsed else []
+    parts += [f"{len(run.tally.failed)} failed"] if run.tally.failed else []
+    parts += [dollars(run.tally.cost)] if run.price else []
+    return ", ".join(parts)
 
 
 def summary_lines(run: Run) -> Iterator[str]:
@@ -1738,12 +2242,40 @@ def summary_lines(run: Run) -> Iterator[str]:
 
 
 def unfinished_line(run: Run) -> str:
+    """How far a run got that ended early, what the rest would cost, and how to go on."""
     labelled = sum(BLANK not in cells for cells in run.cells)
+    place = f" and saved to {run.settings.output_filepath}" if run.settings.output_filepath else ""
+    rest = run.pending.distinct - run.tally.rows - len(run.tally.failed)
+    money = ""
+    if run.tally.rows and run.price:
+        money = f", the rest would cost about {dollars(run.tally.cost / run.tally.rows * rest)}"
+    if run.store.path is None:
+        return (
+            f"Stopped: {labelled} of {len(run.cells)} rows were labelled{money}. Pass store_filepath to keep answers."
+        )
     again = "The same command without --fresh" if run.settings.fresh else "The same command"
-    return (
-        f"Stopped: {labelled} of {len(run.cells)} rows are labelled and saved to "
-        f"{run.settings.output_filepath}. {again} goes on from here."
-    )
+    return f"Stopped: {labelled} of {len(run.cells)} rows are labelled{place}{money}. {again} goes on from here."
+
+
+@contextlib.contextmanager
+def retirement_notice(client: openai.OpenAI, run: Run) -> Iterator[None]:
+    """Ask beside the calls until when the model is served, and tell it when they are done."""
+    dates: list[str] = []
+    threading.Thread(target=ask_shutdown_date, args=(client, run.settings.model, dates), daemon=True).start()
+    try:
+        yield
+    finally:
+        for date in dates:
+            run.console.warn(
+                f"{run.settings.model} will be shut down on {date}: finish with it by then, or pass another --model."
+            )
+
+
+def ask_shutdown_date(client: openai.OpenAI, model: str, dates: list[str]) -> None:
+    """Servers without the endpoint, and models without a date, are let be."""
+    with contextlib.suppress(Exception):
+        date = str(client.with_options(timeout=10).models.retrieve(model).shutdown_date)
+        dates += re.findall(r"^\d{4}-\d\d-\d\d$", date)
 
 
 class Console:
@@ -1844,8 +2376,8 @@ def build_parser() -> Parser:
     add("--label-column", metavar="NAME", help="a column with an existing label, sent along with each text")
     add("--labels", dest="new_labels", metavar="NAME", nargs="+", required=True, help="the labels to fill in")
     add("--model", metavar="NAME", help="the chat model (%(default)s)")
-    add("--batch-size", type=int, metavar="N", help="rows a call, 1 to 500 (%(default)s)")
-    add("--max-workers", type=int, metavar="N", help="calls at once, 1 to 500 (%(default)s)")
+    add("--batch-size", type=whole_or_auto, metavar="N", help="rows a call, 1 to 500, or auto (%(default)s)")
+    add("--max-workers", type=whole_or_auto, metavar="N", help="calls at once, 1 to 500, or auto (%(default)s)")
     add("--start-index", type=int, metavar="N", help="the first row to send, counted from 0 (%(default)s)")
     add("--limit", type=int, metavar="N", help="at most so many rows from there (all)")
     key = parser.add_mutually_exclusive_group()
@@ -1857,14 +2389,31 @@ def build_parser() -> Parser:
     add("--store", dest="store_filepath", metavar="FILE", help="the file of answers (OUTPUT.answers.sqlite3)")
     add("--fresh", action="store_true", help="ask again although answers exist")
     add("--quiet", action="store_true", help="print nothing but errors")
-    add("--version", action="version", version=f"enrich_dataset {__version__}")
-    signature = inspect.signature(enrich_dataset).parameters.values()
-    parser.set_defaults(
-        label_column=None,
-        api_key_file=None,
-        **{parameter.name: parameter.default for parameter in signature if parameter.default is not parameter.empty},
+    add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars for a million tokens (of genai-prices)")
+    add("--max-cost", type=float, metavar="DOLLARS", help="end before this run could cost more")
+    add(
+        "--max-cost-total",
+        type=float,
+        metavar="DOLLARS",
+        help="end before all runs on this store together could cost more",
     )
+    add("--dry-run", action="store_true", help="send and write nothing, tell what would be asked and what it costs")
+    add("--show-prompt", action="store_true", help="print the first request's messages and schema")
+    add("--version", action="version", version=f"enrich_dataset {__version__}")
+    parser.set_defaults(label_column=None, api_key_file=None, **default_options())
     return parser
+
+
+def default_options() -> dict[str, Any]:
+    """The defaults, which are written once: in the signature of `enrich_dataset`."""
+    signature = inspect.signature(enrich_dataset).parameters.values()
+    return {parameter.name: parameter.default for parameter in signature if parameter.default is not parameter.empty}
+
+
+def whole_or_auto(text: str) -> int | str:
+    if text != "auto" and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number or auto was expected, not {text!r}")
+    return text if text == "auto" else int(text)
 
 
 def read_key(path: str) -> str:
@@ -1881,7 +2430,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if key_file is not None:
             options["api_key"] = read_key(key_file)
-        run = enrich_file(Settings(**options))
+        _, run = enrich_file(Settings(**options))
     except EnrichmentError as error:
         show(f"Error: {error}", sys.stderr)
         return error.exit_code
@@ -1893,7 +2442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"unexpected {type(error).__name__} in {place.name}, line {place.lineno}"
         show(f"Error: {what}: please report it; what came back is kept.", sys.stderr)
         return 1
-    return 3 if run.blank_rows() else 0
+    return 3 if run.blank_rows() and not run.settings.dry_run else 0
 
 
 def command() -> NoReturn:

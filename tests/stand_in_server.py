@@ -111,6 +111,7 @@ class StandIn(ThreadingHTTPServer):
         self.key: str | None = None  # the only key that is taken; None: any
         self.models: set[str] | None = None  # the only models; None: any
         self.script: deque[tuple[int, dict[str, str], Any]] = deque()  # replies to give first
+        self.reasoning = 0  # tokens that the model thinks before it answers
         self.dense = False  # answer 0 or 1 for each label, as prompts that ask for all of them get
         self.random = random.Random(0)
         self.calls: list[Call] = []
@@ -422,7 +423,10 @@ class Handler(BaseHTTPRequestHandler):
             message |= {"content": None, "refusal": "I cannot help with that."}
         if fault == "length":
             message["content"] = content[: len(content) // 2]
-        used = count_tokens(content)
+        used = self.server.reasoning + count_tokens(content)
+        cap = body.get("max_completion_tokens", body.get("max_tokens", used))
+        if used > cap:
+            used, finish, message["content"] = cap, "length", ""
         return {
             "id": f"chatcmpl-{id(body):x}",
             "object": "chat.completion",
@@ -435,7 +439,7 @@ class Handler(BaseHTTPRequestHandler):
                 "completion_tokens": used,
                 "total_tokens": prompt + used,
                 "prompt_tokens_details": {"cached_tokens": 0},
-                "completion_tokens_details": {"reasoning_tokens": 0},
+                "completion_tokens_details": {"reasoning_tokens": min(self.server.reasoning, used)},
             },
         }
 

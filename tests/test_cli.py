@@ -32,6 +32,8 @@ This will make 4 API calls instead of 38 (single-row processing)
 ✓ Enriched dataset saved to {output}
 ✓ Total API calls made: 4 (saved 34 API calls!)
 ✓ Speedup from parallelization: ~#x faster
+✓ Tokens: # in, # out
+✓ Cost: $#
 
 === Summary ===
 praising_violence: 13/38 (34.2%)
@@ -44,6 +46,8 @@ def test_the_report_word_for_word(job: Job, capsys: pytest.CaptureFixture[str]) 
     job.server.first_token = 0.05
     assert job.write(make_texts(38)).command() == 0
     printed = re.sub(r"~\d+(\.\d)?x", "~#x", capsys.readouterr().out)
+    printed = re.sub(r"Tokens: [\d,]+ in, \d+ out", "Tokens: # in, # out", printed)
+    printed = re.sub(r"Cost: \$0\.0003\d+", "Cost: $#", printed)
     printed = re.sub(r": \d+/38 \(\d+\.\d%\)", ": 13/38 (34.2%)", printed)
     assert printed == REPORT.format(input=job.input, output=job.output)
 
@@ -89,7 +93,8 @@ def test_where_no_terminal_is_the_bar_is_a_few_lines(job: Job) -> None:
     job.server.first_token = 0.02
     process = job.write(make_texts(300)).process("--batch-size", "2")
     _, errors = process.communicate(timeout=60)
-    lines = errors.splitlines()
+    *lines, notice = errors.splitlines()
+    assert "will be shut down on 2027-01-14" in notice
     assert 1 <= len(lines) <= 3
     assert re.match(r"Processing batches: 100%.*150/150 \[", lines[-1])
     assert "\r" not in errors
@@ -108,7 +113,7 @@ def test_a_terminal_without_the_check_mark_gets_a_plain_sign(job: Job, encoding:
 WRONG = {
     "no arguments": ([], "the following arguments are required"),
     "batch size": (["--batch-size", "0"], "The batch size must be from 1 to 500, not 0."),
-    "batch size text": (["--batch-size", "ten"], "invalid int value: 'ten'"),
+    "batch size text": (["--batch-size", "ten"], "a whole number or auto was expected, not 'ten'"),
     "workers": (["--max-workers", "501"], "The number of workers must be from 1 to 500, not 501."),
     "limit": (["--limit", "0"], "The limit must be at least 1, not 0."),
     "timeout": (["--timeout", "0"], "The timeout must be from 0.001 to 86400, not 0.0."),
@@ -223,6 +228,6 @@ def test_no_traceback_and_no_text_reaches_the_user_of_a_bug(
     monkeypatch.setattr(module, "WORDING", "{a_bug}")
     assert job.write(["my secret"]).command("--labels", "a label of this test alone") == 1
     errors = capsys.readouterr().err
-    assert "Error: unexpected KeyError in system_message" in errors
+    assert "Error: unexpected KeyError in pose" in errors
     assert "secret" not in errors
     assert "Traceback" not in errors

@@ -60,7 +60,7 @@ def test_the_tour_prints_what_the_readme_shows(tmp_path: Path) -> None:
         words = shlex.split(command.replace("http://127.0.0.1:8000/v1", server.url))
         assert words[0] == "python"
         run = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=True)
-    bar = run.stderr.splitlines()[-1]
+    bar = "\n".join(run.stderr.splitlines()[1:])
     printed = run.stdout.replace("\n\n\n", f"\n\n{bar}\n\n").strip()
     assert without_times(printed) == without_times(shown)
     excerpt = "\n".join(line.strip() for line in README.splitlines() if line.startswith(("    id,text", "    001,")))

@@ -14,7 +14,7 @@ from stand_in_server import check_body
 
 import enrich_dataset as module
 
-QUESTION = module.Question("gpt-4o-mini", tuple(LABELS), sends_label=False)
+QUESTION = module.pose("gpt-4o-mini", tuple(LABELS), sends_label=False)
 
 
 def request(texts: list[str], label: str | None = None) -> module.Request:
@@ -53,7 +53,7 @@ def test_openai_would_take_the_schema(form: module.Form, count: int) -> None:
 
 
 def test_a_request_in_full() -> None:
-    body = module.build_body(request(['say "praise"\n\x18', "é"]), module.first_dialect("gpt-4o-mini"))
+    body = module.build_body(request(['say "praise"\n\x18', "é"]), module.first_dialect("gpt-4o-mini", capped=False))
     user = '{"texts": [{"id": "660", "text": "say \\"praise\\"\\n\\u0018"}, {"id": "149", "text": "é"}]}'
     assert body["messages"][1] == {"role": "user", "content": user}
     assert body["messages"][0]["content"].startswith("You label texts")
@@ -76,11 +76,11 @@ def test_equal_batches_share_one_schema(job: Job) -> None:
 
 
 def test_an_existing_label_is_sent_and_explained_only_where_there_is_one() -> None:
-    with_label = module.Question("m", tuple(LABELS), sends_label=True)
+    with_label = module.pose("m", tuple(LABELS), sends_label=True)
     assert '"label": "hate"' in module.user_message(request(["a"], "hate").rows)
-    assert "given as context only" in module.system_message(with_label)
+    assert "given as context only" in with_label.prompt
     assert '"label"' not in module.user_message(request(["a"]).rows)
-    assert "given as context only" not in module.system_message(QUESTION)
+    assert "given as context only" not in QUESTION.prompt
     assert set(QUESTION.label_keys).isdisjoint(with_label.label_keys)
 
 

@@ -1,0 +1,255 @@
+"""What a run costs is told before, during and after, and never passes the cap."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+from conftest import LABELS, Job, expected, make_texts
+from stand_in_server import Call, Handler
+
+import enrich_dataset as module
+
+MINI = (0.15, 0.60)  # dollars for a million tokens of gpt-4o-mini
+
+
+def price(calls: list[Call], into: float = MINI[0], out: float = MINI[1]) -> float:
+    return sum(call.prompt_tokens * into + call.completion_tokens * out for call in calls if call.status == 200) / 1e6
+
+
+def figures(frame: Any) -> dict[str, Any]:
+    return dict(frame.attrs["enrichment"])
+
+
+class TestAfter:
+    def test_the_cost_is_the_list_price_of_each_call(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        told = figures(job.write(make_texts(60)).enrich(quiet=False))
+        assert told["cost"] == pytest.approx(price(job.server.calls))
+        assert told["tokens"]["prompt"] == sum(call.prompt_tokens for call in job.server.calls)
+        assert told["tokens"]["completion"] == sum(call.completion_tokens for call in job.server.calls)
+        printed, errors = capsys.readouterr()
+        assert f"Cost: {module.dollars(told['cost'])}\n" in printed
+        assert f"Tokens: {told['tokens']['prompt']:,} in, {told['tokens']['completion']:,} out\n" in printed
+        assert re.search(rf"6/6 .* rows/s, \{module.dollars(told['cost'])}\]", errors)
+
+    def test_a_price_that_nobody_knows_is_said_to_be_unknown(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        told = figures(job.write(["cake"]).enrich(model="llama3.2", quiet=False))
+        assert told["cost"] is None
+        assert told["tokens"]["prompt"] > 0
+        assert (
+            "Cost: unknown, since no price of 'llama3.2' is known (--price IN OUT tells it)" in capsys.readouterr().out
+        )
+
+    def test_the_users_own_price_stands(self, job: Job) -> None:
+        told = figures(job.write(["cake"]).enrich(model="llama3.2", price=(10, 20)))
+        assert told["cost"] == pytest.approx(price(job.server.calls, 10, 20))
+
+    def test_what_earlier_runs_cost_is_told_too(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.write(make_texts(20)).enrich(limit=10)
+        job.enrich(quiet=False)
+        total = module.dollars(price(job.server.calls))
+        assert f"(all runs on this store: {total})" in capsys.readouterr().out
+
+    def test_rows_that_were_known_are_counted_as_reused(self, job: Job) -> None:
+        job.write([*make_texts(20), ""]).enrich(limit=5)
+        assert figures(job.enrich())["reused_rows"] == 5
+        assert figures(job.enrich())["reused_rows"] == 20
+
+    def test_cached_and_reasoning_tokens_are_told_and_cached_ones_cost_less(self) -> None:
+        usage = module.Usage(prompt=2_000_000, cached=1_000_000, completion=1_000_000, reasoning=5)
+        assert module.usage_words(usage) == (
+            "2,000,000 in (1,000,000 of them cached), 1,000,000 out (5 of them reasoning)"
+        )
+
+    def test_a_reply_without_usage_is_counted_at_its_worst(self, job: Job) -> None:
+        body = {"choices": [{"message": {"content": '{"660": []}'}}]}
+        job.server.script.append((200, {}, body))
+        job.write(["tram"]).enrich()
+        with module.AnswerStore(job.store) as store:
+            cost, unseen = store.db.execute("SELECT cost, unseen_cost FROM calls").fetchone()
+        assert cost is None
+        assert unseen > price([Call(0, 0, 200, "", (), (), {}, 300, 20)])
+
+
+class TestBefore:
+    def test_a_dry_run_needs_no_key_sends_nothing_and_writes_nothing(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.write([*make_texts(30), "tram", "tram", ""])
+        arguments = job.arguments("--dry-run")
+        before = sorted(job.input.parent.iterdir())
+        assert module.main(arguments) == 0
+        assert sorted(job.input.parent.iterdir()) == before
+        printed = capsys.readouterr().out
+        for line in (
+            "Dataset loaded: 33 rows",
+            "Rows with a blank text (not sent, left blank): 1",
+            "This will make 4 API calls instead of 32 (single-row processing)",
+            "Distinct rows to ask: 31",
+            "Dry run: nothing was sent, nothing was written",
+        ):
+            assert f"{line}\n" in printed
+        assert job.server.calls == []
+
+    def test_a_dry_run_returns_what_is_known(self, job: Job) -> None:
+        job.write(make_texts(20)).enrich(limit=5)
+        calls, before = len(job.server.calls), job.output.read_bytes()
+        frame = job.enrich(dry_run=True)
+        assert frame[LABELS].head(5).astype(int).astype(str).to_numpy().tolist() == expected(job.texts[:5])
+        assert frame[LABELS].tail(15).isna().all(axis=None)
+        assert len(job.server.calls) == calls
+        assert job.output.read_bytes() == before
+
+    @pytest.mark.parametrize("batch_size", [5, 20])
+    def test_the_estimate_is_near_what_is_then_counted(self, job: Job, batch_size: int) -> None:
+        job.write([text * 4 for text in make_texts(100)])
+        for answered in (0, 40):  # by characters, then by the calls of this model in the store
+            with module.AnswerStore(job.store if answered else None) as store:
+                rates = store.token_rates("gpt-4o-mini")
+            assert bool(rates) == bool(answered)
+            rows = [module.make_row(text, None) for text in job.texts[answered:]]
+            question = module.pose("gpt-4o-mini", tuple(LABELS), sends_label=False)
+            requests = [module.Request(batch, question) for batch in module.make_batches(rows, batch_size)]
+            usage = module.estimate_usage(requests, rates)
+            job.server.calls.clear()
+            job.enrich(batch_size=batch_size, limit=None if answered else 40)
+            share = len(rows) / (60 if answered else 40)
+            real = sum(call.prompt_tokens for call in job.server.calls) * share
+            assert 0.75 < usage.prompt / real < 1.25 if answered else 0.75 < usage.prompt / real < 1.3
+
+    def test_the_first_request_can_be_looked_at(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        assert job.write(["a text about cake"]).command("--dry-run", "--show-prompt") == 0
+        printed = capsys.readouterr().out
+        assert "=== System message ===\nYou label texts" in printed
+        assert '{"texts": [{"id": "660", "text": "a text about cake"}]}' in printed
+        assert '"strict": true' in printed
+        assert "=== System message ===" not in (job.command("--dry-run"), capsys.readouterr().out)[1]
+
+    def test_the_estimate_of_an_unknown_model_has_no_price(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        assert job.write(["cake"]).command("--dry-run", "--model", "llama3.2") == 0
+        assert "Estimated cost: unknown, since no price of 'llama3.2' is known" in capsys.readouterr().out
+
+
+class TestCap:
+    def test_a_capped_run_ends_at_or_under_it_and_a_higher_cap_ends_the_job(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.write(make_texts(400)).enrich(store_filepath=job.store.with_name("other"))
+        whole, calls = price(job.server.calls), len(job.server.calls)
+        job.server.calls.clear()
+        with pytest.raises(module.BudgetExceeded, match=r"could pass --max-cost 0\.0"):
+            job.enrich(max_cost=whole / 3, quiet=False)
+        spent = price(job.server.calls)
+        assert whole / 6 < spent <= whole / 3
+        told = capsys.readouterr().err
+        assert "of 400 rows are labelled and saved to" in told
+        assert "the rest would cost about $0.00" in told
+        job.check(blank_rows=range(len(job.asked), 400))
+        assert job.command("--max-cost", str(whole * 2)) == 0
+        assert price(job.server.calls) == pytest.approx(whole)
+        assert len(job.server.calls) == calls
+        job.check()
+
+    def test_the_total_cap_counts_all_runs_on_the_store(self, job: Job) -> None:
+        job.write(make_texts(100)).enrich(limit=50)
+        spent = price(job.server.calls)
+        with pytest.raises(module.BudgetExceeded, match="--max-cost-total"):
+            job.enrich(max_cost_total=spent * 1.5)
+        assert price(job.server.calls) <= spent * 1.5
+        job.enrich(max_cost_total=1.0)
+        job.check()
+
+    def test_the_command_ends_with_one(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        assert job.write(["cake"]).command("--max-cost", "0.000001") == 1
+        assert "raise it and run the same command to go on" in capsys.readouterr().err
+        assert job.server.calls == []
+
+    def test_a_call_that_may_have_been_billed_unseen_counts_at_its_worst(self, job: Job) -> None:
+        job.server.faults = {"cut": 1.0}
+        with pytest.raises(module.BudgetExceeded):
+            job.write(make_texts(10)).enrich(max_cost=0.002, max_retries=1000)
+        assert price(job.server.calls) <= 0.002
+        with module.AnswerStore(job.store) as store:
+            assert 0.001 < store.spent() <= 0.002
+
+    def test_a_refused_connection_costs_nothing(self) -> None:
+        assert not module.NO_RESPONSE.may_be_billed
+        assert not module.Response(503, {}, None, 0.0).may_be_billed
+        assert module.Response(504, {}, None, 0.0).may_be_billed
+
+    def test_without_a_price_no_cost_can_be_capped(self, job: Job) -> None:
+        with pytest.raises(module.InputError, match="pass --price IN OUT"):
+            job.write(["cake"]).enrich(model="llama3.2", max_cost=1.0)
+        job.enrich(model="llama3.2", max_cost=1.0, price=(1, 2))
+        assert job.server.calls[-1].body["max_completion_tokens"] > 0
+        job.check()
+
+    def test_without_a_bound_on_answers_no_cost_can_be_capped(self, job: Job) -> None:
+        job.server.refuses = {"max_completion_tokens", "max_tokens"}
+        with pytest.raises(module.ProviderError, match="takes no bound on an answer's length"):
+            job.write(["cake"]).enrich(max_cost=1.0)
+        job.enrich()
+        job.check()
+
+    def test_room_for_reasoning_is_learnt(self, job: Job) -> None:
+        job.server.reasoning = 3_000
+        job.write(make_texts(30)).enrich(model="o9-unheard-of", max_cost=10.0, price=(1, 1))
+        caps = [call.body["max_completion_tokens"] for call in job.server.calls]
+        assert caps[0] < 3_000 < caps[-1]
+        job.check()
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        ("length", "rows", "sizes"),
+        [(99, 99, (25, 3)), (100, 100, (12, 5)), (500, 1000, (12, 5)), (501, 1001, (7, 10)), (1, 0, (25, 3))],
+    )
+    def test_auto_follows_the_readmes_table(self, length: int, rows: int, sizes: tuple[int, int]) -> None:
+        settings = module.Settings(
+            **(dict.fromkeys(module.Settings.__annotations__))
+            | {"batch_size": "auto", "max_workers": "auto", "start_index": 0}
+        )
+        table = module.Table([module.make_row("x" * length, None)] * rows, ["-"] * rows)
+        chosen = module.choose_sizes(settings, table)
+        assert (chosen.batch_size, chosen.max_workers) == sizes
+
+    def test_auto_works_from_the_command(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.write(make_texts(30))
+        assert job.command("--batch-size", "auto", "--max-workers", "auto") == 0
+        assert "Batch size: 25 rows per API call\nParallel workers: 3\n" in capsys.readouterr().out
+        assert sorted(len(call.texts) for call in job.server.calls) == [5, 25]
+
+    def test_long_texts_close_a_batch_early(self, job: Job) -> None:
+        job.write([f"{number} " + "cake " * 5_000 for number in range(9)]).enrich()
+        assert sorted(len(call.texts) for call in job.server.calls) == [1, 2, 2, 2, 2]
+        assert all(sum(map(len, call.texts)) <= module.BATCH_CHARACTERS for call in job.server.calls)
+        job.check()
+
+
+class TestRetirement:
+    def test_the_day_is_told_once(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.server.first_token = 0.2
+        job.write(make_texts(30)).command()
+        notice = "gpt-4o-mini will be shut down on 2027-01-14: finish with it by then, or pass another --model.\n"
+        assert capsys.readouterr().err.count(notice) == 1
+
+    def test_a_model_without_a_day_is_let_be(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.server.first_token = 0.2
+        job.write(["cake"]).command("--model", "gpt-6-luna")
+        assert "shut down" not in capsys.readouterr().err
+
+    def test_a_server_that_never_tells_delays_nothing(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Handler, "do_GET", lambda _: time.sleep(3))
+        started = time.monotonic()
+        job.write(["cake"]).enrich()
+        assert time.monotonic() - started < 2
+        job.check()
+
+    def test_an_unknown_model_is_told_with_what_to_pass(self, job: Job) -> None:
+        job.server.models = {"gpt-6-luna"}
+        with pytest.raises(module.ProviderError, match=r"pass another --model \(at OpenAI gpt-6-luna\)"):
+            job.write(["cake"]).enrich()

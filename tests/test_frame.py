@@ -1,0 +1,136 @@
+"""A DataFrame in, a labelled copy out; and many of them at once on Dask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import LABELS, expected, make_texts
+from stand_in_server import StandIn
+
+from enrich_dataset import InputError, ProviderError, enrich_dataframe
+
+
+def enrich(df: pd.DataFrame, server: StandIn, **options: Any) -> pd.DataFrame:
+    return enrich_dataframe(df, "text", LABELS, base_url=server.url, **options)
+
+
+def cells(frame: pd.DataFrame) -> list[list[str]]:
+    return [["" if value is pd.NA else str(value) for value in row] for row in frame[LABELS].to_numpy().tolist()]
+
+
+def test_the_copy_has_label_columns_and_else_nothing_new(server: StandIn) -> None:
+    texts = make_texts(30)
+    df = pd.DataFrame({"when": pd.date_range("2026-01-01", periods=30), "text": texts}, index=range(100, 130))
+    before = df.copy()
+    frame = enrich(df, server)
+    pd.testing.assert_frame_equal(df, before)
+    pd.testing.assert_frame_equal(frame.drop(columns=LABELS), before)
+    assert cells(frame) == expected(texts)
+    assert {str(dtype) for dtype in frame.dtypes[LABELS]} == {"Int8"}
+    assert frame.attrs["enrichment"]["calls"] == 3
+
+
+def test_missing_texts_stay_blank(server: StandIn) -> None:
+    df = pd.DataFrame({"text": ["violence", None, np.nan, " ", 7]})
+    assert cells(enrich(df, server)) == [*expected(["violence"]), *[[""] * 3] * 3, *expected(["7"])]
+
+
+def test_an_existing_label_is_sent_and_known_cells_are_kept(server: StandIn) -> None:
+    df = pd.DataFrame(
+        {"text": ["violence", "cake"], "label": ["hate", None], LABELS[0]: [0.0, np.nan], LABELS[1]: [True, None]}
+    )
+    frame = enrich(df, server, label_column="label")
+    assert cells(frame) == [["0", "1", "0"], ["0", "0", "0"]]
+    assert [call.labels for call in server.calls] == [(LABELS[2],), tuple(LABELS)]
+    assert '"label": "hate"' in server.calls[0].body["messages"][1]["content"]
+
+
+def test_nothing_is_printed_unless_asked(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    enrich(pd.DataFrame({"text": ["cake"]}), server)
+    assert capsys.readouterr() == ("", "")
+    enrich(pd.DataFrame({"text": ["cake"]}), server, quiet=False)
+    printed = capsys.readouterr().out
+    assert printed.startswith("Text column: 'text'\n")
+    assert "saved to" not in printed
+
+
+def test_answers_live_in_a_store_only_if_there_is_one(server: StandIn, tmp_path: Path) -> None:
+    df = pd.DataFrame({"text": ["cake"]})
+    for store, calls in ((None, 2), (tmp_path / "answers.sqlite3", 1)):
+        server.calls.clear()
+        for _ in range(2):
+            enrich(df, server, store_filepath=store)
+        assert len(server.calls) == calls
+
+
+def test_a_run_without_a_store_that_ends_early_says_how_to_keep_its_answers(
+    server: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.key = "another"
+    with pytest.raises(ProviderError):
+        enrich(pd.DataFrame({"text": ["cake"]}), server, quiet=False)
+    assert "Stopped: 0 of 1 rows were labelled. Pass store_filepath to keep answers." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("df", "words"),
+    [
+        (
+            pd.DataFrame({"body": ["a"]}),
+            "The text column 'text' is not in the header of the DataFrame, which has 'body'",
+        ),
+        (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "'text' stands twice in the header of the DataFrame"),
+        (pd.DataFrame({"text": ["a"], LABELS[0]: [2]}), "the DataFrame, row 0: the column 'praising_violence' holds"),
+    ],
+)
+def test_a_frame_that_cannot_be_used_is_refused(df: pd.DataFrame, words: str, server: StandIn) -> None:
+    with pytest.raises(InputError, match=words):
+        enrich(df, server)
+
+
+def test_an_unknown_option_is_refused(server: StandIn) -> None:
+    with pytest.raises(TypeError, match="batchsize"):
+        enrich(pd.DataFrame({"text": ["cake"]}), server, batchsize=3)
+
+
+def test_an_empty_frame_makes_no_call_and_needs_no_key() -> None:
+    frame = enrich_dataframe(pd.DataFrame({"text": pd.Series([], dtype=str)}), "text", LABELS)
+    assert list(frame.columns) == ["text", *LABELS]
+    assert {str(dtype) for dtype in frame.dtypes[LABELS]} == {"Int8"}
+
+
+def test_on_dask_each_partition_has_its_own_store_and_a_killed_one_pays_only_for_itself(
+    server: StandIn, tmp_path: Path
+) -> None:
+    import dask.dataframe
+    from dask.distributed import Client, LocalCluster
+
+    texts = make_texts(80)
+    ddf = dask.dataframe.from_pandas(pd.DataFrame({"text": texts}), npartitions=4)
+    trap = tmp_path / "trap"
+    trap.touch()
+
+    def label(part: pd.DataFrame, url: str, folder: str, partition_info: dict[str, int] | None = None) -> pd.DataFrame:
+        import os
+        import signal
+
+        number = partition_info["number"] if partition_info else 0
+        if number == 2 and trap.exists():
+            trap.unlink()
+            enrich_dataframe(part, "text", LABELS, base_url=url, limit=10, store_filepath=f"{folder}/{number}.sqlite3")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return enrich_dataframe(part, "text", LABELS, base_url=url, store_filepath=f"{folder}/{number}.sqlite3")
+
+    meta = enrich_dataframe(ddf._meta, "text", LABELS)
+    labelled = ddf.map_partitions(label, server.url, str(tmp_path), meta=meta)
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster):
+        frame = labelled.compute()
+    assert cells(frame) == expected(texts)
+    asked = [text for call in server.calls for text in call.texts]
+    assert sorted(set(asked)) == sorted(texts)
+    assert not trap.exists()
+    assert len(asked) == len(texts)
