@@ -39,9 +39,11 @@ import re
 import signal
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,15 +51,16 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum, auto
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, reduce
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TextIO
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TextIO, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 if TYPE_CHECKING:  # imported where they are used, so that --help and a wrong argument answer at once
     import openai
     import pandas as pd
+    from openai.types import Batch, FileObject
     from tqdm import tqdm
 
 __all__ = [
@@ -75,6 +78,7 @@ __version__ = "1.0.0"
 
 Cells = str  # a row's values, one character a label: "1", "0", or BLANK
 BLANK = "-"
+ASKED = "~"  # blank as yet, but a Batch API job has been asked for it
 
 
 class EnrichmentError(Exception):
@@ -123,6 +127,9 @@ class Settings:
     max_cost_total: float | None
     dry_run: bool
     show_prompt: bool
+    use_batch_api: bool
+    poll_interval: float
+    no_wait: bool
 
     @property
     def store_path(self) -> Path | None:
@@ -163,11 +170,21 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """A batch and what is asked of it. `failures` are the reasons for which a lone row has failed so far."""
+    """A batch and what is asked of it. `failures` are the reasons for which it has failed so far."""
 
     rows: tuple[Row, ...]
     question: Question
     failures: tuple[str, ...] = ()
+
+    @property
+    def custom_id(self) -> str:
+        """Its name in a Batch API job."""
+        return digest(self.question.label_keys, [row.key.hex() for row in self.rows]).hex()
+
+    @property
+    def can_be_asked(self) -> bool:
+        """Not so when an earlier run asked it in other words, or of rows that are no longer in the table."""
+        return bool(self.question.prompt) and all(row.text for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -209,6 +226,10 @@ class Reply:
     seconds: float
     cost: float | None = None  # US dollars; None: the price or the usage is not known
     unseen_cost: float = 0.0  # at most, of calls without a reply that may have been billed all the same
+    from_job: bool = False
+
+
+Sender = Callable[[deque[Request]], Iterator[Reply]]
 
 
 @dataclass
@@ -236,9 +257,12 @@ class Tally:
         self.failed.update((row.key, reason) for row, reason in failed.items())
 
 
+KEY_BYTES = 16
+
+
 def digest(*parts: object) -> bytes:
     """16 bytes that stand for these values: digest("a", None) differs from digest("a", "")."""
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=KEY_BYTES).digest()
 
 
 # --- The story --------------------------------------------------------------------------------------------
@@ -268,6 +292,9 @@ def enrich_dataset(
     max_cost_total: float | None = None,
     dry_run: bool = False,
     show_prompt: bool = False,
+    use_batch_api: bool = False,
+    poll_interval: float = 60.0,
+    no_wait: bool = False,
 ) -> pd.DataFrame:
     """Label each text of a CSV by chat calls; write the CSV with one 0/1 column a label; return it.
 
@@ -298,6 +325,9 @@ def enrich_dataset(
         max_cost_total: the same for all runs on this store together.
         dry_run: send nothing, write nothing, need no key; print what a run would ask and cost.
         show_prompt: print the messages and the schema of the first request.
+        use_batch_api: send the requests as jobs of OpenAI's Batch API: half the price, answers within a day.
+        poll_interval: seconds between two looks at the jobs.
+        no_wait: submit the jobs, take what has ended, and leave; the next run collects the rest.
 
     Returns:
         What `pandas.read_csv` makes of the input (rows x columns), plus the labels as nullable Int8
@@ -368,14 +398,15 @@ def label_table(settings: Settings, table: Table, write: Callable[[Sequence[Cell
     question = pose(settings.model, tuple(settings.new_labels), settings.label_column is not None)
     with open_store(settings, endpoint) as store:
         run = Run(settings, table, question, store, console, write, store.spent())
-        run.pending = pending_rows(table, {} if settings.fresh else store.answers(question), settings)
+        answers = {} if settings.fresh else store.answers(question)
+        run.pending = pending_rows(table, [store.asked(question), answers], settings)
         requests = deque(make_requests(run.pending, settings))
         console.say(*plan_lines(run, len(requests)), *prompt_lines(requests, settings))
         if settings.dry_run:
             console.say(*estimate_lines(run, requests))
             run.merge()
             return run
-        if requests:
+        if requests or (settings.use_batch_api and store.open_jobs()):
             require_key(endpoint)
             answer_pending(run, requests, endpoint)
         run.save()
@@ -385,40 +416,60 @@ def label_table(settings: Settings, table: Table, write: Callable[[Sequence[Cell
 
 def answer_pending(run: Run, requests: deque[Request], endpoint: Endpoint) -> None:
     """Have the requests answered; whatever ends that early, the CSV is written with what there is."""
-    settings, warn = run.settings, run.console.warn
-    with connect(endpoint, settings) as client, stop_on_signals() as stop, retirement_notice(client, run):
-        budget = Budget(run.price, *cost_cap(run))
-        send = ParallelSender(partial(call_server, client), endpoint, settings, budget, stop, warn)
+    budget = Budget(run.price, *cost_cap(run))
+    with (
+        connect(endpoint, run.settings) as client,
+        stop_on_signals() as stop,
+        retirement_notice(client, run),
+        run.console.progress(len(requests)) as bar,
+        open_sender(client, endpoint, run, budget, stop, bar) as send,
+    ):
         started = time.monotonic()
         try:
-            with run.console.progress(len(requests)) as bar:
-                answer_rows(requests, send, run, bar)
+            answer_rows(requests, send, run, bar)
         except (Exception, Stopped):
             run.save()
-            warn(unfinished_line(run))
+            run.console.warn(unfinished_line(run))
             raise
         finally:
-            send.close()
             run.tally.seconds = time.monotonic() - started
 
 
-def answer_rows(
-    requests: deque[Request], send: Callable[[deque[Request]], Iterator[Reply]], run: Run, bar: tqdm[NoReturn]
-) -> None:
-    """The one loop that decides: what a reply leaves open goes back to the front of the queue, in halves.
+@contextlib.contextmanager
+def open_sender(
+    client: openai.OpenAI,
+    endpoint: Endpoint,
+    run: Run,
+    budget: Budget,
+    stop: threading.Event,
+    bar: tqdm[NoReturn],
+) -> Iterator[Sender]:
+    """The one step that has two forms."""
+    if run.settings.use_batch_api:
+        yield JobSender(client, endpoint, run, budget, stop, bar)
+        return
+    call = partial(call_server, client)
+    with ParallelSender(call, endpoint, run.settings, budget, stop, run.console.warn) as send:
+        yield send
+
+
+def answer_rows(requests: deque[Request], send: Sender, run: Run, bar: tqdm[NoReturn]) -> None:
+    """The one loop that decides: what a reply leaves open goes back to the front of the queue, in smaller parts.
 
     A sender empties the queue, as long as there is something in it, and yields one reply for each request,
     in any order, as each lands.
     """
+    split = split_for_job if run.settings.use_batch_api else split_request
     for reply in send(requests):
         answers, problems = read_reply(reply)
-        again, failed = split_request(reply, problems)
+        again, failed = split(reply, problems)
         run.store.record(reply, answers, failed)
         requests.extendleft(again)
         run.tally.add(reply, len(answers), failed)
         bar.total = (bar.total or 0) + len(again)
+        bar.n = run.tally.replies
         bar.set_postfix_str(progress_note(run, bar), refresh=False)
-        bar.update()
+        bar.update(0)
         run.save_now_and_then()
 
 
@@ -436,6 +487,7 @@ class Run:
     pending: Pending = field(default_factory=lambda: Pending({}, []))
     tally: Tally = field(default_factory=Tally)
     cells: list[Cells] = field(default_factory=list)
+    asked: Mapping[bytes, Cells] = field(default_factory=dict)  # what Batch API jobs still have to answer
     save_at: float = field(default_factory=lambda: time.monotonic() + SAVE_SECONDS)
 
     @cached_property
@@ -445,7 +497,8 @@ class Run:
     @property
     def reused_rows(self) -> int:
         """The rows of the window that had an answer already."""
-        return len(self.settings.window(len(self.table.rows))) - self.blank_texts - len(self.pending.numbers)
+        window = self.settings.window(len(self.table.rows))
+        return len(window) - self.blank_texts - len(self.pending.numbers) - self.pending.asked
 
     @cached_property
     def blank_texts(self) -> int:
@@ -455,6 +508,7 @@ class Run:
     def merge(self) -> None:
         """Take the answers from the store."""
         self.cells = merge_answers(self.table, self.store.answers(self.question), len(self.question.labels))
+        self.asked = self.store.asked(self.question)
 
     def save(self) -> None:
         """Write the CSV from the store."""
@@ -476,13 +530,17 @@ class Run:
     def blank_rows(self) -> dict[int, str]:
         """Row number -> reason, of the rows in the window that have a text and lack an answer."""
         return {
-            number: self.tally.failed.get(self.table.rows[number].key, "not answered")
+            number: self.reason(self.table.rows[number])
             for number in self.settings.window(len(self.cells))
             if BLANK in self.cells[number] and self.table.rows[number].text.strip()
         }
 
+    def reason(self, row: Row) -> str:
+        return IN_A_JOB if row.key in self.asked else self.tally.failed.get(row.key, "not answered")
+
 
 SAVE_SECONDS = 60.0
+IN_A_JOB = "in a Batch API job that is not collected yet"
 
 
 # --- Table -> pending rows --------------------------------------------------------------------------------
@@ -516,6 +574,7 @@ class Pending:
 
     groups: dict[tuple[str, ...], list[Row]]
     numbers: list[int]
+    asked: int = 0  # rows of the table that only wait for a Batch API job
 
     @property
     def distinct(self) -> int:
@@ -530,6 +589,9 @@ def check_settings(settings: Settings) -> None:
     check_number("limit", 1 if settings.limit is None else settings.limit, 1, math.inf)
     check_number("timeout", settings.timeout, 0.001, 86_400, whole=False)
     check_number("number of retries", settings.max_retries, 0, 1000)
+    check_number("poll interval", settings.poll_interval, 0.01, 86_400, whole=False)
+    if settings.no_wait and not settings.use_batch_api:
+        raise InputError("--no-wait is for Batch API jobs: add --batch-api, or drop it.")
     for amount in settings.price or ():
         check_number("price", amount, 0, math.inf, whole=False)
     for cap in (settings.max_cost, settings.max_cost_total):
@@ -807,21 +869,26 @@ def quotes_all(fields: list[str], raw: str, delimiter: str) -> bool:
     return delimiter.join(quoted) == raw.strip("\ufeff\r\n")
 
 
-def pending_rows(table: Table, answers: Mapping[bytes, Cells], settings: Settings) -> Pending:
-    """The rows of the window that have a text and lack a label: equal rows once, with all that any of them lacks."""
+def pending_rows(table: Table, known: Sequence[Mapping[bytes, Cells]], settings: Settings) -> Pending:
+    """The rows of the window that have a text and lack a label: equal rows once, with all that any of them lacks.
+
+    What is `known` later stands above what is known earlier, and what the table gives above all.
+    """
     lacking: dict[Row, Cells] = {}
-    numbers = []
+    numbers, asked = [], 0
     unknown = BLANK * len(settings.new_labels)
     for number in settings.window(len(table.rows)):
         row = table.rows[number]
-        cells = overlay(answers.get(row.key, unknown), table.given[number])
+        layers = (*(cells.get(row.key, unknown) for cells in known), table.given[number])
+        cells = reduce(overlay, layers)
         if BLANK in cells and row.text.strip():
             numbers.append(number)
             lacking[row] = shared_values(lacking.get(row, cells), cells)
+        asked += ASKED in cells and BLANK not in cells
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row, cells in lacking.items():
         groups.setdefault(lacking_labels(cells, tuple(settings.new_labels)), []).append(row)
-    return Pending(groups, numbers)
+    return Pending(groups, numbers, asked)
 
 
 @lru_cache(maxsize=65_536)
@@ -862,6 +929,7 @@ LABEL_NOTE = ' "label" is how the text was labelled before, given as context onl
 BATCH_CHARACTERS = 60_000  # of texts; at worst a token each, which is half of what gpt-4o-mini can take in
 
 
+@lru_cache(maxsize=1024)
 def pose(model: str, labels: tuple[str, ...], sends_label: bool) -> Question:
     """The question whether these labels apply."""
     names = [json.dumps(label, ensure_ascii=False) for label in labels]
@@ -977,11 +1045,19 @@ def estimated_tokens(request: Request) -> int:
 # --- Cost -------------------------------------------------------------------------------------------------
 
 TOKENS_A_CHARACTER = 0.25  # in English; more in most other languages
+BATCH_API_SHARE = 0.5  # of the live price, in and out: OpenAI, guides/batch
 Price = Callable[[Usage], float]  # US dollars of one call
 
 
 def find_price(settings: Settings) -> Price | None:
-    """What calls of the model cost, by the user's figures, else by the list of genai-prices; None: it is not known."""
+    """What a call costs this run, by the user's figures, else by the list of genai-prices; None: it is not known."""
+    price = find_live_price(settings)
+    if price is None or not settings.use_batch_api:
+        return price
+    return lambda usage: price(usage) * BATCH_API_SHARE
+
+
+def find_live_price(settings: Settings) -> Price | None:
     if settings.price is not None:
         into, out = settings.price
         return lambda usage: (usage.prompt * into + usage.completion * out) / 1e6
@@ -1054,17 +1130,28 @@ class Budget:
 
     def settle(self, errand: Errand, response: Response) -> None:
         """Put what a call has cost, or may have cost unseen, in the place of what was set aside for it."""
-        self.reserved = max(0.0, self.reserved - errand.reserved)
+        self.release(errand.reserved)
         if self.price is None or not response.may_be_billed:
             return
-        usage = read_usage(response.body)
-        if usage:
-            cost = self.price(usage)
+        cost = self.bill(response)
+        if cost is not None:
             errand.cost = (errand.cost or 0.0) + cost
-        else:
-            cost = self.worst_cost(errand.request, errand.dialect)
-            errand.unseen_cost += cost
+            return
+        unseen = self.worst_cost(errand.request, errand.dialect)
+        errand.unseen_cost += unseen
+        self.spent += unseen
+
+    def bill(self, response: Response) -> float | None:
+        """Count what a response tells of its cost, and return that."""
+        usage = read_usage(response.body)
+        if usage is None or self.price is None:
+            return None
+        cost = self.price(usage)
         self.spent += cost
+        return cost
+
+    def release(self, reserved: float) -> None:
+        self.reserved = max(0.0, self.reserved - reserved)
 
     def exceeded(self) -> BudgetExceeded:
         return BudgetExceeded(
@@ -1349,10 +1436,14 @@ def explain(response: Response, request: Request, endpoint: Endpoint) -> Provide
 
 
 def quote_server(response: Response, request: Request, endpoint: Endpoint) -> str:
-    """The server's words on one line, without the key, and cut short where they begin to quote a text."""
-    words = " ".join(error_words(response.body)[1].split())
+    return clean_words(error_words(response.body)[1], request.rows, endpoint)
+
+
+def clean_words(words: str, rows: Iterable[Row], endpoint: Endpoint) -> str:
+    """A server's words on one line, without the key, and cut short where they begin to quote a text."""
+    words = " ".join(words.split())
     words = re.sub(r"\b(sk|key)-[\w*.-]+", "[key]", words.replace(endpoint.api_key, "[key]"))
-    for row in request.rows:
+    for row in rows:
         start = " ".join(row.text.split())[:16]
         words = words.partition(start)[0] if start else words
     return words[:200]
@@ -1584,7 +1675,10 @@ class ParallelSender:
         if self.stop.is_set():
             raise Stopped
 
-    def close(self) -> None:
+    def __enter__(self) -> ParallelSender:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -1701,6 +1795,318 @@ class ParallelSender:
         return ProviderError(f"{line}, then run the same command: what came back is kept.")
 
 
+# --- Requests -> replies, by Batch API jobs ----------------------------------------------------------------
+
+# OPENAI: guides/batch.
+JOB_REQUESTS = 50_000
+JOB_BYTES = 200_000_000
+JOB_ROUNDS = 3
+ENDED = {"completed", "failed", "expired", "cancelled"}
+QUEUE_FULL = re.compile(r"enqueued token limit|token_limit_exceeded", re.IGNORECASE)
+T = TypeVar("T")
+
+
+@dataclass
+class Job:
+    """A Batch API job of ours, from before its file goes up until its last reply is in the store."""
+
+    tag: str  # by which it is found among the account's jobs, in its metadata
+    planned_at: float  # seconds since 1970
+    requests: dict[str, Request] = field(default_factory=dict)  # by custom id, those without a reply
+    reserved: float = 0.0  # US dollars
+    number: int = 0  # in the store
+    file_id: str | None = None
+    batch_id: str | None = None
+    dialect: Dialect | None = None  # None: an earlier run's
+    done: int = 0
+
+
+class JobSender:
+    """Sends requests as Batch API jobs, and yields one reply for each, as their jobs end.
+
+    The store has each job before the provider has it, so that whatever ends this program, the next run
+    finds the job again, and nothing is submitted twice.
+    """
+
+    def __init__(
+        self,
+        client: openai.OpenAI,
+        endpoint: Endpoint,
+        run: Run,
+        budget: Budget,
+        stop: threading.Event,
+        bar: tqdm[NoReturn],
+    ) -> None:
+        self.client = client
+        self.endpoint = endpoint
+        self.run = run
+        self.budget = budget
+        self.stop = stop
+        self.bar = bar
+        self.dialect = first_dialect(run.settings.model, budget.capped)
+        self.jobs: list[Job] = []
+        self.most_requests = JOB_REQUESTS  # a job; fewer once the account's queue has shown to be shorter
+        self.queue_is_full = False  # until a job ends
+        self.answered = False
+        self.trouble: ProviderError | None = None
+
+    def __call__(self, requests: deque[Request]) -> Iterator[Reply]:
+        self._take_up(requests)
+        while requests or self.jobs:
+            self._submit(requests)
+            ended = self._look(len(requests))
+            for job, batch in ended:
+                yield from self._collect(job, batch, requests)
+                if self.trouble:
+                    raise self.trouble
+            if not ended and self.run.settings.no_wait:
+                return
+            if not ended and (requests or self.jobs):
+                self._pause(self.run.settings.poll_interval)
+
+    def _pause(self, seconds: float) -> None:
+        if self.stop.wait(seconds):
+            raise Stopped
+
+    def _take_up(self, requests: deque[Request]) -> None:
+        """Go on with the jobs of earlier runs. One that never reached the provider is asked anew."""
+        for job in restore_jobs(self.run):
+            if job.batch_id is None:
+                found = self._insist(partial(self._find, job))
+                job.batch_id = found.id if found else None
+            if job.batch_id is None:
+                self.run.store.forget_job(job)
+                requests.extend(request for request in job.requests.values() if request.can_be_asked)
+                continue
+            self.run.store.note_job(job)
+            self.budget.reserved += job.reserved
+            self.jobs.append(job)
+            self.run.console.warn(f"Job {job.batch_id} of an earlier run is taken up: {len(job.requests)} requests.")
+
+    def _submit(self, requests: deque[Request]) -> None:
+        """Submit as many jobs as the requests need and the queue and the budget allow."""
+        while requests and not self.queue_is_full and not self.stop.is_set():
+            with tempfile.TemporaryFile() as file:
+                job = self._pack(requests, file)
+                if not job.requests:
+                    break
+                self._start(job, file)
+        if requests and not self.jobs and not self.stop.is_set():
+            raise self.budget.exceeded()
+
+    def _pack(self, requests: deque[Request], file: IO[bytes]) -> Job:
+        """Write requests to a job's file, as many as it may hold, and take them from the queue."""
+        job = Job(uuid.uuid4().hex, time.time(), dialect=self.dialect)
+        while requests and len(job.requests) < self.most_requests:
+            request = requests[0]
+            line = job_line(request, self.dialect)
+            if file.tell() + len(line) > JOB_BYTES:
+                break
+            reserved = self.budget.reserve(request, self.dialect)
+            if reserved is None:
+                break
+            file.write(line)
+            job.reserved += reserved
+            job.requests[request.custom_id] = requests.popleft()
+        return job
+
+    def _start(self, job: Job, file: IO[bytes]) -> None:
+        def upload() -> FileObject:
+            file.seek(0)
+            return self.client.files.create(file=(f"{job.tag}.jsonl", file), purpose="batch")
+
+        job.file_id = self._insist(upload).id
+        self.run.store.plan_job(job)
+        job.batch_id = self._insist(partial(self._create, job), undo=partial(self.run.store.forget_job, job)).id
+        self.run.store.note_job(job)
+        self.jobs.append(job)
+        self.run.console.warn(
+            f"Job {job.batch_id} submitted: {len(job.requests)} requests. It goes on without this program, "
+            "which you may close; the same command collects the answers."
+        )
+
+    def _create(self, job: Job) -> Batch:
+        """Create the job, unless that was done already and only the reply was lost."""
+        return self._find(job) or self.client.batches.create(
+            input_file_id=str(job.file_id),
+            endpoint="/v1/chat/completions",
+            completion_window="24h",
+            metadata={"enrich_dataset": job.tag},
+        )
+
+    def _find(self, job: Job) -> Batch | None:
+        """The job among the account's, of which the newest come first."""
+        for batch in self.client.batches.list(limit=100):
+            if (batch.metadata or {}).get("enrich_dataset") == job.tag:
+                return batch
+            if batch.created_at < job.planned_at - 3600:  # clocks differ
+                return None
+        return None
+
+    def _insist(self, action: Callable[[], T], thing: str = "", undo: Callable[[], None] = lambda: None) -> T:
+        """The result of an action that may be repeated, tried again while the network or the server fails.
+
+        `thing`: what a 404 means to be unknown. `undo`: what to do if the action is refused for good.
+        """
+        import openai
+
+        started, failures = time.monotonic(), 0
+        while True:
+            try:
+                result = action()
+            except openai.APIError as error:
+                response = response_to(error)
+            else:
+                self.answered = True
+                return result
+            failures += 1
+            verdict, reason = judge(response)
+            self.answered |= response.status > 0
+            late = not self.answered and time.monotonic() - started > UNREACHABLE_SECONDS
+            refused = verdict not in {Verdict.BROKEN, Verdict.LIMITED}
+            if refused:
+                undo()
+            if refused or late or failures > self.run.settings.max_retries:
+                raise self._explain(response, reason, thing)
+            self._pause(asked_wait(response.headers) or backoff(failures, random.uniform(0.75, 1.25)))
+
+    def _explain(self, response: Response, reason: str, thing: str) -> ProviderError:
+        host = self.endpoint.host
+        if response.status in {404, 405}:
+            return ProviderError(
+                f"{host} does not know {thing}: use the key and the address that submitted it, or another --store."
+                if thing
+                else f"{host} has no Batch API (HTTP {response.status}): drop --batch-api."
+            )
+        if judge(response)[0] is Verdict.BROKEN:
+            line = f"{host} fails ({reason}): run the same command later. Jobs that were submitted go on meanwhile."
+            return ProviderError(line)
+        return explain(response, Request((), self.run.question), self.endpoint)
+
+    def _look(self, waiting: int) -> list[tuple[Job, Batch]]:
+        """Ask how the jobs are, and return those that have ended."""
+        ended = []
+        for job in list(self.jobs):
+            name = str(job.batch_id)
+            batch = self._insist(partial(self.client.batches.retrieve, name), name)
+            counts = batch.request_counts
+            job.done = min(len(job.requests), counts.completed + counts.failed) if counts else 0
+            if batch.status in ENDED:
+                self.jobs.remove(job)
+                ended.append((job, batch))
+        opened = [*self.jobs, *(job for job, _ in ended)]
+        self.bar.total = self.run.tally.replies + waiting + sum(len(job.requests) for job in opened)
+        self.bar.n = self.run.tally.replies + sum(job.done for job in opened)
+        self.bar.refresh()
+        return ended
+
+    def _collect(self, job: Job, batch: Batch, requests: deque[Request]) -> Iterator[Reply]:
+        """A reply for each request that a job has settled; the others go back into the queue."""
+        self.queue_is_full = False
+        self.budget.release(job.reserved)
+        if batch.status == "failed" and not batch.output_file_id:
+            self._take_back(job, batch, requests)
+            return
+        before = len(job.requests)
+        for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
+            for line in read_lines(self._insist(partial(self.client.files.content, file_id), file_id).content):
+                request = job.requests.get(str(line.get("custom_id")))
+                if request and line.get("response"):
+                    yield from self._settle(job, job.requests.pop(request.custom_id), line, requests)
+        open_requests = list(job.requests.values())
+        yield from (gone_reply(request) for request in open_requests if not request.can_be_asked)
+        self.run.store.forget_job(job)
+        requests.extend(request for request in open_requests if request.can_be_asked)
+        if open_requests and len(open_requests) == before:
+            raise ProviderError(f"Job {batch.id} ended as {batch.status} with nothing done: try without --batch-api.")
+
+    def _take_back(self, job: Job, batch: Batch, requests: deque[Request]) -> None:
+        """A job that was refused as a whole: because the account's queue is full, or for good."""
+        self.run.store.forget_job(job)
+        requests.extendleft(request for request in reversed(job.requests.values()) if request.can_be_asked)
+        errors = (batch.errors and batch.errors.data) or []
+        words = "; ".join(f"{error.message} ({error.code})" for error in errors)
+        if QUEUE_FULL.search(words) and (self.jobs or len(job.requests) > 1):
+            self.queue_is_full = bool(self.jobs)
+            if not self.jobs:
+                self.most_requests = (len(job.requests) + 1) // 2
+            return
+        said = clean_words(words, (row for request in job.requests.values() for row in request.rows), self.endpoint)
+        raise ProviderError(f"{self.endpoint.host} refused job {batch.id}; see to what it says: {said}")
+
+    def _settle(self, job: Job, request: Request, line: Any, requests: deque[Request]) -> Iterator[Reply]:
+        """The request's reply, or none when it goes into the next job."""
+        status = look_up(line, "response", "status_code")
+        response = Response(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0)
+        cost = self.budget.bill(response)
+        verdict, reason = judge(response)
+        if verdict in {Verdict.BROKEN, Verdict.LIMITED} and len(request.failures) + 1 < JOB_ROUNDS:
+            requests.append(replace(request, failures=(*request.failures, reason)))
+            return
+        if verdict is Verdict.STRANGE and self._learn(job, response):
+            requests.append(request)
+            return
+        if verdict is Verdict.FATAL:
+            self.trouble = explain(response, request, self.endpoint)
+        divisible = verdict in {Verdict.COMPLETION, Verdict.CONTENT, Verdict.STRANGE} and request.can_be_asked
+        problem = f"refused by the server ({reason})" if verdict is Verdict.STRANGE else reason
+        yield Reply(request, response.body or {}, problem, divisible, 1, 0.0, cost, from_job=True)
+
+    def _learn(self, job: Job, response: Response) -> bool:
+        """Whether the refusal is of a part of the request that the next job goes without."""
+        lesson = learn(self.dialect, error_words(response.body)[1])
+        if lesson and job.dialect in {self.dialect, None}:
+            self.dialect, note = lesson
+            self.run.console.warn(f"{self.endpoint.host} refuses a part of the request: going on with {note}.")
+            if self.budget.capped and self.dialect.output_cap is None:
+                raise uncapped(self.endpoint)
+        return job.dialect != self.dialect
+
+
+def restore_jobs(run: Run) -> list[Job]:
+    """The jobs of earlier runs that are not collected, with their requests as far as the table still has them."""
+    rows = {row.key: row for row in run.table.rows}
+    jobs = run.store.open_jobs()
+    for job in jobs:
+        for name, request in job.requests.items():
+            posed = pose(run.settings.model, request.question.labels, run.settings.label_column is not None)
+            question = posed if posed.label_keys == request.question.label_keys else request.question
+            known = tuple(rows.get(row.key, row) for row in request.rows)
+            job.requests[name] = replace(request, rows=known, question=question)
+    return jobs
+
+
+def job_line(request: Request, dialect: Dialect) -> bytes:
+    body = build_body(request, dialect)
+    line = {"custom_id": request.custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def read_lines(content: bytes) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file; a line that is none is left out, and so its request stays open."""
+    for raw in content.split(b"\n"):
+        with contextlib.suppress(ValueError):
+            line = json.loads(raw)
+            if isinstance(line, dict):
+                yield line
+
+
+def gone_reply(request: Request) -> Reply:
+    return Reply(request, {}, "its Batch API job ended before it was done", False, 0, 0.0, from_job=True)
+
+
+def response_to(error: openai.APIError) -> Response:
+    """The response that the SDK made an error of."""
+    response = getattr(error, "response", None)
+    if response is None:
+        return Response(0, {}, None, 0.0, f"no connection ({type(error.__cause__).__name__})")
+    try:
+        content = response.json()
+    except ValueError:
+        content = None
+    return Response(response.status_code, response.headers, content, 0.0)
+
+
 # --- Replies -> answers -----------------------------------------------------------------------------------
 
 FENCED = re.compile(r"\s*```\w*\s*(.*?)\s*```\s*", re.DOTALL)
@@ -1780,6 +2186,15 @@ def split_request(reply: Reply, problems: Mapping[Row, str]) -> tuple[list[Reque
     return [], dict(problems)
 
 
+def split_for_job(reply: Reply, problems: Mapping[Row, str]) -> tuple[list[Request], dict[Row, str]]:
+    """A job takes hours, so what failed in one is asked again row by row, in three rounds at most."""
+    failures = reply.request.failures
+    if not reply.divisible or len(failures) + 1 >= JOB_ROUNDS:
+        return [], dict(problems)
+    question = reply.request.question
+    return [Request((row,), question, (*failures, problem)) for row, problem in problems.items()], {}
+
+
 # --- The store --------------------------------------------------------------------------------------------
 
 STORE_ID = 0x656E7263  # "enrc", in SQLite's application_id
@@ -1795,6 +2210,8 @@ CREATE TABLE calls (
 );
 CREATE TABLE answers (call INTEGER, question INTEGER, row BLOB, applies TEXT);
 CREATE TABLE failures (call INTEGER, question INTEGER, row BLOB, reason TEXT);
+CREATE TABLE jobs (id INTEGER PRIMARY KEY, tag TEXT, planned_at REAL, reserved REAL, file_id TEXT, batch_id TEXT);
+CREATE TABLE job_requests (custom_id TEXT PRIMARY KEY, job INTEGER, question INTEGER, rows BLOB, failures TEXT);
 """
 FIND_QUESTION = "SELECT id FROM questions WHERE label_keys = ?"
 ADD_QUESTION = "INSERT INTO questions (model, labels, label_keys) VALUES (?, ?, ?)"
@@ -1807,6 +2224,19 @@ FROM calls JOIN questions ON questions.id = question WHERE model = ? AND outcome
 """
 ADD_ANSWER = "INSERT INTO answers VALUES (?, ?, ?, ?)"
 ADD_FAILURE = "INSERT INTO failures VALUES (?, ?, ?, ?)"
+ADD_JOB = "INSERT INTO jobs (tag, planned_at, reserved, file_id) VALUES (?, ?, ?, ?)"
+NOTE_JOB = "UPDATE jobs SET batch_id = ? WHERE id = ?"
+OPEN_JOBS = (
+    "SELECT id, tag, planned_at, reserved, file_id, batch_id FROM jobs WHERE id IN (SELECT job FROM job_requests)"
+)
+ADD_REQUEST = "INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?)"
+OPEN_REQUESTS = """
+SELECT custom_id, job, rows, failures, model, labels, label_keys
+FROM job_requests JOIN questions ON questions.id = question
+"""
+END_REQUEST = "DELETE FROM job_requests WHERE custom_id = ?"
+FORGET_JOB = "DELETE FROM job_requests WHERE job = ?"
+ALL_ASKED = "SELECT question, rows FROM job_requests"
 ALL_ANSWERS = "SELECT question, row, applies FROM answers ORDER BY rowid"  # the newest last, so that it stands
 
 
@@ -1882,18 +2312,70 @@ class AnswerStore:
 
     def answers(self, question: Question) -> dict[bytes, Cells]:
         """By row key, what is known of the question's labels, whatever labels they were asked with."""
-        wanted, unknown = question.label_keys, BLANK * len(question.labels)
-        known: dict[bytes, Cells] = {}
         with self._told():
-            picks = {
-                asked: tuple(keys.index(key) if key in keys else None for key in wanted)
-                for asked, keys in ((asked, keys.split()) for asked, keys in self.db.execute(ALL_QUESTIONS))
-                if set(keys) & set(wanted)
-            }
-            for asked, row, applies in self.db.execute(ALL_ANSWERS):
-                if asked in picks:
-                    known[row] = overlay(known.get(row, unknown), pick(applies, picks[asked]))
+            return self._gather(question, self.db.execute(ALL_ANSWERS))
+
+    def asked(self, question: Question) -> dict[bytes, Cells]:
+        """The same of what Batch API jobs have been asked and have not answered yet: ASKED in its place."""
+        with self._told():
+            requests = self.db.execute(ALL_ASKED).fetchall()
+            return self._gather(question, ((asked, row, "") for asked, rows in requests for row in split_keys(rows)))
+
+    def _gather(self, question: Question, found: Iterable[tuple[int, bytes, Cells]]) -> dict[bytes, Cells]:
+        wanted, unknown = question.label_keys, BLANK * len(question.labels)
+        picks = {
+            asked: tuple(keys.index(key) if key in keys else None for key in wanted)
+            for asked, keys in ((asked, keys.split()) for asked, keys in self.db.execute(ALL_QUESTIONS))
+            if set(keys) & set(wanted)
+        }
+        known: dict[bytes, Cells] = {}
+        for asked, row, applies in found:
+            if asked in picks:
+                known[row] = overlay(known.get(row, unknown), pick(applies, picks[asked]))
         return known
+
+    def plan_job(self, job: Job) -> None:
+        """Keep a job before it is submitted, and give it its number."""
+        with self._told(), self._transaction():
+            job.number = int(
+                self.db.execute(ADD_JOB, (job.tag, job.planned_at, job.reserved, job.file_id)).lastrowid or 0
+            )
+            self.db.executemany(
+                ADD_REQUEST,
+                (
+                    (
+                        name,
+                        job.number,
+                        self._question_id(request.question),
+                        join_keys(request),
+                        json.dumps(request.failures),
+                    )
+                    for name, request in job.requests.items()
+                ),
+            )
+
+    def note_job(self, job: Job) -> None:
+        """Keep what the provider calls it, once it is created."""
+        with self._told():
+            self.db.execute(NOTE_JOB, (job.batch_id, job.number))
+
+    def forget_job(self, job: Job) -> None:
+        """Nothing more is to be had from it."""
+        with self._told():
+            self.db.execute(FORGET_JOB, (job.number,))
+
+    def open_jobs(self) -> list[Job]:
+        """The jobs that are not collected; their rows have no text here."""
+        with self._told():
+            jobs = {
+                number: Job(tag, planned_at, {}, reserved, number, file_id, batch_id)
+                for number, tag, planned_at, reserved, file_id, batch_id in self.db.execute(OPEN_JOBS)
+            }
+            for name, job, rows, failures, model, labels, keys in self.db.execute(OPEN_REQUESTS):
+                question = Question(model, tuple(json.loads(labels)), tuple(keys.split()), prompt="")
+                bare = tuple(Row(key, "", None) for key in split_keys(rows))
+                jobs[job].requests[name] = Request(bare, question, tuple(json.loads(failures)))
+        return list(jobs.values())
 
     def spent(self) -> float:
         """US dollars, of all runs so far."""
@@ -1913,6 +2395,8 @@ class AnswerStore:
             call = self.db.execute(ADD_CALL, call_values(reply, asked, bool(answers))).lastrowid
             self.db.executemany(ADD_ANSWER, ((call, asked, row.key, cells) for row, cells in answers.items()))
             self.db.executemany(ADD_FAILURE, ((call, asked, row.key, reason) for row, reason in failed.items()))
+            if reply.from_job:
+                self.db.execute(END_REQUEST, (reply.request.custom_id,))
         self.questions[question] = asked
 
     def _question_id(self, question: Question) -> int:
@@ -1928,8 +2412,19 @@ class AnswerStore:
 
 @lru_cache(maxsize=65_536)
 def pick(applies: Cells, places: tuple[int | None, ...]) -> Cells:
-    """An answer's values at these places: pick("011", (2, None)) == "1-"."""
-    return "".join(BLANK if place is None else applies[place] for place in places)
+    """An answer's values at these places: pick("011", (2, None)) == "1-".
+
+    Without an answer, it is awaited: pick("", (0, None)) == "~-".
+    """
+    return "".join(BLANK if place is None else applies[place] if applies else ASKED for place in places)
+
+
+def join_keys(request: Request) -> bytes:
+    return b"".join(row.key for row in request.rows)
+
+
+def split_keys(keys: bytes) -> list[bytes]:
+    return [keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
 
 
 def call_values(reply: Reply, asked: int, answered: bool) -> tuple[Any, ...]:
@@ -2106,7 +2601,9 @@ def opening_lines(settings: Settings) -> list[str]:
         *lines,
         f"New labels to add: {list(settings.new_labels)}",
         f"Batch size: {settings.batch_size} rows per API call",
-        f"Parallel workers: {settings.max_workers}",
+        "Sent as Batch API jobs: half the price, answers within a day"
+        if settings.use_batch_api
+        else f"Parallel workers: {settings.max_workers}",
         "",
     ]
 
@@ -2116,6 +2613,8 @@ def plan_lines(run: Run, batch_count: int) -> list[str]:
     lines = [f"Starting parallel enrichment from row {run.settings.start_index}..."]
     if run.reused_rows:
         lines.append(f"Rows already answered (not asked again): {run.reused_rows}")
+    if pending.asked:
+        lines.append(f"Rows in Batch API jobs of earlier runs (not asked again): {pending.asked}")
     if run.blank_texts:
         lines.append(f"Rows with a blank text (not sent, left blank): {run.blank_texts}")
     if asked > pending.distinct:
@@ -2124,10 +2623,11 @@ def plan_lines(run: Run, batch_count: int) -> list[str]:
         lines.append(f"Labels to ask (the others are answered): {list(*pending.groups)}")
     if not batch_count:
         return [*lines, "Nothing to ask: no API call is made"]
+    at_once = f"Processing {min(batch_count, int(run.settings.max_workers))} batches simultaneously..."
     return [
         *lines,
         f"Total batches to process: {batch_count}",
-        f"Processing {min(batch_count, int(run.settings.max_workers))} batches simultaneously...",
+        "Submitting them to the Batch API..." if run.settings.use_batch_api else at_once,
         f"This will make {batch_count} API calls instead of {asked} (single-row processing)",
         "",
     ]
@@ -2158,11 +2658,11 @@ def estimate_lines(run: Run, requests: Sequence[Request]) -> list[str]:
     rates = run.store.token_rates(run.settings.model)
     usage = estimate_usage(requests, rates)
     basis = "this model's earlier calls" if rates else "the number of characters"
-    cost = unknown_price(run.settings)
-    if run.price:
+    cost, price = unknown_price(run.settings), find_live_price(run.settings)
+    if price:
         each = Usage(usage.prompt // max(1, len(requests)), completion=usage.completion // max(1, len(requests)))
-        live = run.price(each) * len(requests)
-        cost = f"about {dollars(live)}"
+        live = price(each) * len(requests)
+        cost = f"about {dollars(live)}, with --batch-api {dollars(live * BATCH_API_SHARE)}"
     return [
         f"Distinct rows to ask: {run.pending.distinct}",
         f"Estimated tokens (by {basis}): {usage.prompt:,} in, {usage.completion:,} out",
@@ -2174,8 +2674,12 @@ def estimate_lines(run: Run, requests: Sequence[Request]) -> list[str]:
 def closing_lines(run: Run) -> list[str]:
     tally, blank_rows = run.tally, run.blank_rows()
     lines = ["", "✓ Enrichment complete!"]
+    waiting = list(blank_rows.values()).count(IN_A_JOB)
+    if waiting:
+        blank_rows = {number: reason for number, reason in blank_rows.items() if reason != IN_A_JOB}
+        lines = ["", f"✗ Rows in Batch API jobs (the same command with --batch-api collects them): {waiting}"]
     if blank_rows:
-        lines = ["", f"✗ Enrichment finished, rows left blank (asked again at the next run): {len(blank_rows)}"]
+        lines += ["", f"✗ Enrichment finished, rows left blank (asked again at the next run): {len(blank_rows)}"]
         shown = itertools.islice(blank_rows.items(), SHOWN_BLANK_ROWS)
         lines += [f"  row {number}: {reason}" for number, reason in shown]
         if len(blank_rows) > SHOWN_BLANK_ROWS:
@@ -2253,8 +2757,9 @@ def unfinished_line(run: Run) -> str:
         return (
             f"Stopped: {labelled} of {len(run.cells)} rows were labelled{money}. Pass store_filepath to keep answers."
         )
+    jobs = " Batch API jobs go on without it." if run.asked else ""
     again = "The same command without --fresh" if run.settings.fresh else "The same command"
-    return f"Stopped: {labelled} of {len(run.cells)} rows are labelled{place}{money}. {again} goes on from here."
+    return f"Stopped: {labelled} of {len(run.cells)} rows are labelled{place}{money}.{jobs} {again} goes on from here."
 
 
 @contextlib.contextmanager
@@ -2399,6 +2904,14 @@ def build_parser() -> Parser:
     )
     add("--dry-run", action="store_true", help="send and write nothing, tell what would be asked and what it costs")
     add("--show-prompt", action="store_true", help="print the first request's messages and schema")
+    add(
+        "--batch-api",
+        dest="use_batch_api",
+        action="store_true",
+        help="send Batch API jobs: half the price, a day's time",
+    )
+    add("--poll-interval", type=float, metavar="SECONDS", help="between two looks at the jobs (%(default)s)")
+    add("--no-wait", action="store_true", help="with --batch-api: submit, take what has ended, and leave")
     add("--version", action="version", version=f"enrich_dataset {__version__}")
     parser.set_defaults(label_column=None, api_key_file=None, **default_options())
     return parser

@@ -11,6 +11,7 @@ Tokens are counted as four characters each. By hand:
     python tests/stand_in_server.py --port 8000 --first-token 0.4 --per-token 0.012
     python tests/stand_in_server.py --port 8000 --requests-per-minute 600 --fault reset=0.02 --fault html=0.02
 
+It also takes files and Batch API jobs, and runs these in --job-seconds.
 GET /stand-in/calls tells what it has been asked so far.
 """
 
@@ -34,7 +35,7 @@ FAULTS = (
     "missing", "foreign", "doubled", "unknown", "garbage",
 )  # fmt: skip
 # A text that holds one of these words always meets that fault, whatever it is asked with.
-POISON = {f"poison-{fault}": fault for fault in (*FAULTS, "400-filter", "400-context")}
+POISON = {f"poison-{fault}": fault for fault in (*FAULTS, "400-filter", "400-context", "404-model")}
 
 
 @lru_cache(maxsize=4096)
@@ -65,6 +66,7 @@ class Call:
     body: dict[str, Any]
     prompt_tokens: int
     completion_tokens: int
+    job: str = ""  # the Batch API job that it was part of
 
 
 @dataclass
@@ -93,6 +95,34 @@ class Limit:
         }
 
 
+@dataclass
+class BatchJob:
+    """A Batch API job. `ends` is the status it is to end with, `share` of its requests are done by then."""
+
+    id: str
+    file_id: str
+    metadata: dict[str, str]
+    lines: list[dict[str, Any]]
+    ends: str = "completed"
+    share: float = 1.0
+    error: dict[str, Any] | None = None
+    created: float = field(default_factory=time.time)
+    status: str = "validating"
+    done: int = 0
+    failed: int = 0
+    output: str | None = None
+    errors: str | None = None
+
+    def view(self) -> dict[str, Any]:
+        counts = {"total": len(self.lines), "completed": self.done, "failed": self.failed}
+        return {
+            "id": self.id, "object": "batch", "endpoint": "/v1/chat/completions", "input_file_id": self.file_id,
+            "completion_window": "24h", "created_at": int(self.created), "status": self.status,
+            "metadata": self.metadata, "request_counts": counts, "output_file_id": self.output,
+            "error_file_id": self.errors, "errors": self.error and {"object": "list", "data": [self.error]},
+        }  # fmt: skip
+
+
 class StandIn(ThreadingHTTPServer):
     """The server; its attributes are its settings, and `calls` is what it was asked."""
 
@@ -110,10 +140,19 @@ class StandIn(ThreadingHTTPServer):
         self.tells_limits = True
         self.key: str | None = None  # the only key that is taken; None: any
         self.models: set[str] | None = None  # the only models; None: any
-        self.script: deque[tuple[int, dict[str, str], Any]] = deque()  # replies to give first
+        self.script: deque[tuple[int, dict[str, str], Any] | None] = deque()  # replies to give first; None: its own
         self.reasoning = 0  # tokens that the model thinks before it answers
         self.dense = False  # answer 0 or 1 for each label, as prompts that ask for all of them get
         self.random = random.Random(0)
+        self.has_batch_api = True
+        self.job_seconds = 0.0
+        self.job_plans: deque[dict[str, Any]] = deque()  # how the next jobs end: BatchJob's ends, share, error
+        self.queue_tokens = float("inf")  # prompt tokens that unfinished jobs may hold together
+        self.files: dict[str, bytes] = {}
+        self.jobs: dict[str, BatchJob] = {}
+        self.hold_at = ""  # a point of a job's life at which a request is held: "upload", "create", ...
+        self.held = threading.Event()
+        self.let_go = threading.Event()
         self.calls: list[Call] = []
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
@@ -159,6 +198,119 @@ class StandIn(ThreadingHTTPServer):
                 headers["retry-after-ms"] = f"{60_000 / self.limits[refused].per_minute + 1:.0f}"
             return headers, refused
 
+    def hold(self, point: str) -> None:
+        """Let a test act while a request is under way."""
+        if self.hold_at == point:
+            self.hold_at = ""
+            self.held.set()
+            self.let_go.wait(20)
+
+    def add_file(self, content: bytes) -> str:
+        with self.lock:
+            name = f"file-{len(self.files) + 1}"
+            self.files[name] = content
+        return name
+
+    def add_job(self, asked: dict[str, Any]) -> BatchJob:
+        lines = [json.loads(line) for line in self.files[asked["input_file_id"]].splitlines()]
+        names = [line["custom_id"] for line in lines]
+        error = None
+        if len(set(names)) < len(names) or len({line["body"]["model"] for line in lines}) > 1 or len(lines) > 50_000:
+            error = {"code": "invalid_file", "message": "doubled ids, several models, or too long", "line": 1}
+        with self.lock:
+            waiting = sum(job_tokens(job.lines) for job in self.jobs.values() if job.status == "in_progress")
+            if waiting + job_tokens(lines) > self.queue_tokens:
+                words = "Enqueued token limit reached for gpt-4o-mini in organization org-x. Limit: 1 enqueued tokens."
+                error = {"code": "token_limit_exceeded", "message": words, "line": None, "param": None}
+            plan = {"error": error} if error else self.job_plans.popleft() if self.job_plans else {}
+            job = BatchJob(f"batch_{len(self.jobs) + 1}", asked["input_file_id"], asked["metadata"], lines, **plan)
+            job.status = "failed" if job.error else "in_progress"
+            self.jobs[job.id] = job
+        return job
+
+    def advance(self, job: BatchJob) -> None:
+        """Bring a job to where it is by now."""
+        with self.lock:
+            if job.status != "in_progress":
+                return
+            passed = (time.time() - job.created) / self.job_seconds if self.job_seconds else 1.0
+            job.done = int(min(1.0, passed) * len(job.lines) * job.share)
+            if passed < 1:
+                return
+            job.status = "finalizing"
+        self.work_off(job)
+
+    def work_off(self, job: BatchJob) -> None:
+        kept = int(len(job.lines) * job.share)
+        good, bad = [], []
+        for number, line in enumerate(job.lines):
+            if number >= kept:
+                error = {"code": f"batch_{job.ends}", "message": "This request could not be executed in time."}
+                bad.append({"custom_id": line["custom_id"], "response": None, "error": error})
+                continue
+            status, body = self.work_out(line["body"], job.id)
+            reply = {"status_code": status, "request_id": "req_1", "body": body}
+            (good if status == 200 else bad).append({"custom_id": line["custom_id"], "response": reply, "error": None})
+        self.random.shuffle(good)
+        job.output, job.errors = self.add_lines(good), self.add_lines(bad)
+        job.done, job.failed, job.status = len(good), len(bad), job.ends
+
+    def add_lines(self, lines: list[dict[str, Any]]) -> str | None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        return self.add_file(text.encode()) if lines else None
+
+    def work_out(self, body: dict[str, Any], job: str) -> tuple[int, Any]:
+        """A job's reply to one of its requests."""
+        given, labels = json.loads(body["messages"][-1]["content"])["texts"], asked_labels(body)
+        texts = [row["text"] for row in given]
+        prompt = count_tokens("".join(message["content"] for message in body["messages"]))
+        fault = self.choose_fault(texts)
+        status, content = 200, {}
+        part = refused_part(body, self.refuses)
+        if check_body(body) or part:
+            status, content = 400, check_body(body) or unsupported(part)
+        elif fault == "400-filter":
+            status, content = 400, error_body("The response was filtered", code="content_filter")
+        elif fault == "404-model":
+            status, content = 404, error_body("The model does not exist", code="model_not_found")
+        elif fault in {"500", "503", "429", "reset", "cut", "html", "empty"}:
+            status, content = 500, error_body("The server had an error")
+        else:
+            answer = {row["id"]: labels_of(row["text"], labels) for row in given}
+            content = self.complete(body, spoil(answer, fault), fault, prompt)
+        used = content["usage"]["completion_tokens"] if status == 200 else 0
+        now = time.monotonic()
+        with self.lock:
+            self.calls.append(Call(now, now, status, fault, tuple(texts), tuple(labels), body, prompt, used, job))
+        return status, content
+
+    def complete(self, body: dict[str, Any], content: str, fault: str, prompt: int) -> dict[str, Any]:
+        message = {"role": "assistant", "content": content, "refusal": None}
+        finish = {"filter": "content_filter", "length": "length"}.get(fault, "stop")
+        if fault == "refusal":
+            message |= {"content": None, "refusal": "I cannot help with that."}
+        if fault == "length":
+            message["content"] = content[: len(content) // 2]
+        used = self.reasoning + count_tokens(content)
+        cap = body.get("max_completion_tokens", body.get("max_tokens", used))
+        if used > cap:
+            used, finish, message["content"] = cap, "length", ""
+        return {
+            "id": f"chatcmpl-{id(body):x}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": f"{body['model']}-2024-07-18",
+            "system_fingerprint": "fp_stand_in",
+            "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}],
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": used,
+                "total_tokens": prompt + used,
+                "prompt_tokens_details": {"cached_tokens": 0},
+                "completion_tokens_details": {"reasoning_tokens": min(self.reasoning, used)},
+            },
+        }
+
     def choose_fault(self, texts: list[str]) -> str:
         for word, fault in POISON.items():
             if any(word in text for text in texts):
@@ -183,6 +335,10 @@ class StandIn(ThreadingHTTPServer):
             "seconds": calls[-1].at - calls[0].at if calls else 0,
             "most_in_flight": self.most_in_flight,
         }
+
+
+def job_tokens(lines: list[dict[str, Any]]) -> int:
+    return sum(count_tokens(line["body"]["messages"][-1]["content"]) for line in lines)
 
 
 def error_body(
@@ -335,6 +491,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/stand-in/calls":
             return self.send(200, self.server.summary())
+        if re.match(r"/v1/(files|batches)\b", self.path) and self.server.has_batch_api:
+            return self.show_job_or_file()
         model = self.path.removeprefix("/v1/models/")
         if model != self.path and (self.server.models is None or model in self.server.models):
             day = "2027-01-14" if model.startswith("gpt-4o-mini") else None
@@ -343,6 +501,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["content-length"]))
+        if self.path in {"/v1/files", "/v1/batches"} and self.server.has_batch_api:
+            return self.take_job_or_file(raw)
         if self.path != "/v1/chat/completions":
             return self.send(404, "<html>Not found</html>")
         with self.server.lock:
@@ -353,6 +513,53 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with self.server.lock:
                 self.server.in_flight -= 1
+
+    def take_job_or_file(self, raw: bytes) -> None:
+        server, point = self.server, "create" if self.path == "/v1/batches" else "upload"
+        server.hold(point)
+        scripted = server.script.popleft() if server.script else None
+        if scripted:
+            return self.send(scripted[0], scripted[2], scripted[1])
+        if point == "create":
+            job = server.add_job(json.loads(raw))
+            server.hold("created")
+            return self.send(200, job.view())
+        boundary = b"--" + self.headers["content-type"].partition("boundary=")[2].encode()
+        (content,) = (part for part in raw.split(boundary) if b'name="file"' in part)
+        name = server.add_file(content.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n"))
+        server.hold("uploaded")
+        return self.send(200, {
+            "id": name, "object": "file", "bytes": len(raw), "created_at": 0, "filename": "x.jsonl",
+            "purpose": "batch", "status": "processed",
+        })  # fmt: skip
+
+    def show_job_or_file(self) -> None:
+        server, (name, _, rest) = self.server, self.path.removeprefix("/v1/").partition("/")
+        if name == "files":
+            server.hold("download")
+            return self.send_raw(server.files[rest.removesuffix("/content")])
+        if name == "batches":
+            server.hold("poll")
+            if rest not in server.jobs:
+                return self.send(404, error_body(f"No batch found with id '{rest}'."))
+            server.advance(server.jobs[rest])
+            return self.send(200, server.jobs[rest].view())
+        newest = [job.view() for job in reversed(server.jobs.values())]
+        after = re.search(r"after=(\w+)", self.path)
+        start = [job["id"] for job in newest].index(after[1]) + 1 if after else 0
+        page = newest[start : start + 2]
+        last = page[-1]["id"] if page else None
+        return self.send(
+            200, {"object": "list", "data": page, "last_id": last, "has_more": len(newest) > start + len(page)}
+        )
+
+    def send_raw(self, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "application/octet-stream")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+        self.wfile.flush()
 
     def hang_up(self) -> None:
         self.close_connection = True
@@ -395,7 +602,7 @@ class Handler(BaseHTTPRequestHandler):
             return reply(400, error_body("maximum context length", code="context_length_exceeded"), headers)
         answer = {row["id"]: labels_of(row["text"], labels) for row in given}
         content = spread(answer, labels) if self.server.dense else spoil(answer, fault)
-        completion = self.complete(body, content, fault, prompt)
+        completion = self.server.complete(body, content, fault, prompt)
         used = completion["usage"]["completion_tokens"]
         self.wait(arrived, used)
         return reply(200, completion, headers, used)
@@ -403,9 +610,9 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, body: Any) -> tuple[int, Any, dict[str, str]] | tuple[int, Any] | None:
         server = self.server
         with server.lock:
-            if server.script:
-                status, headers, scripted = server.script.popleft()
-                return status, scripted, headers
+            scripted = server.script.popleft() if server.script else None
+            if scripted:
+                return scripted[0], scripted[2], scripted[1]
         if server.key is not None and self.headers["authorization"] != f"Bearer {server.key}":
             return 401, error_body("Incorrect API key provided: sk-ab***yz.", code="invalid_api_key")
         complaint = check_body(body)
@@ -415,33 +622,6 @@ class Handler(BaseHTTPRequestHandler):
             return 404, error_body(f"The model `{body['model']}` does not exist", code="model_not_found")
         part = refused_part(body, server.refuses)
         return (400, unsupported(part)) if part else None
-
-    def complete(self, body: dict[str, Any], content: str, fault: str, prompt: int) -> dict[str, Any]:
-        message = {"role": "assistant", "content": content, "refusal": None}
-        finish = {"filter": "content_filter", "length": "length"}.get(fault, "stop")
-        if fault == "refusal":
-            message |= {"content": None, "refusal": "I cannot help with that."}
-        if fault == "length":
-            message["content"] = content[: len(content) // 2]
-        used = self.server.reasoning + count_tokens(content)
-        cap = body.get("max_completion_tokens", body.get("max_tokens", used))
-        if used > cap:
-            used, finish, message["content"] = cap, "length", ""
-        return {
-            "id": f"chatcmpl-{id(body):x}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": f"{body['model']}-2024-07-18",
-            "system_fingerprint": "fp_stand_in",
-            "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}],
-            "usage": {
-                "prompt_tokens": prompt,
-                "completion_tokens": used,
-                "total_tokens": prompt + used,
-                "prompt_tokens_details": {"cached_tokens": 0},
-                "completion_tokens_details": {"reasoning_tokens": min(self.server.reasoning, used)},
-            },
-        }
 
     def wait(self, arrived: float, tokens: int) -> None:
         server = self.server
@@ -472,11 +652,13 @@ def main() -> None:
     parser.add_argument(
         "--fault", type=share, action="append", default=[], metavar="NAME=SHARE", help=", ".join(FAULTS)
     )
+    parser.add_argument("--job-seconds", type=float, default=5.0, metavar="SECONDS", help="how long a job takes")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     server = StandIn(options.port, first_token=options.first_token, per_token=options.per_token, tail=options.tail)
     server.faults = dict(options.fault)
     server.random = random.Random(options.seed)
+    server.job_seconds = options.job_seconds
     for name, limit in ("requests", options.requests_per_minute), ("tokens", options.tokens_per_minute):
         if limit:
             server.set_limit(name, limit)

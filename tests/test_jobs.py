@@ -1,0 +1,345 @@
+"""The Batch API: the same requests at half the price, in jobs that outlive the program, each paid once."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from typing import Any
+
+import pytest
+from conftest import LABELS, Job, make_texts
+from test_cost import price
+
+import enrich_dataset as module
+
+FAST = {"use_batch_api": True, "poll_interval": 0.05}
+
+
+def by_job(job: Job) -> dict[str, list[str]]:
+    """The texts that each job was asked."""
+    asked: dict[str, list[str]] = {}
+    for call in job.server.calls:
+        asked.setdefault(call.job, []).extend(call.texts)
+    return asked
+
+
+def open_requests(job: Job) -> int:
+    with module.AnswerStore(job.store) as store:
+        return sum(len(open_job.requests) for open_job in store.open_jobs())
+
+
+def test_cells_are_right_at_half_the_price_without_a_live_call(job: Job) -> None:
+    job.server.job_seconds = 0.2
+    frame = job.write([*make_texts(95), "cake", "cake"]).enrich(**FAST)
+    job.check()
+    assert set(by_job(job)) == {"batch_1"}
+    told = frame.attrs["enrichment"]
+    assert told["calls"] == len(job.server.calls) == 10
+    assert told["cost"] == pytest.approx(price(job.server.calls) / 2)
+    assert open_requests(job) == 0
+    job.enrich(**FAST)
+    assert len(job.server.jobs) == 1
+
+
+def test_a_job_carries_the_bodies_that_live_calls_carry(job: Job) -> None:
+    job.write(make_texts(10)).enrich(**FAST)
+    job.enrich(fresh=True)
+    in_job, live = job.server.calls
+    assert in_job.body == live.body
+
+
+def test_what_is_printed(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.server.job_seconds = 0.3
+    assert job.write(make_texts(30)).command("--batch-api", "--poll-interval", "0.05") == 0
+    printed, errors = capsys.readouterr()
+    assert "Sent as Batch API jobs: half the price, answers within a day\n" in printed
+    assert "Submitting them to the Batch API...\n" in printed
+    assert "Job batch_1 submitted: 3 requests. It goes on without this program, which you may close" in errors
+    assert re.search(r"67%.*2/3 ", errors)
+    assert re.search(r"100%.*3/3 ", errors)
+
+
+class TestKilled:
+    POINTS = ("upload", "uploaded", "create", "created", "poll", "download")
+
+    @pytest.mark.parametrize("point", POINTS)
+    def test_whenever_it_is_killed_the_same_command_ends_the_job_and_all_is_paid_once(
+        self, job: Job, point: str
+    ) -> None:
+        job.server.job_seconds = 0.3
+        job.server.hold_at = point
+        arguments = ("--batch-api", "--poll-interval", "0.1")
+        process = job.write(make_texts(200)).process(*arguments)
+        assert job.server.held.wait(30)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        job.server.let_go.set()
+        assert job.process(*arguments).wait(60) == 0
+        job.check()
+        assert sorted(job.asked) == sorted(job.texts)
+        assert len(job.server.jobs) == 1
+
+    def test_killed_between_two_replies_it_records_the_rest_alone(self, job: Job, monkeypatch: Any) -> None:
+        """A crash in the middle of taking in what a job has answered."""
+        record, seen = module.AnswerStore.record, []
+
+        def crash(self: Any, reply: Any, *more: Any) -> None:
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            seen.append(reply)
+            record(self, reply, *more)
+
+        job.write(make_texts(100))
+        with monkeypatch.context() as patch:
+            patch.setattr(module.AnswerStore, "record", crash)
+            with pytest.raises(KeyboardInterrupt):
+                job.enrich(**FAST)
+        assert open_requests(job) == 7
+        job.enrich(**FAST)
+        job.check()
+        assert len(job.server.calls) == 10
+        with module.AnswerStore(job.store) as store:
+            assert store.db.execute("SELECT count(*) FROM calls").fetchone() == (10,)
+
+
+class TestLeft:
+    def test_submit_leave_and_collect(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.server.job_seconds = 0.5
+        job.write(make_texts(40))
+        assert job.command("--batch-api", "--no-wait") == 3
+        printed = capsys.readouterr().out
+        assert "Rows in Batch API jobs (the same command with --batch-api collects them): 40\n" in printed
+        assert "Enrichment complete" not in printed
+        assert job.server.calls == []
+        assert job.command("--batch-api", "--no-wait") == 3
+        assert "Rows in Batch API jobs of earlier runs (not asked again): 40\n" in capsys.readouterr().out
+        time.sleep(0.6)
+        assert job.command("--batch-api", "--no-wait") == 0
+        job.check()
+        assert len(job.server.jobs) == 1
+
+    def test_a_live_run_leaves_to_a_job_what_it_was_asked(self, job: Job) -> None:
+        job.server.job_seconds = 0.5
+        job.write(make_texts(20)).enrich(**FAST, no_wait=True)
+        job.write(make_texts(30))
+        frame = job.enrich()
+        assert {call.job for call in job.server.calls} == {""}
+        assert set(frame.attrs["enrichment"]["blank_rows"].values()) == {module.IN_A_JOB}
+        job.check(blank_rows=range(20))
+        job.enrich(**FAST)
+        job.check()
+        assert sorted(job.asked) == sorted(job.texts)
+
+    def test_a_label_that_is_added_meanwhile_is_asked_for_itself(self, job: Job) -> None:
+        job.server.job_seconds = 0.3
+        job.write(make_texts(20)).enrich(LABELS[:2], **FAST, no_wait=True)
+        job.enrich(**FAST)
+        job.check()
+        assert [call.labels for call in job.server.calls] == [tuple(LABELS[:2])] * 2 + [(LABELS[2],)] * 2
+
+    def test_a_job_of_another_question_is_collected_too(self, job: Job) -> None:
+        job.server.job_seconds = 0.2
+        job.write(make_texts(20)).enrich(model="gpt-6-luna", **FAST, no_wait=True)
+        job.enrich(**FAST)
+        job.check()
+        calls = len(job.server.calls)
+        job.enrich(model="gpt-6-luna")
+        assert len(job.server.calls) == calls
+
+    def test_rows_that_have_left_the_table_keep_their_answers(self, job: Job) -> None:
+        job.server.job_seconds = 0.2
+        texts = make_texts(30)
+        job.write(texts).enrich(**FAST, no_wait=True)
+        job.write(texts[15:]).enrich(**FAST)
+        job.check()
+        job.write(texts).enrich()
+        job.check()
+        assert len(job.asked) == 30
+
+    def test_ctrl_c_leaves_the_job_running_and_says_so(self, job: Job) -> None:
+        job.server.job_seconds = 1.0
+        process = job.write(make_texts(40)).process("--batch-api", "--poll-interval", "30")
+        for _ in range(500):
+            time.sleep(0.02)
+            if job.server.jobs:
+                break
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == 130
+        assert "Batch API jobs go on without it. The same command goes on from here." in errors
+        job.enrich(**FAST)
+        job.check()
+        assert len(job.server.jobs) == 1
+
+
+class TestUnhappyEnds:
+    @pytest.mark.parametrize("end", ["expired", "cancelled"])
+    def test_half_of_a_job_that_ends_early_goes_into_the_next(self, job: Job, end: str) -> None:
+        job.server.job_plans.append({"ends": end, "share": 0.5})
+        job.write(make_texts(200)).enrich(**FAST)
+        job.check()
+        asked = by_job(job)
+        assert sorted(asked["batch_2"]) == sorted(set(job.texts) - set(asked["batch_1"]))
+        assert len(asked["batch_2"]) == 100
+
+    def test_a_job_that_did_nothing_at_all_ends_the_run(self, job: Job) -> None:
+        job.server.job_plans.append({"ends": "expired", "share": 0.0})
+        with pytest.raises(module.ProviderError, match="batch_1 ended as expired with nothing done"):
+            job.write(make_texts(20)).enrich(**FAST)
+        job.enrich(**FAST)
+        job.check()
+
+    def test_content_failures_go_into_smaller_jobs_three_in_all(self, job: Job) -> None:
+        texts = make_texts(40)
+        for number, fault in ((3, "refusal"), (17, "garbage"), (25, "400-filter"), (35, "missing")):
+            texts[number] += f" poison-{fault}"
+        frame = job.write(texts).enrich(**FAST)
+        job.check(blank_rows=[3, 17, 25, 35])
+        assert set(by_job(job)) == {"batch_1", "batch_2", "batch_3"}
+        assert sorted(by_job(job)["batch_3"]) == sorted(texts[number] for number in (3, 17, 25, 35))
+        assert frame.attrs["enrichment"]["blank_rows"] == {
+            3: "the model refused to answer",
+            17: "the answer was no JSON",
+            25: "stopped by the provider's content filter",
+            35: "its id was missing from the answer",
+        }
+
+    def test_a_request_on_which_the_server_fails_is_asked_again_whole(self, job: Job) -> None:
+        job.server.faults = {"500": 0.3}
+        job.write(make_texts(200)).enrich(**FAST)
+        blank = [number for number, cells in enumerate(job.cells) if "" in cells]
+        assert len(blank) <= 60
+        job.check(blank_rows=blank)
+        job.server.faults = {}
+        job.enrich(**FAST)
+        job.check()
+        assert {len(call.texts) for call in job.server.calls} == {10}
+
+    def test_a_full_queue_lets_the_next_file_wait_until_a_job_ends(
+        self, job: Job, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "JOB_REQUESTS", 4)
+        job.server.job_seconds = 0.3
+        job.server.queue_tokens = 800  # one file's, not two
+        job.write(make_texts(100)).enrich(**FAST)
+        job.check()
+        assert sorted(job.asked) == sorted(job.texts)
+
+    def test_a_queue_shorter_than_a_file_makes_smaller_files(self, job: Job) -> None:
+        job.server.job_seconds = 0.1
+        job.server.queue_tokens = 500
+        job.write(make_texts(100)).enrich(**FAST)
+        job.check()
+        assert sorted(job.asked) == sorted(job.texts)
+        assert max(map(len, by_job(job).values())) < 100
+
+    def test_another_refusal_is_told_in_the_providers_words(self, job: Job) -> None:
+        error = {"code": "billing_hard_limit_reached", "message": "Billing hard limit has been reached", "line": None}
+        job.server.job_plans.append({"error": error})
+        with pytest.raises(module.ProviderError, match=r"refused job batch_1; .*Billing hard limit has been reached"):
+            job.write(make_texts(20)).enrich(**FAST)
+        job.enrich(**FAST)
+        job.check()
+
+    def test_a_server_without_jobs_is_told_in_one_line(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.server.has_batch_api = False
+        assert job.write(make_texts(20)).command("--batch-api") == 1
+        assert "has no Batch API (HTTP 404): drop --batch-api." in capsys.readouterr().err
+        job.enrich()
+        job.check()
+
+    def test_a_job_that_the_key_does_not_see_is_not_submitted_again(self, job: Job) -> None:
+        job.server.job_seconds = 5
+        job.write(make_texts(20)).enrich(**FAST, no_wait=True)
+        jobs, job.server.jobs = job.server.jobs, {}
+        with pytest.raises(module.ProviderError, match="does not know batch_1: use the key and the address"):
+            job.enrich(**FAST)
+        assert not job.server.jobs
+        assert open_requests(job) == 2
+        job.server.job_seconds, job.server.jobs = 0, jobs
+        job.enrich(**FAST)
+        job.check()
+
+    def test_a_reply_to_creating_a_job_that_is_lost_creates_no_second(self, job: Job) -> None:
+        job.server.hold_at = "created"
+        job.server.job_seconds = 0.1
+        job.write(make_texts(20)).enrich(**FAST, timeout=0.5)
+        job.server.let_go.set()
+        job.check()
+        assert len(job.server.jobs) == 1
+
+    def test_a_failing_server_is_asked_again(self, job: Job) -> None:
+        job.server.script.extend([(503, {"retry-after-ms": "10"}, {})] * 2)
+        job.write(make_texts(20)).enrich(**FAST)
+        job.check()
+
+    def test_a_server_that_always_fails_ends_the_run_in_one_line(self, job: Job) -> None:
+        job.server.script.extend([(503, {"retry-after-ms": "1"}, {})] * 9)
+        with pytest.raises(module.ProviderError, match=r"fails \(HTTP 503\): run the same command later"):
+            job.write(make_texts(20)).enrich(**FAST)
+        assert not job.server.script
+        job.enrich(**FAST)
+        job.check()
+
+    def test_a_part_that_a_model_refuses_is_left_out_of_the_next_job(self, job: Job) -> None:
+        job.server.refuses = {"temperature"}
+        job.write(make_texts(40)).enrich(**FAST)
+        job.check()
+        assert set(by_job(job)) == {"batch_1", "batch_2"}
+
+    def test_a_job_that_is_refused_at_its_creation_leaves_nothing_behind(self, job: Job) -> None:
+        job.server.script.extend([None, (404, {}, {})])
+        with pytest.raises(module.ProviderError, match="has no Batch API"):
+            job.write(make_texts(20)).enrich(**FAST)
+        assert open_requests(job) == 0
+        job.enrich()
+        job.check()
+
+    def test_a_wrong_key_is_told_as_ever(self, job: Job) -> None:
+        job.server.script.append((401, {}, {"error": {"message": "Incorrect API key", "code": "invalid_api_key"}}))
+        with pytest.raises(module.ProviderError, match=r"The API key was refused by .* It says: Incorrect API key"):
+            job.write(make_texts(20)).enrich(**FAST)
+
+    def test_a_server_that_cannot_be_reached_is_told_soon(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "UNREACHABLE_SECONDS", 0.5)
+        with pytest.raises(module.ProviderError, match=r"fails \(no connection \(ConnectError\)\)"):
+            job.write(make_texts(20)).enrich(**FAST, base_url="http://127.0.0.1:9/v1")
+
+    def test_a_request_that_no_model_answers_ends_the_run_and_keeps_the_others(self, job: Job) -> None:
+        texts = make_texts(20)
+        texts[3] += " poison-404-model"
+        with pytest.raises(module.ProviderError, match="The model 'gpt-4o-mini' or the address was not found"):
+            job.write(texts).enrich(**FAST)
+        job.check(blank_rows=range(10))
+
+    def test_leftovers_of_another_question_are_not_asked_again(self, job: Job) -> None:
+        job.server.job_seconds = 0.2
+        job.server.job_plans.append({"ends": "expired", "share": 0.5})
+        job.write(make_texts(20)).enrich(model="gpt-6-luna", **FAST, no_wait=True)
+        job.enrich(**FAST)
+        job.check()
+        assert [call.body["model"] for call in job.server.calls].count("gpt-6-luna") == 1
+        assert open_requests(job) == 0
+
+    def test_lines_that_are_no_answers_leave_their_requests_open(self) -> None:
+        lines = list(module.read_lines(b'{"custom_id": "a"}\n[1]\nnonsense\n\n{"custom_id": "b"}'))
+        assert lines == [{"custom_id": "a"}, {"custom_id": "b"}]
+
+    def test_no_wait_is_for_jobs(self, job: Job) -> None:
+        with pytest.raises(module.InputError, match="--no-wait is for Batch API jobs"):
+            job.write(["cake"]).enrich(no_wait=True)
+
+
+class TestCap:
+    def test_jobs_are_submitted_as_far_as_the_cap_allows(self, job: Job) -> None:
+        job.write(make_texts(400)).enrich(store_filepath=job.store.with_name("other"))
+        whole = price(job.server.calls) / 2
+        job.server.calls.clear()
+        with pytest.raises(module.BudgetExceeded):
+            job.enrich(**FAST, max_cost=whole / 3)
+        assert whole / 8 < price(job.server.calls) / 2 <= whole / 3
+        job.enrich(**FAST, max_cost=whole * 9)
+        job.check()
+        assert price(job.server.calls) / 2 == pytest.approx(whole)
