@@ -2621,6 +2621,8 @@ def plan_lines(run: Run, batch_count: int) -> list[str]:
         lines.append(f"Rows equal to another one (asked once, answered alike): {asked - pending.distinct}")
     if len(pending.groups) == 1 and run.question.labels not in pending.groups:
         lines.append(f"Labels to ask (the others are answered): {list(*pending.groups)}")
+    if not batch_count and run.settings.use_batch_api and pending.asked:
+        return [*lines, "Collecting those jobs..."]
     if not batch_count:
         return [*lines, "Nothing to ask: no API call is made"]
     at_once = f"Processing {min(batch_count, int(run.settings.max_workers))} batches simultaneously..."

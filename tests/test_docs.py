@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
 import shlex
 import shutil
@@ -65,6 +66,38 @@ def test_the_tour_prints_what_the_readme_shows(tmp_path: Path) -> None:
     assert without_times(printed) == without_times(shown)
     excerpt = "\n".join(line.strip() for line in README.splitlines() if line.startswith(("    id,text", "    001,")))
     assert (tmp_path / "HatefulData_enriched.csv").read_text(encoding="utf-8").startswith(excerpt)
+
+
+def test_the_dry_run_prints_what_the_readme_shows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, _, shown = README.split("```console\n$ ")[2].partition("\n```")[0].partition("\n")
+    monkeypatch.chdir(ROOT)
+    assert module.main(shlex.split(command)[2:]) == 0
+    assert capsys.readouterr().out.strip() == shown
+
+
+def test_the_batch_api_command_works(tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = re.findall(r"^    (python enrich_dataset.py .* --batch-api)$", README, re.MULTILINE)
+    shutil.copy(ROOT / "HatefulData.csv", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    assert module.main([*shlex.split(command)[2:], "--quiet"]) == 0
+    assert {call.job for call in server.calls} == {"batch_1"}
+
+
+def test_the_code_for_dask_works(tmp_path: Path, server: StandIn) -> None:
+    code = README.partition("```python\nimport dask")[2].partition("```")[0]
+    (tmp_path / "on_dask.py").write_text("import dask" + code)
+    for name in ("enrich_dataset.py", "HatefulData.csv"):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = os.environ | {"OPENAI_BASE_URL": server.url, "DASK_DISTRIBUTED__SCHEDULER__DASHBOARD__ENABLED": "0"}
+    run = subprocess.run(
+        [sys.executable, "on_dask.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert re.search(r"racist +\d\nsexist +\d", run.stdout)
+    assert (tmp_path / "answers-0.sqlite3").exists()
+    assert len([text for call in server.calls for text in call.texts]) == 37
 
 
 def test_the_query_of_the_store_works(tmp_path: Path, server: StandIn) -> None:
