@@ -1848,6 +1848,8 @@ class JobSender:
         self.most_requests = JOB_REQUESTS  # a job; fewer once the account's queue has shown to be shorter
         self.queue_is_full = False  # until a job ends
         self.answered = False
+        self.succeeded = False
+        self.refused: list[tuple[Response, Request]] = []  # for reasons that are not known
         self.trouble: ProviderError | None = None
 
     def __call__(self, requests: deque[Request]) -> Iterator[Reply]:
@@ -1954,11 +1956,14 @@ class JobSender:
         while True:
             try:
                 result = action()
+                if not isinstance(result, str):  # what the SDK returns for a page of HTML
+                    self.answered = True
+                    return result
+                response = Response(200, {}, None, 0.0)
             except openai.APIError as error:
                 response = response_to(error)
-            else:
-                self.answered = True
-                return result
+            except ValueError:  # JSON that was cut off
+                response = Response(200, {}, None, 0.0)
             failures += 1
             verdict, reason = judge(response)
             self.answered |= response.status > 0
@@ -2011,8 +2016,10 @@ class JobSender:
         for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
             for line in read_lines(self._insist(partial(self.client.files.content, file_id), file_id).content):
                 request = job.requests.get(str(line.get("custom_id")))
-                if request and line.get("response"):
+                if request and isinstance(line.get("response"), dict):
                     yield from self._settle(job, job.requests.pop(request.custom_id), line, requests)
+        if len(self.refused) >= STRANGE_LIMIT and not self.succeeded:
+            raise explain(*self.refused[0], self.endpoint)
         open_requests = list(job.requests.values())
         yield from (gone_reply(request) for request in open_requests if not request.can_be_asked)
         self.run.store.forget_job(job)
@@ -2040,14 +2047,19 @@ class JobSender:
         response = Response(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0)
         cost = self.budget.bill(response)
         verdict, reason = judge(response)
-        if verdict in {Verdict.BROKEN, Verdict.LIMITED} and len(request.failures) + 1 < JOB_ROUNDS:
+        broken = verdict in {Verdict.BROKEN, Verdict.LIMITED}
+        if broken and request.can_be_asked and len(request.failures) + 1 < JOB_ROUNDS:
             requests.append(replace(request, failures=(*request.failures, reason)))
             return
-        if verdict is Verdict.STRANGE and self._learn(job, response):
+        if verdict is Verdict.STRANGE and request.can_be_asked and self._learn(job, response):
             requests.append(request)
             return
         if verdict is Verdict.FATAL:
             self.trouble = explain(response, request, self.endpoint)
+        if verdict is Verdict.STRANGE:
+            self.refused.append((response, request))
+        self.succeeded |= verdict in {Verdict.COMPLETION, Verdict.CONTENT}
+        self.dialect = make_room(self.dialect, read_usage(response.body))
         divisible = verdict in {Verdict.COMPLETION, Verdict.CONTENT, Verdict.STRANGE} and request.can_be_asked
         problem = f"refused by the server ({reason})" if verdict is Verdict.STRANGE else reason
         yield Reply(request, response.body or {}, problem, divisible, 1, 0.0, cost, from_job=True)

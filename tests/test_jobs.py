@@ -227,6 +227,15 @@ class TestUnhappyEnds:
         job.check()
         assert sorted(job.asked) == sorted(job.texts)
 
+    def test_a_file_holds_no_more_bytes_than_the_provider_takes(
+        self, job: Job, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "JOB_BYTES", 10_000)
+        job.write(make_texts(100)).enrich(**FAST)
+        job.check()
+        assert len(job.server.files) > len(job.server.jobs) > 2
+        assert all(len(content) <= 10_000 for name, content in job.server.files.items() if b'"method"' in content)
+
     def test_a_queue_shorter_than_a_file_makes_smaller_files(self, job: Job) -> None:
         job.server.job_seconds = 0.1
         job.server.queue_tokens = 500
@@ -322,6 +331,30 @@ class TestUnhappyEnds:
         job.check()
         assert [call.body["model"] for call in job.server.calls].count("gpt-6-luna") == 1
         assert open_requests(job) == 0
+
+    def test_a_job_in_which_all_is_refused_ends_the_run(self, job: Job) -> None:
+        job.server.refuses = {"model"}
+        with pytest.raises(module.ProviderError, match="Every request is refused by"):
+            job.write(make_texts(100)).enrich(**FAST)
+        assert len(job.server.calls) == 10
+
+    def test_a_page_of_html_is_no_job(self, job: Job) -> None:
+        page = (200, {"retry-after-ms": "1"}, "<html>Hello</html>")
+        job.server.script.extend([page, None, page])
+        job.write(make_texts(20)).enrich(**FAST)
+        job.check()
+        assert len(job.server.jobs) == 1
+
+    def test_leftovers_of_another_question_are_not_asked_again_after_a_server_error(self, job: Job) -> None:
+        job.server.job_seconds = 0.2
+        job.server.faults = {"500": 1.0}
+        job.write(make_texts(20)).enrich(model="gpt-6-luna", **FAST, no_wait=True)
+        time.sleep(0.3)
+        job.enrich(**FAST, no_wait=True)
+        assert {call.body["model"] for call in job.server.calls} == {"gpt-6-luna"}
+        job.server.faults = {}
+        job.enrich(**FAST)
+        job.check()
 
     def test_lines_that_are_no_answers_leave_their_requests_open(self) -> None:
         lines = list(module.read_lines(b'{"custom_id": "a"}\n[1]\nnonsense\n\n{"custom_id": "b"}'))
