@@ -18,6 +18,7 @@ GET /stand-in/calls tells what it has been asked so far.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -142,6 +143,7 @@ class StandIn(ThreadingHTTPServer):
         self.models: set[str] | None = None  # the only models; None: any
         self.script: deque[tuple[int, dict[str, str], Any] | None] = deque()  # replies to give first; None: its own
         self.reasoning = 0  # tokens that the model thinks before it answers
+        self.flips = 0.0  # share of the cells that come out wrong where a call has several texts
         self.dense = False  # answer 0 or 1 for each label, as prompts that ask for all of them get
         self.random = random.Random(0)
         self.has_batch_api = True
@@ -276,7 +278,7 @@ class StandIn(ThreadingHTTPServer):
         elif fault in {"500", "503", "429", "reset", "cut", "html", "empty"}:
             status, content = 500, error_body("The server had an error")
         else:
-            answer = {row["id"]: labels_of(row["text"], labels) for row in given}
+            answer = self.label(given, labels)
             content = self.complete(body, spoil(answer, fault), fault, prompt)
         used = content["usage"]["completion_tokens"] if status == 200 else 0
         now = time.monotonic()
@@ -310,6 +312,16 @@ class StandIn(ThreadingHTTPServer):
                 "completion_tokens_details": {"reasoning_tokens": min(self.reasoning, used)},
             },
         }
+
+    def label(self, given: list[dict[str, str]], labels: list[str]) -> dict[str, list[str]]:
+        """The answer to a call; the cells that are flipped depend on all its texts, but not on chance."""
+        answer = {row["id"]: labels_of(row["text"], labels) for row in given}
+        if self.flips and len(given) > 1:
+            dice = random.Random(json.dumps(given))
+            for row, label in itertools.product(answer, labels):
+                if dice.random() < self.flips:
+                    answer[row] = [x for x in labels if (x in answer[row]) != (x == label)]
+        return answer
 
     def choose_fault(self, texts: list[str]) -> str:
         for word, fault in POISON.items():
@@ -600,7 +612,7 @@ class Handler(BaseHTTPRequestHandler):
             return reply(400, error_body("The response was filtered", code="content_filter"), headers)
         if fault == "400-context":
             return reply(400, error_body("maximum context length", code="context_length_exceeded"), headers)
-        answer = {row["id"]: labels_of(row["text"], labels) for row in given}
+        answer = self.server.label(given, labels)
         content = spread(answer, labels) if self.server.dense else spoil(answer, fault)
         completion = self.server.complete(body, content, fault, prompt)
         used = completion["usage"]["completion_tokens"]
@@ -652,6 +664,7 @@ def main() -> None:
     parser.add_argument(
         "--fault", type=share, action="append", default=[], metavar="NAME=SHARE", help=", ".join(FAULTS)
     )
+    parser.add_argument("--flips", type=float, default=0.0, metavar="SHARE", help="of cells, in calls of several texts")
     parser.add_argument("--job-seconds", type=float, default=5.0, metavar="SECONDS", help="how long a job takes")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -659,6 +672,7 @@ def main() -> None:
     server.faults = dict(options.fault)
     server.random = random.Random(options.seed)
     server.job_seconds = options.job_seconds
+    server.flips = options.flips
     for name, limit in ("requests", options.requests_per_minute), ("tokens", options.tokens_per_minute):
         if limit:
             server.set_limit(name, limit)

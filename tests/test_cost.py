@@ -112,7 +112,7 @@ class TestBefore:
                 rates = store.token_rates("gpt-4o-mini")
             assert bool(rates) == bool(answered)
             rows = [module.make_row(text, None) for text in job.texts[answered:]]
-            question = module.pose("gpt-4o-mini", tuple(LABELS), sends_label=False)
+            question = module.pose(module.Guidelines("gpt-4o-mini", False), tuple(LABELS))
             requests = [module.Request(batch, question) for batch in module.make_batches(rows, batch_size)]
             usage = module.estimate_usage(requests, rates)
             job.server.calls.clear()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import enrich_dataset as module
 
-QUESTION = module.pose("m", tuple(LABELS), sends_label=False)
+QUESTION = module.pose(module.Guidelines("m", False), tuple(LABELS))
 ROWS = tuple(module.make_row(text, None) for text in ("a", "b", "c"))
 A, B, C = "660", "149", "538"
 FIRST, SECOND, THIRD = LABELS

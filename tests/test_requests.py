@@ -14,7 +14,7 @@ from stand_in_server import check_body
 
 import enrich_dataset as module
 
-QUESTION = module.pose("gpt-4o-mini", tuple(LABELS), sends_label=False)
+QUESTION = module.pose(module.Guidelines("gpt-4o-mini", False), tuple(LABELS))
 
 
 def request(texts: list[str], label: str | None = None) -> module.Request:
@@ -24,17 +24,17 @@ def request(texts: list[str], label: str | None = None) -> module.Request:
 @given(counts=st.lists(st.integers(1, 40), max_size=4), batch_size=st.integers(1, 500))
 def test_batches_partition_the_pending_rows(counts: list[int], batch_size: int) -> None:
     groups = {
-        (f"label {group}",): [module.make_row(f"{group} {number}", None) for number in range(count)]
+        (0, (f"label {group}",)): [module.make_row(f"{group} {number}", None) for number in range(count)]
         for group, count in enumerate(counts)
     }
     pending = module.Pending(groups, [])
     settings = module.Settings(
         **(dict.fromkeys(module.Settings.__annotations__) | {"batch_size": batch_size, "model": "m"})
     )
-    requests = list(module.make_requests(pending, settings))
+    requests = list(module.make_requests(pending, module.Guidelines("m", False), settings))
     assert [row for request in requests for row in request.rows] == [row for rows in groups.values() for row in rows]
     assert all(len(request.rows) <= batch_size for request in requests)
-    assert all(row in groups[request.question.labels] for request in requests for row in request.rows)
+    assert all(row in groups[request.reading, request.question.labels] for request in requests for row in request.rows)
     assert len(requests) == sum(-(-count // batch_size) for count in counts)
 
 
@@ -76,7 +76,7 @@ def test_equal_batches_share_one_schema(job: Job) -> None:
 
 
 def test_an_existing_label_is_sent_and_explained_only_where_there_is_one() -> None:
-    with_label = module.pose("m", tuple(LABELS), sends_label=True)
+    with_label = module.pose(module.Guidelines("m", True), tuple(LABELS))
     assert '"label": "hate"' in module.user_message(request(["a"], "hate").rows)
     assert "given as context only" in with_label.prompt
     assert '"label"' not in module.user_message(request(["a"]).rows)

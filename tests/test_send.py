@@ -443,7 +443,7 @@ def test_a_server_is_quoted_without_key_or_text(job: Job, capsys: pytest.Capture
     assert "nobody" not in capsys.readouterr().err
     words = module.quote_server(
         response(400, "bad key my-own-key sk-abc***d and  more"),
-        module.Request((module.make_row("text", None),), module.pose("m", tuple(LABELS), False)),
+        module.Request((module.make_row("text", None),), module.pose(module.Guidelines("m", False), tuple(LABELS))),
         module.Endpoint(None, "my-own-key"),
     )
     assert words == "bad key [key] [key] and more"

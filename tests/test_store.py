@@ -11,7 +11,7 @@ from conftest import LABELS, Job, make_texts
 
 import enrich_dataset as module
 
-QUESTION = module.pose("m", tuple(LABELS), sends_label=False)
+QUESTION = module.pose(module.Guidelines("m", False), tuple(LABELS))
 ROW = module.make_row("cake", None)
 
 
@@ -58,7 +58,7 @@ class TestReopened:
         parts = {(LABELS[2],): "1", (LABELS[0],): "0"}
         with module.AnswerStore(tmp_path / "store") as store:
             for labels, cells in parts.items():
-                request = module.Request((ROW,), module.pose("m", labels, sends_label=False))
+                request = module.Request((ROW,), module.pose(module.Guidelines("m", False), labels))
                 store.record(module.Reply(request, {}, "", True, 1, 0.1), {ROW: cells}, {})
             assert store.answers(QUESTION) == {ROW.key: "0-1"}
 

@@ -1,0 +1,519 @@
+"""How good the labels are: codebook, examples, audit, votes, comparison with people, the record, the picture."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import LABELS, ROOT, Job, expected, make_texts
+
+import enrich_dataset as module
+
+CODEBOOK = {label: f"what {label} means" for label in LABELS}
+
+
+def figures(frame: pd.DataFrame) -> dict[str, Any]:
+    return dict(frame.attrs["enrichment"])
+
+
+def system_message(job: Job) -> str:
+    return str(job.server.calls[-1].body["messages"][0]["content"])
+
+
+def write_examples(job: Job, *texts: str, name: str = "examples.csv") -> Path:
+    path = job.input.with_name(name)
+    frame = pd.DataFrame(expected(texts), columns=LABELS)
+    frame.insert(0, "text", texts)
+    frame.to_csv(path, index=False)
+    return path
+
+
+class TestCodebook:
+    def test_definitions_stand_in_the_system_message(self, job: Job) -> None:
+        job.write(["cake"]).enrich(CODEBOOK)
+        assert '- "praising_violence": what praising_violence means\n' in system_message(job)
+        job.check()
+
+    def test_a_changed_definition_asks_that_label_again_and_no_other(self, job: Job) -> None:
+        labels = {f"label_{place}": f"meaning {place}" for place in range(10)}
+        job.write(make_texts(30)).enrich(labels)
+        job.server.calls.clear()
+        job.enrich(labels | {"label_4": "another meaning"})
+        assert {call.labels for call in job.server.calls} == {("label_4",)}
+        assert sorted(job.asked) == sorted(job.texts)
+        job.server.calls.clear()
+        job.enrich(labels)
+        assert job.server.calls == []
+
+    @pytest.mark.parametrize("form", ["json", "csv"])
+    def test_the_command_reads_it_from_a_file(self, job: Job, form: str) -> None:
+        path = job.input.with_name(f"codebook.{form}")
+        if form == "json":
+            path.write_text(json.dumps(CODEBOOK))
+        else:
+            pd.DataFrame({"label": CODEBOOK.keys(), "definition": CODEBOOK.values()}).to_csv(path, index=False)
+        job.write(["cake", "violence"])
+        arguments = [argument for argument in job.arguments() if argument not in {"--labels", *LABELS}]
+        base = ["--base-url", job.server.url, "--quiet", "--codebook", str(path)]
+        assert module.main([*arguments, *base]) == 0
+        job.check()
+        assert '- "praising_violence": what praising_violence means\n' in system_message(job)
+        assert module.main([*arguments, *base, "--labels", LABELS[0]]) == 0
+        assert len(job.server.calls) == 1
+
+    @pytest.mark.parametrize(
+        ("content", "arguments", "words"),
+        [
+            ('{"a": "b"}', ["--labels", "c"], "The label 'c' is not in"),
+            ('{"a": "b", "a": "c"}', [], "The label 'a' is given twice"),
+            ('{"a": 1}', [], "has a definition that is no text"),
+            ('{"a": ', [], "is no JSON"),
+            ("name,meaning\na,b\n", [], "has not the right columns"),
+            ("", [], "has not the right columns"),
+            ("label,definition\n", [], "No labels were given"),
+            (None, [], "cannot be read"),
+        ],
+    )
+    def test_one_that_cannot_be_used_is_refused(
+        self, job: Job, content: str | None, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = job.input.with_name("codebook")
+        if content is not None:
+            path.write_text(content)
+        given = ["--input", str(job.input), "--output", str(job.output), "--text-column", "text"]
+        assert module.main([*given, "--codebook", str(path), *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+    def test_without_labels_and_codebook_there_is_nothing_to_do(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert module.main(["--input", "a", "--output", "b", "--text-column", "c"]) == 2
+        assert "pass --labels NAME ..., or --codebook FILE." in capsys.readouterr().err
+
+    def test_definitions_are_texts(self, job: Job) -> None:
+        with pytest.raises(module.InputError, match="A codebook's definitions must be texts"):
+            job.write(["cake"]).enrich({"a": 1})  # type: ignore[dict-item]
+
+
+class TestInstructions:
+    def test_they_stand_in_the_system_message_as_a_text_or_from_a_file(self, job: Job) -> None:
+        words = "Only what {is} said to persons counts."
+        path = job.input.with_name("instructions.txt")
+        path.write_text(f"{words}\n")
+        job.write(["cake"]).enrich(instructions=words)
+        assert f"This project's instructions:\n{words}\n" in system_message(job)
+        job.enrich(instructions=path)
+        job.enrich(instructions=str(path))
+        assert len(job.server.calls) == 1
+
+    def test_other_ones_ask_anew(self, job: Job) -> None:
+        job.write(["cake"]).enrich(instructions="One.")
+        job.enrich(instructions="Two.")
+        job.enrich()
+        assert len(job.server.calls) == 3
+
+    def test_a_file_that_is_not_there_is_refused(self, job: Job) -> None:
+        with pytest.raises(module.InputError, match="cannot be read: check the path"):
+            job.write(["cake"]).enrich(instructions=Path("/nowhere/instructions.txt"))
+
+
+class TestExamples:
+    def test_they_stand_in_the_system_message_in_the_answers_own_form(self, job: Job) -> None:
+        path = write_examples(job, "praise the violence", "tram")
+        job.write(["cake"]).enrich(examples=path)
+        message = system_message(job)
+        assert '{"texts": [{"id": "660", "text": "praise the violence"}, {"id": "149", "text": "tram"}]}' in message
+        assert message.endswith('Its right answer:\n{"660": ["praising_violence"], "149": []}')
+
+    def test_rows_equal_to_one_are_answered_from_it_and_not_sent(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        frame = pd.DataFrame([["cake", 1, 1, 1]], columns=["text", *LABELS])
+        labelled = job.write(["tram", "cake", "cake"]).enrich(examples=frame, quiet=False)
+        assert job.cells == [["0"] * 3, ["1"] * 3, ["1"] * 3]
+        assert job.asked == ["tram"]
+        assert figures(labelled)["example_rows"] == 2
+        assert figures(labelled)["reused_rows"] == 0
+        assert "Rows equal to an example (answered from it, not sent): 2\n" in capsys.readouterr().out
+
+    def test_other_ones_ask_anew_and_a_label_that_is_added_does_not(self, job: Job) -> None:
+        job.write(["cake"])
+        job.enrich(LABELS[:2], examples=write_examples(job, "tram"))
+        job.enrich(examples=write_examples(job, "tram"))
+        assert [call.labels for call in job.server.calls] == [tuple(LABELS[:2]), (LABELS[2],)]
+        job.enrich(examples=write_examples(job, "tram", "holiday"))
+        assert job.server.calls[-1].labels == tuple(LABELS)
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (f"text,{','.join(LABELS)}\n", "have no rows"),
+            (f"text,{','.join(LABELS)}\na,1,,0\n", "has a blank for 'personal_attacks'"),
+            (f"text,{','.join(LABELS[:2])}\na,1,0\n", "has a blank for 'sexual_harassment'"),
+            (f"text,{','.join(LABELS)}\n,1,0,0\n", "has a blank for 'text'"),
+            ("words\na\n", "The text column 'text' is not in the header of"),
+            (f"text,{','.join(LABELS)}\n{'a' * 20_000},1,0,0\n", "20,027 characters; 20,000 at most are sent"),
+        ],
+    )
+    def test_ones_that_cannot_be_used_are_refused(self, job: Job, content: str, words: str) -> None:
+        path = job.input.with_name("examples.csv")
+        path.write_text(content)
+        with pytest.raises(module.InputError, match=words):
+            job.write(["cake"]).enrich(examples=path)
+        assert job.server.calls == []
+
+
+class TestVotes:
+    def test_the_majority_stands(self, job: Job) -> None:
+        job.server.flips = 0.1
+        frame = job.write(make_texts(200)).enrich(votes=5)
+        told = figures(frame)["votes"]
+        assert {label: values["rows"] for label, values in told.items()} == dict.fromkeys(LABELS, 200)
+        for values in told.values():
+            assert 0.4 < values["unanimous"] < 0.75  # 0.9 ** 5 + 0.1 ** 5 is 0.59
+            assert 0 < values["alpha"] < 1
+        wrong = sum(
+            cell != right
+            for row, rights in zip(job.cells, expected(job.texts), strict=True)
+            for cell, right in zip(row, rights, strict=True)
+        )
+        assert wrong < 600 * 0.03  # and not 0.1, as by single votes: three of five wrong are 0.0086
+
+    def test_each_vote_has_other_neighbours(self, job: Job) -> None:
+        job.write(make_texts(40)).enrich(votes=3)
+        batches = [frozenset(call.texts) for call in job.server.calls]
+        assert len(batches) == len(set(batches)) == 12
+        assert sorted(job.asked) == sorted(job.texts * 3)
+        job.check()
+
+    def test_votes_that_are_paid_count_when_the_number_is_raised(self, job: Job) -> None:
+        job.write(make_texts(40)).enrich()
+        job.enrich(votes=3)
+        assert len(job.server.calls) == 12
+        job.enrich(votes=3)
+        job.enrich(votes=1)
+        assert len(job.server.calls) == 12
+
+    def test_divided_cells_are_listed(self, job: Job) -> None:
+        job.server.flips = 0.1
+        job.write(make_texts(60)).enrich(votes=3)
+        listed = pd.read_csv(f"{job.output}.votes.csv")
+        assert list(listed.columns) == ["row", "label", "votes_for", "votes"]
+        assert set(listed["votes_for"]) == {1, 2}
+        for line in listed.itertuples():
+            assert job.cells[int(line.row)][LABELS.index(line.label)] == str(int(line.votes_for == 2))
+
+    def test_an_exact_annotator_is_unanimous(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.write(make_texts(30)).enrich(votes=3, quiet=False)
+        printed = capsys.readouterr().out
+        assert "Votes: each row is asked 3 times, the majority stands\n" in printed
+        assert "=== Votes: 3 a row ===\n" in printed
+        assert "100.0%                 1.000\n" in printed
+        assert Path(f"{job.output}.votes.csv").read_text() == "row,label,votes_for,votes\n"
+
+    def test_without_a_majority_a_cell_stays_blank(self) -> None:
+        assert module.majority(("01-", "0-1", "11-")) == "01-"
+
+    def test_an_even_number_is_refused(self, job: Job) -> None:
+        with pytest.raises(module.InputError, match="must be odd, so that there is a majority, not 2"):
+            job.write(["cake"]).enrich(votes=2)
+
+    def test_votes_go_by_jobs_too(self, job: Job) -> None:
+        job.server.job_seconds = 0.2
+        job.write(make_texts(40)).enrich(votes=3, use_batch_api=True, no_wait=True)
+        job.enrich(votes=3, use_batch_api=True, poll_interval=0.05)
+        job.check()
+        assert sorted(job.asked) == sorted(job.texts * 3)
+        assert len(job.server.jobs) == 1
+
+
+class TestAudit:
+    def test_it_finds_the_share_that_packing_changes(self, job: Job) -> None:
+        job.server.flips = 0.1
+        told = figures(job.write(make_texts(600)).enrich(audit=400))["audit"]
+        for values in told.values():
+            low, high = values["agreement_95"]
+            assert values["rows"] == 400
+            assert low < 0.9 < high
+            assert 0 < values["kappa"] < 1
+            assert len(values["rows_that_differ"]) == round(400 * (1 - values["agreement"]))
+
+    def test_with_an_exact_annotator_kappa_is_1_and_labels_stay(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        told = figures(job.write(make_texts(60)).enrich(audit=30, quiet=False))["audit"]
+        for values in told.values():
+            assert (values["agreement"], values["kappa"], values["rows_that_differ"]) == (1.0, 1.0, [])
+        job.check()
+        printed = capsys.readouterr().out
+        assert "Auditing 30 rows, each alone in its call: 30 API calls...\n" in printed
+        assert "=== Audit: asked once more, each row alone ===\n" in printed
+        assert [len(call.texts) for call in job.server.calls] == [10] * 6 + [1] * 30
+
+    def test_its_answers_never_become_labels(self, job: Job) -> None:
+        job.write(make_texts(20)).enrich()
+        with module.AnswerStore(job.store) as store:
+            store.db.execute("UPDATE answers SET applies = '111'")
+        told = figures(job.enrich(audit=20))["audit"]
+        assert job.cells == [["1"] * 3] * 20
+        assert all(values["agreement"] < 1 for values in told.values())
+
+    def test_it_is_paid_once_and_a_larger_one_holds_the_smaller(self, job: Job) -> None:
+        job.write(make_texts(40)).enrich(audit=10)
+        calls = len(job.server.calls)
+        job.enrich(audit=10)
+        assert len(job.server.calls) == calls
+        job.enrich(audit=15)
+        assert len(job.server.calls) == calls + 5
+        job.enrich(audit=10, seed=1)
+        assert len(job.server.calls) > calls + 5
+
+    def test_it_goes_by_jobs_too(self, job: Job) -> None:
+        frame = job.write(make_texts(20)).enrich(audit=10, use_batch_api=True, poll_interval=0.05)
+        assert {values["rows"] for values in figures(frame)["audit"].values()} == {10}
+        assert {call.job for call in job.server.calls} == {"batch_1", "batch_2"}
+
+    def test_the_cap_counts_it(self, job: Job) -> None:
+        job.write(make_texts(20)).enrich()
+        with pytest.raises(module.BudgetExceeded):
+            job.enrich(audit=20, max_cost=0.0005)
+        job.check()
+
+    def test_a_dry_run_tells_its_calls_too(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.write(make_texts(20)).enrich(dry_run=True, quiet=False)
+        plain = capsys.readouterr().out
+        job.enrich(dry_run=True, audit=20, quiet=False)
+        audited = capsys.readouterr().out
+        tokens = [
+            int(text.partition("characters): ")[2].partition(" in")[0].replace(",", "")) for text in (plain, audited)
+        ]
+        assert tokens[1] > 5 * tokens[0]
+
+
+def random_tables() -> list[tuple[pd.DataFrame, pd.DataFrame, list[str]]]:
+    dice = np.random.default_rng(7)
+    tables = []
+    for number in range(200):
+        rows, labels = int(dice.integers(1, 40)), [f"l{place}" for place in range(int(dice.integers(1, 5)))]
+        share = (0.0, 0.5, 1.0, 0.1)[number % 4]  # no positives, some, all
+        people, model = (
+            pd.DataFrame((dice.random((rows, len(labels))) < p).astype(int), columns=labels)
+            for p in (share, dice.random())
+        )
+        tables.append((model, people, labels))
+    return tables
+
+
+class TestGold:
+    def test_the_figures_are_scikit_learns_to_1e_12_on_200_random_tables(self) -> None:
+        from sklearn.metrics import accuracy_score, cohen_kappa_score, precision_recall_fscore_support
+
+        nan = float("nan")
+        for model, people, labels in random_tables():
+            table = module.evaluate_labels(model, people, labels)
+            for label in labels:
+                one, other = people[label], model[label]
+                precision, recall, f1, _ = precision_recall_fscore_support(
+                    one, other, average="binary", zero_division=nan
+                )
+                with np.errstate(invalid="ignore"), pytest.MonkeyPatch.context():
+                    kappa = cohen_kappa_score(one, other) if len(set(one) | set(other)) > 1 else nan
+                right = [precision, recall, f1, accuracy_score(one, other), kappa]
+                found = table.loc[label, ["precision", "recall", "f1", "accuracy", "kappa"]].astype(float)
+                np.testing.assert_allclose(found, right, rtol=0, atol=1e-12)
+                assert table.loc[label, "support"] == one.sum()
+            for average in ("micro", "macro"):
+                right = precision_recall_fscore_support(
+                    people.to_numpy().reshape(len(people), -1), model.to_numpy().reshape(len(people), -1),
+                    average=average, zero_division=nan,
+                )[:3] if len(labels) > 1 else None  # fmt: skip
+                if right:
+                    found = table.loc[f"{average} average", ["precision", "recall", "f1"]].astype(float)
+                    np.testing.assert_allclose(found, np.array(right, dtype=float), rtol=0, atol=1e-12)
+
+    def test_what_is_not_defined_is_blank_and_no_0(self) -> None:
+        none = pd.DataFrame({"a": [0, 0, 0]})
+        table = module.evaluate_labels(none, none, ["a"])
+        assert table.loc["a", ["precision", "recall", "f1", "kappa"]].isna().all()
+        assert table.loc["a", "accuracy"] == 1
+        assert table.loc["macro average", ["precision", "recall", "f1", "kappa"]].isna().all()
+
+    def test_pairs_with_a_blank_are_left_out(self) -> None:
+        model = pd.DataFrame({"a": pd.array([1, None, 0, 1], dtype="Int8")}, index=list("wxyz"))
+        people = pd.DataFrame({"a": [1.0, 1.0, None, 0.0, 1.0]}, index=[*"wxyz", "elsewhere"])
+        table = module.evaluate_labels(model, people, ["a"])
+        assert table.loc["a", ["rows", "tp", "fp", "fn", "tn"]].tolist() == [2, 1, 1, 0, 0]
+
+    def test_a_key_that_stands_twice_is_refused(self) -> None:
+        twice = pd.DataFrame({"a": [0, 1]}, index=["x", "x"])
+        with pytest.raises(module.InputError, match="have a key twice"):
+            module.evaluate_labels(twice, twice, ["a"])
+
+    def test_the_command_compares_by_text(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write_examples(job, "violence", "praise", "not in the table", name="gold.csv")
+        assert job.write(["violence", "praise", "cake", "cake"]).command("--gold", str(path)) == 0
+        printed = capsys.readouterr().out
+        assert "=== Comparison with people ===\n" in printed
+        assert "micro average         6" in printed
+        assert "Rows of the gold labels that the table does not have: 1\n" in printed
+
+    def test_a_key_column_tells_equal_texts_apart(self, job: Job) -> None:
+        gold = pd.DataFrame({"id": [2, 0], LABELS[0]: [1, 1]})
+        told = figures(job.write(["violence", "praise", "cake"]).enrich(gold=gold, gold_key="id"))["gold"]
+        assert told[LABELS[0]]["tp"] == told[LABELS[0]]["fn"] == 1
+        assert set(told) == {LABELS[0], "micro average", "macro average"}
+
+    def test_equal_texts_with_other_labels_cannot_be_matched_by_text(self, job: Job) -> None:
+        job.input.write_text(f"text,{LABELS[0]}\ncake,1\ncake,0\n")
+        gold = pd.DataFrame({"text": ["cake"], LABELS[0]: [1]})
+        with pytest.raises(module.InputError, match="pass --gold-key and a column that tells rows apart"):
+            job.enrich(gold=gold)
+
+    @pytest.mark.parametrize(
+        ("gold", "options", "words"),
+        [
+            (pd.DataFrame({"text": ["cake"], "other": [1]}), {}, "have no 0 or 1 in a column of any label"),
+            (pd.DataFrame({"words": ["cake"]}), {}, "The text column 'text' is not in the header"),
+            (None, {"gold_key": "id"}, "A gold key needs the gold labels"),
+            (pd.DataFrame({"id": [1]}), {"gold_key": "nr"}, "'nr' is not in the header"),
+        ],
+    )
+    def test_gold_that_cannot_be_used_is_refused_before_anything_is_sent(
+        self, job: Job, gold: pd.DataFrame | None, options: dict[str, str], words: str
+    ) -> None:
+        with pytest.raises(module.InputError, match=words):
+            job.write(["cake"]).enrich(gold=gold, **options)
+        assert job.server.calls == []
+
+
+class TestFigures:
+    def test_alpha_is_that_of_the_package_krippendorff(self) -> None:
+        import krippendorff
+
+        dice = random.Random(3)
+        for _ in range(100):
+            raters, units = dice.randint(2, 5), dice.randint(2, 30)
+            data = [[dice.choice([0, 1, 1, math.nan]) for _ in range(units)] for _ in range(raters)]
+            votes = [(column.count(1), column.count(0)) for column in zip(*data, strict=True)]
+            pairable = [unit for unit in votes if sum(unit) > 1]
+            if not sum(ones for ones, _ in pairable) or not sum(zeros for _, zeros in pairable):
+                assert math.isnan(module.krippendorff_alpha(votes))
+                continue
+            right = krippendorff.alpha(reliability_data=data, level_of_measurement="nominal")
+            assert module.krippendorff_alpha(votes) == pytest.approx(right, abs=1e-12)
+
+    def test_wilsons_interval_of_a_known_case(self) -> None:
+        low, high = module.wilson(15, 148)  # Newcombe (1998), table I
+        assert (round(low, 4), round(high, 4)) == (0.0624, 0.1605)
+        assert module.wilson(0, 20)[0] == pytest.approx(0)
+        assert all(math.isnan(bound) for bound in module.wilson(0, 0))
+
+    def test_the_shares_by_the_existing_label_end_the_summary(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.input.write_text("text,label\nviolence,hate\ncake,hate\ntram,nothate\nholiday,\n")
+        arguments = job.arguments("--label-column", "label", "--base-url", job.server.url)
+        assert module.main(arguments) == 0
+        table = capsys.readouterr().out.partition("=== Share of each label by 'label' ===\n")[2].splitlines()
+        assert table[0].split() == ["hate", "nothate", "(blank)"]
+        assert table[1].split() == ["praising_violence", "50.0%", "0.0%", "0.0%"]
+
+
+class TestRecord:
+    def test_it_has_what_an_appendix_needs_and_no_key_and_no_text(self, job: Job) -> None:
+        texts = [f"{text}, my own words" for text in make_texts(30)]
+        examples = write_examples(job, "a secret example")
+        job.write(texts).enrich(CODEBOOK, examples=examples, audit=5, votes=3, api_key="sk-secret", seed=4)
+        path = Path(f"{job.output}.run.json")
+        written = path.read_text(encoding="utf-8")
+        assert "own words" not in written
+        assert "secret" not in written
+        record = json.loads(written)
+        assert record["labels"] == CODEBOOK
+        assert record["parameters"]["seed"] == 4
+        assert record["input"] == {"sha256": hashlib.sha256(job.input.read_bytes()).hexdigest(), "rows": 30}
+        assert set(record["versions"]) == {"enrich_dataset", "python", "openai", "pandas"}
+        assert record["served"] == [
+            {"model": "gpt-4o-mini-2024-07-18", "system_fingerprint": "fp_stand_in", "replies": 14}
+        ]
+        assert "what praising_violence means" in record["question"]["system_message_without_examples"]
+        assert record["question"]["response_format"]["json_schema"]["strict"] is True
+        assert record["this_run"]["calls"] == 14
+        assert record["this_run"]["dollars"] > 0
+        assert record["all_runs_on_this_store"]["calls"] == 14
+        assert record["counts"][LABELS[0]]["ones"] + record["counts"][LABELS[0]]["zeros"] == 30
+        assert record["blank_rows"] == {}
+        assert record["audit"][LABELS[0]]["rows"] == 5
+        assert record["votes"][LABELS[0]]["unanimous"] == 1
+
+    def test_blank_rows_stand_in_it_with_their_reasons(self, job: Job) -> None:
+        job.write(["cake", "poison-refusal", ""]).enrich()
+        record = json.loads(Path(f"{job.output}.run.json").read_text())
+        assert record["blank_rows"] == {"1": "the model refused to answer"}
+        assert record["counts"][LABELS[0]] == {"ones": 0, "zeros": 1, "blank": 2}
+        assert record["this_run"]["retries"] == 0
+
+    def test_two_runs_alike_write_the_same_but_for_times_and_calls(self, job: Job) -> None:
+        records = []
+        job.write(make_texts(10))
+        for _ in range(2):
+            job.enrich()
+            records.append(json.loads(Path(f"{job.output}.run.json").read_text()))
+            records[-1].pop("this_run")
+        assert records[0] == records[1]
+
+
+class TestPlot:
+    def frame(self, labels: int, rows: int = 300) -> tuple[pd.DataFrame, list[str]]:
+        dice = np.random.default_rng(1)
+        names = [f"a_label_whose_name_is_forty_long_no_{place:04}"[:40] for place in range(labels)]
+        frame = pd.DataFrame((dice.random((rows, labels)) < dice.random(labels) / 2).astype(int), columns=names)
+        return frame.assign(label=dice.choice(["hate", "nothate"], rows)), names
+
+    @pytest.mark.parametrize("count", [1, 10, 25])
+    def test_every_name_can_be_read(self, count: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        frame, names = self.frame(count)
+        figure = module.plot_labels(frame, names, by="label")
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+        shares, together = figure.axes[:2]
+        width, height = figure.canvas.get_width_height()
+        for texts in (shares.get_yticklabels(), together.get_xticklabels()):
+            boxes = [text.get_window_extent(renderer) for text in texts]
+            assert [text.get_text() for text in texts] == names
+            for box, other in itertools.pairwise(boxes):
+                assert not box.overlaps(other)
+            assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+
+    def test_blanks_and_labels_that_never_apply_are_drawn(self) -> None:
+        frame = pd.DataFrame({"a": pd.array([None, None], dtype="Int8"), "b": pd.array([0, 0], dtype="Int8")})
+        assert module.plot_labels(frame, ["a", "b"])
+
+    def test_the_command_writes_it(self, job: Job) -> None:
+        path = job.output.with_suffix(".png")
+        assert job.write(make_texts(30)).command("--plot", str(path), "--label-column", "id") == 0
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+    def test_a_picture_that_cannot_be_written_is_told_and_nothing_is_lost(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert job.write(["cake"]).command("--plot", str(job.output.with_suffix(".nonsense"))) == 1
+        assert "cannot be written" in capsys.readouterr().err
+        job.check()
+
+    def test_without_matplotlib_it_says_what_to_install(self, tmp_path: Path) -> None:
+        (tmp_path / "matplotlib.py").write_text("raise ImportError")
+        code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\nimport enrich_dataset, pandas\n"
+        code += "enrich_dataset.plot_labels(pandas.DataFrame({'a': [1]}), ['a'])"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "A plot needs matplotlib: pip install matplotlib." in run.stderr
