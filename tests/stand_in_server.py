@@ -68,6 +68,7 @@ class Call:
     prompt_tokens: int
     completion_tokens: int
     job: str = ""  # the Batch API job that it was part of
+    latency: float = 0.0  # seconds that a model would have taken for it
 
 
 @dataclass
@@ -323,6 +324,13 @@ class StandIn(ThreadingHTTPServer):
                     answer[row] = [x for x in labels if (x in answer[row]) != (x == label)]
         return answer
 
+    def choose_latency(self, tokens: int) -> float:
+        seconds = self.first_token + self.per_token * tokens
+        if self.tail:
+            with self.lock:
+                seconds *= self.random.lognormvariate(0, self.tail)
+        return seconds
+
     def choose_fault(self, texts: list[str]) -> str:
         for word, fault in POISON.items():
             if any(word in text for text in texts):
@@ -344,8 +352,12 @@ class StandIn(ThreadingHTTPServer):
             "rows": sum(len(call.texts) for call in good),
             "prompt_tokens": sum(call.prompt_tokens for call in good),
             "completion_tokens": sum(call.completion_tokens for call in good),
+            "charged_tokens": sum(max(call.prompt_tokens, call.body.get("max_completion_tokens", 0)) for call in good),
             "seconds": calls[-1].at - calls[0].at if calls else 0,
             "most_in_flight": self.most_in_flight,
+            "started": min((call.at for call in calls), default=0),
+            "ended": max((call.ended for call in calls), default=0),
+            "latencies": [call.latency for call in sorted(calls, key=lambda call: call.at)],
         }
 
 
@@ -583,11 +595,13 @@ class Handler(BaseHTTPRequestHandler):
         texts = [row["text"] for row in given]
         labels = asked_labels(body)
         prompt = count_tokens("".join(message["content"] for message in body["messages"]))
-        fault = ""
+        fault, latency = "", 0.0
 
         def reply(status: int, content: Any, headers: dict[str, str] | None = None, completion: int = 0) -> None:
             ended = time.monotonic()
-            call = Call(arrived, ended, status, fault, tuple(texts), tuple(labels), body, prompt, completion)
+            call = Call(
+                arrived, ended, status, fault, tuple(texts), tuple(labels), body, prompt, completion, latency=latency
+            )
             with self.server.lock:
                 self.server.calls.append(call)
             if fault == "reset":
@@ -616,7 +630,8 @@ class Handler(BaseHTTPRequestHandler):
         content = spread(answer, labels) if self.server.dense else spoil(answer, fault)
         completion = self.server.complete(body, content, fault, prompt)
         used = completion["usage"]["completion_tokens"]
-        self.wait(arrived, used)
+        latency = self.server.choose_latency(used)
+        time.sleep(max(0.0, arrived + latency - time.monotonic()))
         return reply(200, completion, headers, used)
 
     def refuse(self, body: Any) -> tuple[int, Any, dict[str, str]] | tuple[int, Any] | None:
@@ -634,16 +649,6 @@ class Handler(BaseHTTPRequestHandler):
             return 404, error_body(f"The model `{body['model']}` does not exist", code="model_not_found")
         part = refused_part(body, server.refuses)
         return (400, unsupported(part)) if part else None
-
-    def wait(self, arrived: float, tokens: int) -> None:
-        server = self.server
-        seconds = server.first_token + server.per_token * tokens
-        if server.tail:
-            with server.lock:
-                seconds *= server.random.lognormvariate(0, server.tail)
-        left = arrived + seconds - time.monotonic()
-        if left > 0:
-            time.sleep(left)
 
 
 def share(text: str) -> tuple[str, float]:
@@ -664,6 +669,7 @@ def main() -> None:
     parser.add_argument(
         "--fault", type=share, action="append", default=[], metavar="NAME=SHARE", help=", ".join(FAULTS)
     )
+    parser.add_argument("--dense", action="store_true", help="answer 0 or 1 for each label")
     parser.add_argument("--flips", type=float, default=0.0, metavar="SHARE", help="of cells, in calls of several texts")
     parser.add_argument("--job-seconds", type=float, default=5.0, metavar="SECONDS", help="how long a job takes")
     parser.add_argument("--seed", type=int, default=0)
@@ -673,6 +679,7 @@ def main() -> None:
     server.random = random.Random(options.seed)
     server.job_seconds = options.job_seconds
     server.flips = options.flips
+    server.dense = options.dense
     for name, limit in ("requests", options.requests_per_minute), ("tokens", options.tokens_per_minute):
         if limit:
             server.set_limit(name, limit)
