@@ -1805,7 +1805,8 @@ def asked_wait(headers: Mapping[str, str]) -> float:
     with contextlib.suppress(KeyError, ValueError):
         return max(0.0, float(headers["retry-after"]))
     with contextlib.suppress(KeyError, ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+        until, now = (parsedate_to_datetime(headers[name]) for name in ("retry-after", "date"))  # both by its clock
+        return max(0.0, (until - now).total_seconds())
     return 0.0
 
 
@@ -2033,7 +2034,7 @@ class Job:
     """A Batch API job of ours, from before its file goes up until its last reply is in the store."""
 
     tag: str  # by which it is found among the account's jobs, in its metadata
-    planned_at: float  # seconds since 1970
+    uploaded_at: float = 0.0  # seconds since 1970, by the provider's clock
     requests: dict[str, Request] = field(default_factory=dict)  # by custom id, those without a reply
     reserved: float = 0.0  # US dollars
     number: int = 0  # in the store
@@ -2120,7 +2121,7 @@ class JobSender:
 
     def _pack(self, requests: deque[Request], file: IO[bytes]) -> Job:
         """Write requests to a job's file, as many as it may hold, and take them from the queue."""
-        job = Job(uuid.uuid4().hex, time.time(), dialect=self.dialect)
+        job = Job(uuid.uuid4().hex, dialect=self.dialect)
         while requests and len(job.requests) < self.most_requests:
             request = requests[0]
             line = job_line(request, self.dialect)
@@ -2139,7 +2140,8 @@ class JobSender:
             file.seek(0)
             return self.client.files.create(file=(f"{job.tag}.jsonl", file), purpose="batch")
 
-        job.file_id = self._insist(upload).id
+        uploaded = self._insist(upload)
+        job.file_id, job.uploaded_at = uploaded.id, uploaded.created_at
         self.run.store.plan_job(job)
         job.batch_id = self._insist(partial(self._create, job), undo=partial(self.run.store.forget_job, job)).id
         self.run.store.note_job(job)
@@ -2163,7 +2165,7 @@ class JobSender:
         for batch in self.client.batches.list(limit=100):
             if (batch.metadata or {}).get("enrich_dataset") == job.tag:
                 return batch
-            if batch.created_at < job.planned_at - 3600:  # clocks differ
+            if batch.created_at < job.uploaded_at:
                 return None
         return None
 
@@ -2445,7 +2447,7 @@ CREATE TABLE calls (
 );
 CREATE TABLE answers (call INTEGER, question INTEGER, reading INTEGER, row BLOB, applies TEXT);
 CREATE TABLE failures (call INTEGER, question INTEGER, reading INTEGER, row BLOB, reason TEXT);
-CREATE TABLE jobs (id INTEGER PRIMARY KEY, tag TEXT, planned_at REAL, reserved REAL, file_id TEXT, batch_id TEXT);
+CREATE TABLE jobs (id INTEGER PRIMARY KEY, tag TEXT, uploaded_at REAL, reserved REAL, file_id TEXT, batch_id TEXT);
 CREATE TABLE job_requests (
     custom_id TEXT PRIMARY KEY, job INTEGER, question INTEGER, reading INTEGER, rows BLOB, failures TEXT
 );
@@ -2469,10 +2471,10 @@ FROM calls
 """
 ADD_ANSWER = "INSERT INTO answers VALUES (?, ?, ?, ?, ?)"
 ADD_FAILURE = "INSERT INTO failures VALUES (?, ?, ?, ?, ?)"
-ADD_JOB = "INSERT INTO jobs (tag, planned_at, reserved, file_id) VALUES (?, ?, ?, ?)"
+ADD_JOB = "INSERT INTO jobs (tag, uploaded_at, reserved, file_id) VALUES (?, ?, ?, ?)"
 NOTE_JOB = "UPDATE jobs SET batch_id = ? WHERE id = ?"
 OPEN_JOBS = (
-    "SELECT id, tag, planned_at, reserved, file_id, batch_id FROM jobs WHERE id IN (SELECT job FROM job_requests)"
+    "SELECT id, tag, uploaded_at, reserved, file_id, batch_id FROM jobs WHERE id IN (SELECT job FROM job_requests)"
 )
 ADD_REQUEST = "INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?, ?)"
 OPEN_REQUESTS = """
@@ -2584,7 +2586,7 @@ class AnswerStore:
         """Keep a job before it is submitted, and give it its number."""
         with self._told(), self._transaction():
             job.number = int(
-                self.db.execute(ADD_JOB, (job.tag, job.planned_at, job.reserved, job.file_id)).lastrowid or 0
+                self.db.execute(ADD_JOB, (job.tag, job.uploaded_at, job.reserved, job.file_id)).lastrowid or 0
             )
             self.db.executemany(ADD_REQUEST, (self._request_values(job, request) for request in job.requests.values()))
 
@@ -2606,8 +2608,8 @@ class AnswerStore:
         """The jobs that are not collected; their rows have no text here."""
         with self._told():
             jobs = {
-                number: Job(tag, planned_at, {}, reserved, number, file_id, batch_id)
-                for number, tag, planned_at, reserved, file_id, batch_id in self.db.execute(OPEN_JOBS)
+                number: Job(tag, uploaded_at, {}, reserved, number, file_id, batch_id)
+                for number, tag, uploaded_at, reserved, file_id, batch_id in self.db.execute(OPEN_JOBS)
             }
             for name, job, reading, rows, failures, model, labels, keys in self.db.execute(OPEN_REQUESTS):
                 question = Question(model, tuple(json.loads(labels)), tuple(keys.split()), prompt="")

@@ -109,6 +109,7 @@ class BatchJob:
     share: float = 1.0
     error: dict[str, Any] | None = None
     created: float = field(default_factory=time.time)
+    skew: float = 0.0
     status: str = "validating"
     done: int = 0
     failed: int = 0
@@ -119,7 +120,7 @@ class BatchJob:
         counts = {"total": len(self.lines), "completed": self.done, "failed": self.failed}
         return {
             "id": self.id, "object": "batch", "endpoint": "/v1/chat/completions", "input_file_id": self.file_id,
-            "completion_window": "24h", "created_at": int(self.created), "status": self.status,
+            "completion_window": "24h", "created_at": int(self.created + self.skew), "status": self.status,
             "metadata": self.metadata, "request_counts": counts, "output_file_id": self.output,
             "error_file_id": self.errors, "errors": self.error and {"object": "list", "data": [self.error]},
         }  # fmt: skip
@@ -149,6 +150,7 @@ class StandIn(ThreadingHTTPServer):
         self.random = random.Random(0)
         self.has_batch_api = True
         self.job_seconds = 0.0
+        self.clock_skew = 0.0  # seconds by which the server's clock is ahead
         self.job_plans: deque[dict[str, Any]] = deque()  # how the next jobs end: BatchJob's ends, share, error
         self.queue_tokens = float("inf")  # prompt tokens that unfinished jobs may hold together
         self.files: dict[str, bytes] = {}
@@ -227,6 +229,7 @@ class StandIn(ThreadingHTTPServer):
                 error = {"code": "token_limit_exceeded", "message": words, "line": None, "param": None}
             plan = {"error": error} if error else self.job_plans.popleft() if self.job_plans else {}
             job = BatchJob(f"batch_{len(self.jobs) + 1}", asked["input_file_id"], asked["metadata"], lines, **plan)
+            job.skew = self.clock_skew
             job.status = "failed" if job.error else "in_progress"
             self.jobs[job.id] = job
         return job
@@ -553,7 +556,7 @@ class Handler(BaseHTTPRequestHandler):
         name = server.add_file(content.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n"))
         server.hold("uploaded")
         return self.send(200, {
-            "id": name, "object": "file", "bytes": len(raw), "created_at": 0, "filename": "x.jsonl",
+            "id": name, "object": "file", "bytes": len(raw), "created_at": int(time.time() + self.server.clock_skew), "filename": "x.jsonl",
             "purpose": "batch", "status": "processed",
         })  # fmt: skip
 
