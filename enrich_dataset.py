@@ -459,13 +459,13 @@ def label_table(settings: Settings, table: Table, write: Callable[[Sequence[Cell
 def answer_pending(run: Run, requests: deque[Request], endpoint: Endpoint) -> None:
     """Have the requests answered; whatever ends that early, the CSV is written with what there is."""
     require_key(endpoint)
-    budget = run.budget
+    cost_cap(run)  # refused here, before anything is sent
     with (
         connect(endpoint, run.settings) as client,
         stop_on_signals() as stop,
         retirement_notice(client, run),
         run.console.progress(len(requests)) as bar,
-        open_sender(client, endpoint, run, budget, stop, bar) as send,
+        open_sender(client, endpoint, run, stop, bar) as send,
     ):
         started = time.monotonic()
         try:
@@ -480,19 +480,14 @@ def answer_pending(run: Run, requests: deque[Request], endpoint: Endpoint) -> No
 
 @contextlib.contextmanager
 def open_sender(
-    client: openai.OpenAI,
-    endpoint: Endpoint,
-    run: Run,
-    budget: Budget,
-    stop: threading.Event,
-    bar: tqdm[NoReturn],
+    client: openai.OpenAI, endpoint: Endpoint, run: Run, stop: threading.Event, bar: tqdm[NoReturn]
 ) -> Iterator[Sender]:
     """The one step that has two forms."""
     if run.settings.use_batch_api:
-        yield JobSender(client, endpoint, run, budget, stop, bar)
+        yield JobSender(client, endpoint, run, stop, bar)
         return
     call = partial(call_server, client)
-    with ParallelSender(call, endpoint, run.settings, budget, stop, run.console.warn) as send:
+    with ParallelSender(call, endpoint, run.settings, run.budget, stop, run.console.warn) as send:
         yield send
 
 
@@ -688,6 +683,8 @@ def check_settings(settings: Settings) -> None:
     check_number("poll interval", settings.poll_interval, 0.01, 86_400, whole=False)
     if settings.no_wait and not settings.use_batch_api:
         raise InputError("--no-wait is for Batch API jobs: add --batch-api, or drop it.")
+    if settings.price is not None and len(settings.price) != 2:
+        raise InputError("The price must be two numbers: dollars for a million prompt and completion tokens.")
     for amount in settings.price or ():
         check_number("price", amount, 0, math.inf, whole=False)
     for cap in (settings.max_cost, settings.max_cost_total):
@@ -2052,21 +2049,15 @@ class JobSender:
     """
 
     def __init__(
-        self,
-        client: openai.OpenAI,
-        endpoint: Endpoint,
-        run: Run,
-        budget: Budget,
-        stop: threading.Event,
-        bar: tqdm[NoReturn],
+        self, client: openai.OpenAI, endpoint: Endpoint, run: Run, stop: threading.Event, bar: tqdm[NoReturn]
     ) -> None:
         self.client = client
         self.endpoint = endpoint
         self.run = run
-        self.budget = budget
+        self.budget = run.budget
         self.stop = stop
         self.bar = bar
-        self.dialect = first_dialect(run.settings.model, budget.capped)
+        self.dialect = first_dialect(run.settings.model, self.budget.capped)
         self.jobs: list[Job] = []
         self.most_requests = JOB_REQUESTS  # a job; fewer once the account's queue has shown to be shorter
         self.queue_is_full = False  # until a job ends
@@ -2964,11 +2955,11 @@ def expected_audit(run: Run, requests: Iterable[Request]) -> list[Request]:
 
 
 def audit_sample(run: Run) -> list[int]:
-    """The numbers of distinct labelled rows, drawn so that a larger sample holds the smaller one."""
+    """The numbers of distinct rows that the model labelled, drawn so that a larger sample holds the smaller one."""
     drawn: dict[bytes, int] = {}
     for number in run.window:
-        row = run.table.rows[number]
-        if row.text.strip() and BLANK not in run.cells[number] and row.key not in run.from_examples:
+        row, given = run.table.rows[number], run.table.given[number].strip(BLANK)
+        if row.text.strip() and BLANK not in run.cells[number] and not given and row.key not in run.from_examples:
             drawn.setdefault(digest(run.settings.seed, row.key.hex()), number)
     return [drawn[key] for key in sorted(drawn)[: run.settings.audit]]
 
@@ -3550,7 +3541,7 @@ def unfinished_line(run: Run) -> str:
     place = f" and saved to {run.settings.output_filepath}" if run.settings.output_filepath else ""
     rest = run.pending.distinct - run.tally.rows - len(run.tally.failed)
     money = ""
-    if run.tally.rows and run.price:
+    if run.tally.rows and run.price and rest > 0:
         money = f", the rest would cost about {dollars(run.tally.cost / run.tally.rows * rest)}"
     if run.store.path is None:
         return (

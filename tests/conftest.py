@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import openai
 import pandas as pd
 import pytest
 from stand_in_server import StandIn, labels_of
 
 import enrich_dataset as module
+
+# pytest -k any_bytes --hypothesis-profile=long: a fuzz, by hand.
+hypothesis.settings.register_profile("long", max_examples=1_000_000, deadline=None)
 
 ROOT = Path(__file__).parent.parent
 LABELS = ["praising_violence", "personal_attacks", "sexual_harassment"]

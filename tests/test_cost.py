@@ -48,6 +48,11 @@ class TestAfter:
         told = figures(job.write(["cake"]).enrich(model="llama3.2", price=(10, 20)))
         assert told["cost"] == pytest.approx(price(job.server.calls, 10, 20))
 
+    def test_a_price_is_two_numbers_none_below_0(self, job: Job) -> None:
+        for wrong, words in (((1,), "must be two numbers"), ((1, -1), "price must be at least 0")):
+            with pytest.raises(module.InputError, match=words):
+                job.write(["cake"]).enrich(price=wrong)
+
     def test_what_earlier_runs_cost_is_told_too(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         job.write(make_texts(20)).enrich(limit=10)
         job.enrich(quiet=False)

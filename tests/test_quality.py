@@ -266,6 +266,11 @@ class TestAudit:
         assert job.cells == [["1"] * 3] * 20
         assert all(values["agreement"] < 1 for values in told.values())
 
+    def test_cells_that_the_input_gives_are_not_audited(self, job: Job) -> None:
+        job.input.write_text(f"text,{LABELS[0]}\nviolence,0\ntram,\n")
+        told = figures(job.enrich(audit=10))["audit"]
+        assert {values["rows"] for values in told.values()} == {1}
+
     def test_it_is_paid_once_and_a_larger_one_holds_the_smaller(self, job: Job) -> None:
         job.write(make_texts(40)).enrich(audit=10)
         calls = len(job.server.calls)

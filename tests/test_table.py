@@ -171,3 +171,40 @@ def test_any_csv_comes_back_byte_for_byte_plus_columns(
     names = ['"praise"', '"cakes"'] if quote_all else ["praise", "cakes"]
     longer = [delimiter.join([line, *added]) for line, added in zip(lines, [names, *values], strict=True)]
     assert written == end.join(longer) + (end if last_end else "")
+
+
+csv_like = st.text(st.sampled_from('ab01"",;\t|\r\n \ufeff\0é\u2028👊'), max_size=40)
+
+
+def bare_settings(path: Path) -> module.Settings:
+    nothing = dict.fromkeys(module.Settings.__annotations__)
+    return module.Settings(**nothing | {"input_filepath": path, "text_column": "text", "new_labels": ["x", "b"]})
+
+
+@given(
+    head=st.sampled_from(["text,c", "text;b", '"text"\t"c"', "\ufefftext", "text,b,x", "\n\ntext|c"]),
+    body=csv_like.map(str.encode) | st.binary(max_size=40),
+    end=st.sampled_from(["\n", "\r\n", "\r"]),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_refused_in_one_line_or_kept_with_fields_added(
+    head: str, body: bytes, end: str, tmp_path: Path
+) -> None:
+    content = f"{head}{end}".encode() + body
+    path, output = tmp_path / "any.csv", tmp_path / "any_out.csv"
+    path.write_bytes(content)
+    try:
+        table = module.read_table(bare_settings(path))
+    except module.InputError as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    parts = [table.gaps.get(number, "") + raw for number, raw in enumerate(table.records)]
+    whole = table.raw_header + "".join(parts) + table.gaps.get(len(parts), "")
+    assert whole.encode(table.encoding) == content
+
+    cells = [module.overlay("1-", given) for given in table.given]
+    module.write_table(table, ["x", "b"], output, cells)
+    again = module.read_table(bare_settings(output))
+    assert [row.text for row in again.rows] == [row.text for row in table.rows]
+    assert again.given == cells
+    assert again.gaps == table.gaps
