@@ -955,6 +955,8 @@ def make_row(text: str, label: str | None) -> Row:
 
 def read_cells(held: Sequence[str], settings: Settings, place: str) -> Cells:
     """What a row's own label columns hold."""
+    if not any(held):
+        return BLANK * len(held)
     cells = ""
     for label, value in zip(settings.labels, held, strict=True):
         if value.strip() not in {"0", "1", ""}:
@@ -3556,7 +3558,8 @@ def unfinished_line(run: Run) -> str:
 def retirement_notice(client: openai.OpenAI, run: Run) -> Iterator[None]:
     """Ask beside the calls until when the model is served, and tell it when they are done."""
     dates: list[str] = []
-    threading.Thread(target=ask_shutdown_date, args=(client, run.settings.model, dates), daemon=True).start()
+    if not run.tally.replies:  # else it was asked before
+        threading.Thread(target=ask_shutdown_date, args=(client, run.settings.model, dates), daemon=True).start()
     try:
         yield
     finally:

@@ -23,15 +23,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-
-import openai  # noqa: E402
-import pandas as pd  # noqa: E402
 
 import enrich_dataset as module  # noqa: E402
 from example_usage import LABELS  # noqa: E402
@@ -62,23 +60,32 @@ def sparse_bodies(path: Path) -> list[dict[str, Any]]:
     """This program's own requests, for a client that does nothing but send them."""
     guidelines = module.Guidelines("gpt-4o-mini", sends_label=False)
     question = module.pose(guidelines, tuple(LABELS))
-    rows = [module.make_row(text, None) for text in pd.read_csv(path)["text"].drop_duplicates()]
+    rows = [module.make_row(text, None) for text in dict.fromkeys(read_texts(path))]
     requests = (module.Request(batch, question) for batch in module.make_batches(rows, BATCH))
     return [module.build_body(request, module.first_dialect("gpt-4o-mini", capped=False)) for request in requests]
 
 
+def read_texts(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row["text"] for row in csv.DictReader(file)]
+
+
 def in_batches(path: Path, size: int) -> list[dict[str, Any]]:
-    texts = pd.read_csv(path)["text"].tolist()
+    texts = read_texts(path)
     return [dense_body(texts[start : start + size]) for start in range(0, len(texts), size)]
 
 
 def send_in_threads(bodies: list[dict[str, Any]], url: str, workers: int) -> None:
+    import openai
+
     client = openai.OpenAI(api_key="none", base_url=url)
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda body: client.chat.completions.create(**body), bodies))
 
 
 async def send_async(bodies: list[dict[str, Any]], url: str, workers: int) -> None:
+    import openai
+
     client, gate = openai.AsyncOpenAI(api_key="none", base_url=url), asyncio.Semaphore(workers)
 
     async def ask(body: dict[str, Any]) -> None:
@@ -139,7 +146,7 @@ def ideal_seconds(latencies: Sequence[float], workers: int) -> float:
 
 
 def write_rows(path: Path, rows: int) -> Path:
-    texts = pd.read_csv(SAMPLE)["text"].str.replace("\n", " ").tolist()
+    texts = [text.replace("\n", " ") for text in read_texts(SAMPLE)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "text"])
@@ -256,7 +263,8 @@ def limits(folder: Path) -> None:
         ("600,000 tokens a minute", 600_000.0, "--tokens-per-minute"),
     ):
         with stand_in("--first-token", "0.1", option, str(amount)) as url:
-            run_plan("this program", path, url, 32)
+            command = [sys.executable, __file__, "--plan", "this program", str(path), url, "32"]
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
             asked = what_was_asked(url)
         for leftover in folder.glob("*.out*"):
             leftover.unlink()
@@ -272,7 +280,7 @@ PARTS = {part.__name__: part for part in (sample, plans, tail, sizes, limits)}
 
 def main(chosen: Sequence[str]) -> None:
     print(
-        f"Python {platform.python_version()}, openai {openai.__version__}, pandas {pd.__version__}, "
+        f"Python {platform.python_version()}, openai {version('openai')}, pandas {version('pandas')}, "
         f"{time.strftime('%F')}; tokens are counted as four characters each."
     )
     for name in chosen or PARTS:
