@@ -223,7 +223,7 @@ def main() -> None:
     total: Counter[str] = Counter()
     for seed in range(parser.parse_args().storms):
         with tempfile.TemporaryDirectory() as folder:
-            total += storm(Path(folder), seed)
+            total.update(storm(Path(folder), seed))
     print(", ".join(f"{name}: {count:,}" for name, count in total.items()))
 
 
