@@ -9,6 +9,7 @@ that what was paid once is never asked again: kill the program, add rows, add a 
 In Python:
 
     frame = enrich_dataset("in.csv", "out.csv", "text", None, ["racist", "sexist"])
+    frame = enrich_dataframe(df, "text", ["racist", "sexist"])
 
 In a shell:
 
@@ -17,7 +18,8 @@ In a shell:
 Exit codes: 0 every row asked for that has a text is labelled; 1 the job could not go on, what was paid is
 kept; 2 wrong arguments or input, nothing written or sent; 3 finished, some rows stay blank; 130 interrupted.
 
-Two words are kept apart: a *batch* is the rows that share one request; a *call* is one HTTP request.
+Words kept apart: a *batch* is the rows that share one request; a *call* is one HTTP request; a *job* is what
+OpenAI's Batch API runs; a *reading* is one time that all rows are asked (votes are several, the audit is one more).
 """
 
 from __future__ import annotations
@@ -692,6 +694,8 @@ def check_settings(settings: Settings) -> None:
     if not settings.model.strip():
         raise InputError("The model's name is blank: pass one, such as gpt-4o-mini.")
     check_labels(settings.new_labels)
+    if settings.plot is not None:
+        require_matplotlib()
     try:
         check_paths(settings)
     except OSError as error:
@@ -727,7 +731,8 @@ def check_paths(settings: Settings) -> None:
     store = settings.store_path
     if source and not source.is_file():
         raise InputError(f"There is no file {source}: check the path of the input.")
-    for path, what in (output, "output"), (store, "store"):
+    plot = None if settings.plot is None else Path(settings.plot)
+    for path, what in (output, "output"), (store, "store"), (plot, "plot"):
         if path is None:
             continue
         if path.is_dir():
@@ -770,7 +775,7 @@ def read_table(settings: Settings) -> CsvTable:
             with contextlib.suppress(UnicodeDecodeError), path.open(encoding=encoding, newline="") as lines:
                 return parse_table(lines, encoding, settings)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from None
     raise InputError(f"{path} is no text in UTF-8, UTF-16 or cp1252 (is it a binary file?): save it as UTF-8 CSV.")
 
 
@@ -3092,16 +3097,15 @@ def measure(run: Run) -> None:
 
 def keep_records(run: Run) -> None:
     """What is written beside the output: the run's record, the votes that were not unanimous, the picture."""
+    output = run.settings.output_filepath
+    if output is not None:
+        with replacing(Path(f"{output}.run.json"), "utf-8") as file:
+            json.dump(without_nan(describe_run(run)), file, ensure_ascii=False, indent=2)
+            file.write("\n")
+    if output is not None and run.settings.votes > 1:
+        write_votes(run, Path(f"{output}.votes.csv"))
     if run.settings.plot is not None:
-        save_plot(run)
-    if run.settings.output_filepath is None:
-        return
-    if run.settings.votes > 1:
-        write_votes(run, Path(f"{run.settings.output_filepath}.votes.csv"))
-    path = Path(f"{run.settings.output_filepath}.run.json")
-    with replacing(path, "utf-8") as file:
-        json.dump(without_nan(describe_run(run)), file, ensure_ascii=False, indent=2)
-        file.write("\n")
+        save_plot(run, Path(run.settings.plot))
 
 
 def write_votes(run: Run, path: Path) -> None:
@@ -3202,10 +3206,8 @@ def plot_labels(df: pd.DataFrame, labels: Sequence[str], by: str | None = None) 
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("A plot needs matplotlib: pip install matplotlib.") from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
 
     widest = max(map(len, labels))
     height = 2.2 + 0.34 * len(labels) + 0.075 * widest
@@ -3215,6 +3217,13 @@ def plot_labels(df: pd.DataFrame, labels: Sequence[str], by: str | None = None) 
     draw_together(together, df, labels)
     setattr(figure, "_repr_png_", partial(render_png, figure))  # noqa: B010 # by which a notebook shows it
     return figure
+
+
+def require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("A plot needs matplotlib: pip install matplotlib.") from None
 
 
 def render_png(figure: Figure) -> bytes:
@@ -3265,7 +3274,7 @@ def draw_together(axes: Axes, df: pd.DataFrame, labels: Sequence[str]) -> None:
     axes.figure.colorbar(image, ax=axes, format=lambda value, _: f"{value:.0%}", shrink=0.6)
 
 
-def save_plot(run: Run) -> None:
+def save_plot(run: Run, path: Path) -> None:
     import pandas as pd
 
     settings = run.settings
@@ -3278,9 +3287,9 @@ def save_plot(run: Run) -> None:
         columns[by] = [row.label for row in run.table.rows]
     figure = plot_labels(pd.DataFrame(columns), settings.labels, by)
     try:
-        figure.savefig(str(settings.plot))
+        figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise EnrichmentError(f"The plot {settings.plot} cannot be written ({error}): name another file.") from None
+        raise EnrichmentError(f"The plot {path} cannot be written ({error}): name another file.") from None
 
 
 # --- Report -----------------------------------------------------------------------------------------------

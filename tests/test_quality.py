@@ -516,6 +516,11 @@ class TestPlot:
         assert "cannot be written" in capsys.readouterr().err
         job.check()
 
+    def test_where_it_cannot_go_is_told_before_anything_is_sent(self, job: Job) -> None:
+        with pytest.raises(module.InputError, match=r"There is no folder .* for the plot"):
+            job.write(["cake"]).enrich(plot=job.output.parent / "nowhere" / "plot.png")
+        assert job.server.calls == []
+
     def test_without_matplotlib_it_says_what_to_install(self, tmp_path: Path) -> None:
         (tmp_path / "matplotlib.py").write_text("raise ImportError")
         code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\nimport enrich_dataset, pandas\n"
