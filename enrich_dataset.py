@@ -531,7 +531,6 @@ class Run:
     readings: list[Mapping[bytes, Cells]] = field(default_factory=list)  # one for each vote
     asked: Mapping[bytes, Cells] = field(default_factory=dict)  # what Batch API jobs still have to answer
     gold: Gold | None = None
-    gold_missing: int = 0  # rows of the gold labels that the table does not have
     figures: dict[str, Any] = field(default_factory=dict)  # of votes, audit and gold, by label
     started_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     save_at: float = field(default_factory=lambda: time.monotonic() + SAVE_SECONDS)
@@ -3081,6 +3080,13 @@ def measure_gold(run: Run, gold: Gold) -> pd.DataFrame:
     return evaluate_labels(predicted, people, labels)
 
 
+def count_unmatched(run: Run, gold: Gold) -> dict[str, int]:
+    """The gold labels' rows that could not be compared, or not in all labels."""
+    cells = dict(zip(gold.keys, run.cells, strict=True))
+    found = [cells.get(key, "") for key in gold.gold_keys]
+    return {"not in the table": found.count(""), "not labelled": sum(BLANK in row_cells for row_cells in found)}
+
+
 def measure(run: Run) -> None:
     """All figures of quality that were asked for."""
     if run.settings.votes > 1:
@@ -3088,8 +3094,7 @@ def measure(run: Run) -> None:
     if run.gold:
         frame = measure_gold(run, run.gold).astype(object)
         run.figures["gold"] = frame.where(frame.notna(), math.nan).to_dict("index")
-        missing = set(run.gold.gold_keys) - set(run.gold.keys)
-        run.gold_missing = sum(key in missing for key in run.gold.gold_keys)
+        run.figures["gold_unmatched"] = count_unmatched(run, run.gold)
 
 
 # --- Records ----------------------------------------------------------------------------------------------
@@ -3518,9 +3523,8 @@ def gold_table(run: Run) -> list[str]:
         for label, f in run.figures["gold"].items()
     ]
     lines = ["=== Comparison with people ===", *align(["", *names], rows)]
-    if run.gold_missing:
-        lines.append(f"Rows of the gold labels that the table does not have: {run.gold_missing}")
-    return lines
+    unmatched = run.figures["gold_unmatched"]
+    return lines + [f"Rows of the gold labels that are {what}: {count}" for what, count in unmatched.items() if count]
 
 
 SHOWN_VALUES = 10

@@ -368,7 +368,13 @@ class TestGold:
         printed = capsys.readouterr().out
         assert "=== Comparison with people ===\n" in printed
         assert "micro average         6" in printed
-        assert "Rows of the gold labels that the table does not have: 1\n" in printed
+        assert "Rows of the gold labels that are not in the table: 1\n" in printed
+
+    def test_rows_that_people_labelled_and_the_model_did_not_are_told(self, job: Job) -> None:
+        gold = pd.DataFrame({"text": ["violence", "poison-refusal", "elsewhere"], LABELS[0]: [1, 1, 1]})
+        told = figures(job.write(["violence", "poison-refusal"]).enrich(gold=gold))
+        assert told["gold_unmatched"] == {"not in the table": 1, "not labelled": 1}
+        assert told["gold"][LABELS[0]]["rows"] == 1
 
     def test_a_key_column_tells_equal_texts_apart(self, job: Job) -> None:
         gold = pd.DataFrame({"id": [2, 0], LABELS[0]: [1, 1]})
