@@ -24,6 +24,7 @@ OpenAI's Batch API runs; a *reading* is one time that all rows are asked (votes 
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import csv
@@ -3815,8 +3816,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 3 if run.blank_rows() and not run.settings.dry_run else 0
 
 
+def pass_on_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
+    """Let a Ctrl-C that struck where Python can but print and forget it, as in an import, strike again."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def command() -> NoReturn:
     """Run and leave; after an interruption without waiting for calls that are still in flight."""
+    sys.unraisablehook = pass_on_interrupt
     code = main()
     if code == 130:
         with contextlib.suppress(OSError, AttributeError):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
 import pytest
-from conftest import Job, make_texts
+from conftest import ROOT, Job, make_texts
 
 
 def wait_for_calls(job: Job, count: int) -> None:
@@ -36,6 +38,34 @@ def test_an_interrupted_run_keeps_what_came_back_and_goes_on(job: Job, number: s
     assert job.process().wait(30) == 0
     assert sorted(job.asked) == sorted(job.texts)
     job.check()
+
+
+def test_a_ctrl_c_where_python_can_but_forget_it_interrupts_all_the_same() -> None:
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import enrich_dataset
+sys.unraisablehook = enrich_dataset.pass_on_interrupt
+
+class Trap:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+class Other:
+    def __del__(self):
+        raise ValueError("another")
+
+try:
+    Other()
+    Trap()
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert run.stdout == "interrupted\n"
+    assert "ValueError: another" in run.stderr
+    assert "KeyboardInterrupt" not in run.stderr
 
 
 def test_a_second_ctrl_c_leaves_at_once(job: Job) -> None:
