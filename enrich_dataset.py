@@ -3805,10 +3805,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EnrichmentError as error:
         show(f"Error: {error}", sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        show("Interrupted.", sys.stderr)
-        return 130
-    except Exception as error:  # a text or key may be in its message, so that is not shown
+    except (Exception, KeyboardInterrupt) as error:
+        # A class being made in an import turns a Ctrl-C into an error of its own.
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
+            show("Interrupted.", sys.stderr)
+            return 130
+        # A text or key may be in its message, so that is not shown.
         place = traceback.extract_tb(error.__traceback__)[-1]
         what = f"unexpected {type(error).__name__} in {place.name}, line {place.lineno}"
         show(f"Error: {what}: please report it; what came back is kept.", sys.stderr)

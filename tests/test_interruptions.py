@@ -68,6 +68,16 @@ except KeyboardInterrupt:
     assert "KeyboardInterrupt" not in run.stderr
 
 
+def test_a_ctrl_c_that_an_import_makes_another_error_of_is_told_as_one(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job.input.parent / "openai.py").write_text("raise RuntimeError('in __set_name__') from KeyboardInterrupt()")
+    monkeypatch.setenv("PYTHONPATH", str(job.input.parent))
+    process = job.write(["cake"]).process("--quiet")
+    assert process.communicate(timeout=30) == ("", "Interrupted.\n")
+    assert process.returncode == 130
+
+
 def test_a_second_ctrl_c_leaves_at_once(job: Job) -> None:
     job.server.first_token = 20
     process = job.write(make_texts(30)).process()
