@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from stand_in_server import StandIn, labels_of
 
 import enrich_dataset as module
 
+SCRATCH = tempfile.TemporaryDirectory()  # so that hypothesis leaves nothing beside the project
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = SCRATCH.name
 # pytest -k any_bytes --hypothesis-profile=long: a fuzz, by hand.
 hypothesis.settings.register_profile("long", max_examples=1_000_000, deadline=None)
 
