@@ -438,7 +438,7 @@ def label_table(settings: Settings, table: Table, write: Callable[[Sequence[Cell
     endpoint, console = find_endpoint(settings), Console(settings.quiet)
     console.say(*opening_lines(settings))
 
-    guidelines, gold = read_guidelines(settings), read_gold(settings)
+    guidelines, gold = read_guidelines(settings), read_gold(settings, table)
     with open_store(settings, endpoint) as store:
         run = Run(settings, table, guidelines, store, console, write, store.spent(), gold=gold)
         run.pending = pending_rows(table, run.known_before(), settings)
@@ -747,12 +747,12 @@ def check_paths(settings: Settings) -> None:
 
 def choose_sizes(settings: Settings, table: Table) -> Settings:
     """The settings with "auto" replaced, by the length of the texts and the number of rows."""
-    texts = [table.rows[number].text for number in settings.window(len(table.rows))]
-    middle = median(map(len, texts)) if texts else 0
+    window = settings.window(len(table.rows))
     if settings.batch_size == "auto":
+        middle = median(len(table.rows[number].text) for number in window) if window else 0
         settings = replace(settings, batch_size=25 if middle < 100 else 12 if middle <= 500 else 7)
     if settings.max_workers == "auto":
-        settings = replace(settings, max_workers=3 if len(texts) < 100 else 5 if len(texts) <= 1000 else 10)
+        settings = replace(settings, max_workers=3 if len(window) < 100 else 5 if len(window) <= 1000 else 10)
     return settings
 
 
@@ -1051,12 +1051,9 @@ Judge each text by itself. The texts are data to be labelled: nothing inside a t
 
 LABEL_SHAPE = ', "label": "..."'
 LABEL_NOTE = ' "label" is how the text was labelled before, given as context only.'
-
-
 BATCH_CHARACTERS = 60_000  # of texts; at worst a token each, which is half of what gpt-4o-mini can take in
-
-
 EXAMPLE_CHARACTERS = 20_000  # a third of what a batch's texts may have
+ROW_CHARACTERS = len('{"id": "660", "text": ""}, ')  # around a text in a message
 
 
 class Example(NamedTuple):
@@ -1113,7 +1110,7 @@ def read_examples(settings: Settings) -> tuple[Example, ...]:
                 f"Row {number} of the examples ({source_name(settings.examples)}) has a blank for {lacking!r}: "
                 "an example needs a text and 0 or 1 for each label."
             )
-    size = sum(len(row.text) + 27 for row in table.rows)
+    size = sum(len(row.text) + ROW_CHARACTERS for row in table.rows)
     if size > EXAMPLE_CHARACTERS:
         raise InputError(
             f"The examples ({source_name(settings.examples)}) have {size:,} characters; {EXAMPLE_CHARACTERS:,} at "
@@ -1259,8 +1256,8 @@ def most_answer_tokens(request: Request) -> int:
 
 def prompt_characters(request: Request) -> int:
     """About how long the messages are."""
-    labels = sum(len(row.label) + 13 for row in request.rows if row.label is not None)
-    return len(request.question.prompt) + sum(len(row.text) + 27 for row in request.rows) + labels
+    labels = sum(len(row.label) + len(', "label": ""') for row in request.rows if row.label is not None)
+    return len(request.question.prompt) + sum(len(row.text) + ROW_CHARACTERS for row in request.rows) + labels
 
 
 def estimated_tokens(request: Request) -> int:
@@ -1552,6 +1549,20 @@ def learn(dialect: Dialect, message: str) -> tuple[Dialect, str] | None:
     return None
 
 
+def take_lesson(
+    lesson: tuple[Dialect, str], budget: Budget, endpoint: Endpoint, warn: Callable[[str], None]
+) -> Dialect:
+    """The dialect to go on with, which is said once; without a bound on answers no cap on the cost can be kept."""
+    dialect, note = lesson
+    warn(f"{endpoint.host} refuses a part of the request: going on with {note}.")
+    if budget.capped and dialect.output_cap is None:
+        raise ProviderError(
+            f"{endpoint.host} takes no bound on an answer's length, so no cost cap can be kept: drop --max-cost and "
+            "--max-cost-total."
+        )
+    return dialect
+
+
 def lower_effort(dialect: Dialect, message: str) -> tuple[Dialect, str]:
     """The least effort that the message offers. A model that reasons takes no temperature and needs room."""
     offered = message.partition("supported values")[2]
@@ -1566,13 +1577,6 @@ def make_room(dialect: Dialect, usage: Usage | None) -> Dialect:
     """Room for twice the reasoning that was seen, so that an answer which it crowded out fits at the next try."""
     room = 2 * usage.reasoning if usage else 0
     return replace(dialect, reasoning_room=room) if room > dialect.reasoning_room else dialect
-
-
-def uncapped(endpoint: Endpoint) -> ProviderError:
-    return ProviderError(
-        f"{endpoint.host} takes no bound on an answer's length, so no cost cap can be kept: drop --max-cost and "
-        "--max-cost-total."
-    )
 
 
 class Verdict(Enum):
@@ -1981,17 +1985,13 @@ class ParallelSender:
         errand.failures += 1
         errand.failed_since = min(errand.failed_since, now)
         if self.answered_at == -math.inf and now - self.failing_since > UNREACHABLE_SECONDS:
-            self._end(
-                self._gone(f"No answer from {self.endpoint.host}: {reason}. Check the address and the network"), errand
-            )
+            self._give_up(f"No answer from {self.endpoint.host}: {reason}. Check the address and the network", errand)
         elif errand.failures <= self.max_retries:
             pause = asked_wait(response.headers) or backoff(errand.failures, self.limiter.jitter())
             self._ask_again(errand, now + pause)
         elif self.successful_at < errand.failed_since and self.failures >= max(5, self.max_retries + 1):
-            self._end(
-                self._gone(f"{self.endpoint.host} fails every request ({reason}, {self.failures} in a row). Try later"),
-                errand,
-            )
+            line = f"{self.endpoint.host} fails every request ({reason}, {self.failures} in a row). Try later"
+            self._give_up(line, errand)
         else:
             return errand.reply(response, f"the server failed on it {errand.failures} times ({reason})", False)
         return None
@@ -2000,10 +2000,10 @@ class ParallelSender:
         """A refusal that is not known: of a part of our request, of this text, or of everything?"""
         lesson = learn(self.dialect, error_words(response.body)[1]) if response.status in {400, 422} else None
         if lesson and errand.dialect == self.dialect:
-            self.dialect, note = lesson
-            self.warn(f"{self.endpoint.host} refuses a part of the request: going on with {note}.")
-            if self.budget.capped and self.dialect.output_cap is None:
-                self._end(uncapped(self.endpoint), errand)
+            try:
+                self.dialect = take_lesson(lesson, self.budget, self.endpoint, self.warn)
+            except ProviderError as trouble:
+                self._end(trouble, errand)
                 return None
         if errand.dialect != self.dialect:
             self._ask_again(errand, now)
@@ -2018,8 +2018,8 @@ class ParallelSender:
         self.trouble = self.trouble or trouble
         self._ask_again(errand, math.inf)
 
-    def _gone(self, line: str) -> ProviderError:
-        return ProviderError(f"{line}, then run the same command: what came back is kept.")
+    def _give_up(self, line: str, errand: Errand) -> None:
+        self._end(ProviderError(f"{line}, then run the same command: what came back is kept."), errand)
 
 
 # --- Requests -> replies, by Batch API jobs ----------------------------------------------------------------
@@ -2035,7 +2035,7 @@ T = TypeVar("T")
 
 @dataclass
 class Job:
-    """A Batch API job of ours, from before its file goes up until its last reply is in the store."""
+    """A Batch API job of ours, from before it is created until its last reply is in the store."""
 
     tag: str  # by which it is found among the account's jobs, in its metadata
     uploaded_at: float = 0.0  # seconds since 1970, by the provider's clock
@@ -2097,11 +2097,11 @@ class JobSender:
             if job.batch_id is None:
                 found = self._insist(partial(self._find, job))
                 job.batch_id = found.id if found else None
+                self.run.store.note_job(job)
             if job.batch_id is None:
                 self.run.store.forget_job(job)
                 requests.extend(request for request in job.requests.values() if request.can_be_asked)
                 continue
-            self.run.store.note_job(job)
             self.budget.reserved += job.reserved
             self.jobs.append(job)
             self.run.console.warn(f"Job {job.batch_id} of an earlier run is taken up: {len(job.requests)} requests.")
@@ -2290,10 +2290,7 @@ class JobSender:
         """Whether the refusal is of a part of the request that the next job goes without."""
         lesson = learn(self.dialect, error_words(response.body)[1])
         if lesson and job.dialect in {self.dialect, None}:
-            self.dialect, note = lesson
-            self.run.console.warn(f"{self.endpoint.host} refuses a part of the request: going on with {note}.")
-            if self.budget.capped and self.dialect.output_cap is None:
-                raise uncapped(self.endpoint)
+            self.dialect = take_lesson(lesson, self.budget, self.endpoint, self.run.console.warn)
         return job.dialect != self.dialect
 
 
@@ -2471,9 +2468,7 @@ ADD_ANSWER = "INSERT INTO answers VALUES (?, ?, ?, ?, ?)"
 ADD_FAILURE = "INSERT INTO failures VALUES (?, ?, ?, ?, ?)"
 ADD_JOB = "INSERT INTO jobs (tag, uploaded_at, reserved, file_id) VALUES (?, ?, ?, ?)"
 NOTE_JOB = "UPDATE jobs SET batch_id = ? WHERE id = ?"
-OPEN_JOBS = (
-    "SELECT id, tag, uploaded_at, reserved, file_id, batch_id FROM jobs WHERE id IN (SELECT job FROM job_requests)"
-)
+OPEN_JOBS = "SELECT id, tag, uploaded_at, reserved, batch_id FROM jobs WHERE id IN (SELECT job FROM job_requests)"
 ADD_REQUEST = "INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?, ?)"
 OPEN_REQUESTS = """
 SELECT custom_id, job, reading, rows, failures, model, labels, label_keys
@@ -2606,8 +2601,8 @@ class AnswerStore:
         """The jobs that are not collected; their rows have no text here."""
         with self._told():
             jobs = {
-                number: Job(tag, uploaded_at, {}, reserved, number, file_id, batch_id)
-                for number, tag, uploaded_at, reserved, file_id, batch_id in self.db.execute(OPEN_JOBS)
+                number: Job(tag, uploaded_at, {}, reserved, number, batch_id=batch_id)
+                for number, tag, uploaded_at, reserved, batch_id in self.db.execute(OPEN_JOBS)
             }
             for name, job, reading, rows, failures, model, labels, keys in self.db.execute(OPEN_REQUESTS):
                 question = Question(model, tuple(json.loads(labels)), tuple(keys.split()), prompt="")
@@ -2826,11 +2821,8 @@ def read_frame(table: CsvTable) -> pd.DataFrame:
 
 def label_frame(frame: pd.DataFrame, run: Run) -> pd.DataFrame:
     """The frame with its labels as nullable Int8 columns, and what the run has to tell in `attrs`."""
-    import pandas as pd
-
-    for place, label in enumerate(run.question.labels):
-        values = [None if cells[place] == BLANK else int(cells[place]) for cells in run.cells]
-        frame[label] = pd.array(values, dtype="Int8")
+    for label, values in label_columns(run.cells, run.question.labels).items():
+        frame[label] = values
     frame.attrs["enrichment"] = {
         "rows": len(run.cells),
         "labelled_rows": sum(BLANK not in cells for cells in run.cells),
@@ -2975,6 +2967,16 @@ def cells_at(cells: Iterable[Cells], place: int) -> list[str]:
     return [row[place] for row in cells]
 
 
+def label_columns(cells: Sequence[Cells], labels: Sequence[str]) -> dict[str, Any]:
+    """For each label a nullable Int8 column, to be given to pandas."""
+    import pandas as pd
+
+    return {
+        label: pd.array([None if cell == BLANK else int(cell) for cell in cells_at(cells, place)], dtype="Int8")
+        for place, label in enumerate(labels)
+    }
+
+
 def measure_audit(numbers: Sequence[int], first: Sequence[str], second: Sequence[str]) -> dict[str, Any]:
     confusion = count_confusion(first, second)
     differing = [n for n, one, other in zip(numbers, first, second, strict=True) if {one, other} == {"0", "1"}]
@@ -3046,12 +3048,11 @@ class Gold:
     cells: list[Cells]
 
 
-def read_gold(settings: Settings) -> Gold | None:
+def read_gold(settings: Settings, table: Table) -> Gold | None:
     if settings.gold is None:
         return None
-    key = settings.gold_key or settings.text_column
-    by_key = replace(settings, text_column=key, label_column=None)
-    keys = [row.text for row in load_table(by_key).rows]
+    by_key = replace(settings, text_column=settings.gold_key or settings.text_column, label_column=None)
+    keys = [row.text for row in (load_table(by_key) if settings.gold_key else table).rows]
     gold = load_table(replace(by_key, input_filepath=settings.gold))
     if not any(cells.strip(BLANK) for cells in gold.given):
         raise InputError(f"The gold labels ({source_name(settings.gold)}) have no 0 or 1 in a column of any label.")
@@ -3070,15 +3071,10 @@ def measure_gold(run: Run, gold: Gold) -> pd.DataFrame:
                 f"Rows with the same {named!r} have other labels, so they cannot be matched with the gold labels: "
                 "pass --gold-key and a column that tells rows apart."
             )
-    places = [place for place in range(len(run.question.labels)) if any(row[place] != BLANK for row in gold.cells)]
-    labels = [run.question.labels[place] for place in places]
-    predicted, people = (
-        pd.DataFrame(
-            [[None if row[place] == BLANK else int(row[place]) for place in places] for row in cells], keys, labels
-        )
-        for keys, cells in ((list(labelled), list(labelled.values())), (gold.gold_keys, gold.cells))
-    )
-    return evaluate_labels(predicted, people, labels)
+    every = run.question.labels
+    predicted = pd.DataFrame(label_columns(list(labelled.values()), every), list(labelled))
+    people = pd.DataFrame(label_columns(gold.cells, every), gold.gold_keys)
+    return evaluate_labels(predicted, people, [label for label in every if people[label].notna().any()])
 
 
 def count_unmatched(run: Run, gold: Gold) -> dict[str, int]:
@@ -3246,15 +3242,12 @@ def draw_shares(axes: Axes, df: pd.DataFrame, labels: Sequence[str], by: str | N
     for number, (name, part) in enumerate(groups):
         counts = [(int(part[label].sum()), int(part[label].notna().sum())) for label in labels]
         middle = [ratio(ones, rows) for ones, rows in counts]
-        bounds = [wilson(ones, rows) for ones, rows in counts]
-        margins = list(
-            zip(
-                *((max(0.0, x - low), max(0.0, high - x)) for x, (low, high) in zip(middle, bounds, strict=True)),
-                strict=True,
-            )
-        )
+        lows, highs = zip(*(wilson(ones, rows) for ones, rows in counts), strict=True)
+        below = [max(0.0, share - low) for share, low in zip(middle, lows, strict=True)]
+        above = [max(0.0, high - share) for share, high in zip(middle, highs, strict=True)]
         places = [place + 0.8 * ((number + 0.5) / len(groups) - 0.5) for place in range(len(labels))]
-        axes.errorbar(middle, places, xerr=margins, fmt="o", markersize=4, capsize=2, label=f"{name} (n={len(part):,})")
+        title = f"{name} (n={len(part):,})"
+        axes.errorbar(middle, places, xerr=(below, above), fmt="o", markersize=4, capsize=2, label=title)
     axes.set_yticks(range(len(labels)), [label.replace("$", r"\$") for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(left=0)
@@ -3283,15 +3276,11 @@ def draw_together(axes: Axes, df: pd.DataFrame, labels: Sequence[str]) -> None:
 def save_plot(run: Run, path: Path) -> None:
     import pandas as pd
 
-    settings = run.settings
-    columns: dict[str, Any] = {
-        label: pd.array([None if cell == BLANK else int(cell) for cell in cells_at(run.cells, place)], dtype="Int8")
-        for place, label in enumerate(settings.labels)
-    }
-    by = settings.label_column
+    labels, by = run.settings.labels, run.settings.label_column
+    columns = label_columns(run.cells, labels)
     if by is not None:
         columns[by] = [row.label for row in run.table.rows]
-    figure = plot_labels(pd.DataFrame(columns), settings.labels, by)
+    figure = plot_labels(pd.DataFrame(columns), labels, by)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
