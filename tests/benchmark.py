@@ -58,11 +58,11 @@ def dense_body(texts: Sequence[str]) -> dict[str, Any]:
 
 def sparse_bodies(path: Path) -> list[dict[str, Any]]:
     """This program's own requests, for a client that does nothing but send them."""
-    guidelines = module.Guidelines("gpt-4o-mini", sends_label=False)
-    question = module.pose(guidelines, tuple(LABELS))
+    question = module.build_question(module.Prompt("gpt-4o-mini"), tuple(LABELS))
     rows = [module.make_row(text, None) for text in dict.fromkeys(read_texts(path))]
-    requests = (module.Request(batch, question) for batch in module.make_batches(rows, BATCH))
-    return [module.build_body(request, module.first_dialect("gpt-4o-mini", capped=False)) for request in requests]
+    parameters = module.first_parameters("gpt-4o-mini", must_be_bounded=False)
+    batches = (tuple(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
+    return [module.build_body(module.Request(batch, question), parameters) for batch in batches]
 
 
 def read_texts(path: Path) -> list[str]:

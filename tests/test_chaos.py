@@ -95,7 +95,7 @@ def limit_files(size: int) -> Any:
 
 @pytest.mark.parametrize("size", [4_000, 30_000, 60_000])
 def test_a_full_disk_is_one_line_and_room_ends_the_job(job: Job, size: int) -> None:
-    """Files may not grow past `size`: the store cannot be made, fails later, or the CSV cannot be written."""
+    """Files may not grow past `size`: the store cannot be created, fails later, or the CSV cannot be written."""
     job.write([text * 10 for text in make_texts(300)])
     program = [sys.executable, str(ROOT / "enrich_dataset.py"), *job.arguments("--base-url", job.server.url, "--quiet")]
     bare = {name: value for name, value in os.environ.items() if not name.startswith("COV")}  # it writes files too
@@ -117,8 +117,10 @@ def kept(job: Job) -> int:
     if not job.store.exists() or not job.store.stat().st_size:
         return 0
     with contextlib.closing(sqlite3.connect(job.store)) as db:
-        found = db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'answers'").fetchone()[0]
-        return int(db.execute("SELECT count(*) FROM answers").fetchone()[0]) if found else 0
+        found = db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'attempts'").fetchone()[0]
+        return (
+            int(db.execute("SELECT coalesce(sum(length(answers)), 0) / 3 FROM attempts").fetchone()[0]) if found else 0
+        )
 
 
 def test_an_output_that_is_open_elsewhere_is_one_line_and_loses_nothing(
@@ -135,7 +137,7 @@ def test_an_output_that_is_open_elsewhere_is_one_line_and_loses_nothing(
         assert job.command("--quiet") == 1
     errors = capsys.readouterr().err
     assert errors == (
-        f"Error: {job.output} cannot be written (Permission denied): close what has it open, or make room, "
+        f"Error: {job.output} cannot be written (Permission denied): close the program that has it open, or free some space, "
         "then run the same command; no answer is lost.\n"
     )
     calls = len(job.server.calls)
@@ -157,7 +159,7 @@ def test_a_store_of_another_version_is_refused_and_left_alone(job: Job, capsys: 
         db.execute("PRAGMA user_version = 999")
     before = job.store.read_bytes()
     assert job.command() == 2
-    assert "is no answer store: move it away, or name another." in capsys.readouterr().err
+    assert "is not an answer store: move or delete it, or choose another file." in capsys.readouterr().err
     assert job.store.read_bytes() == before
 
 
@@ -212,7 +214,7 @@ def test_a_second_process_on_one_output_is_refused_and_the_first_goes_on(job: Jo
     second = job.process()
     _, errors = second.communicate(timeout=30)
     assert second.returncode == 2
-    assert "is in use by another run: wait for it, or name another." in errors
+    assert "is in use by another run: wait for it, or choose another file." in errors
     assert first.wait(60) == 0
     first.communicate()
     job.check()

@@ -72,7 +72,7 @@ def test_what_is_known_already_is_said(job: Job, capsys: pytest.CaptureFixture[s
     job.write(["cake", "cake", "tram"]).command("--quiet")
     assert job.command() == 0
     printed = capsys.readouterr().out
-    assert "Rows already answered (not asked again): 3\nNothing to ask: no API call is made\n" in printed
+    assert "Rows already labelled (not sent again): 3\nNothing to send: no API call is made\n" in printed
     assert "Total API calls made: 0\n" in printed
 
 
@@ -81,7 +81,7 @@ def test_equal_rows_and_another_encoding_are_said(job: Job, capsys: pytest.Captu
     assert job.command() == 0
     printed = capsys.readouterr().out
     assert "Encoding: cp1252, since the file is not UTF-8\n" in printed
-    assert "Rows equal to another one (asked once, answered alike): 1\n" in printed
+    assert "Duplicate rows (sent once): 1\n" in printed
 
 
 def test_quiet_prints_nothing(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,30 +112,30 @@ def test_a_terminal_without_the_check_mark_gets_a_plain_sign(job: Job, encoding:
 
 WRONG = {
     "no arguments": ([], "the following arguments are required"),
-    "batch size": (["--batch-size", "0"], "The batch size must be from 1 to 500, not 0."),
+    "batch size": (["--batch-size", "0"], "--batch-size must be from 1 to 500, not 0."),
     "batch size text": (["--batch-size", "ten"], "a whole number or auto was expected, not 'ten'"),
-    "workers": (["--max-workers", "501"], "The number of workers must be from 1 to 500, not 501."),
-    "limit": (["--limit", "0"], "The limit must be at least 1, not 0."),
-    "timeout": (["--timeout", "0"], "The timeout must be from 0.001 to 86400, not 0.0."),
-    "timeout nan": (["--timeout", "nan"], "The timeout must be"),
-    "retries": (["--max-retries", "-1"], "The number of retries must be"),
-    "start": (["--start-index", "3"], "The start index 3 is past the last row"),
-    "start below": (["--start-index", "-1"], "The start index must be at least 0"),
-    "model": (["--model", " "], "The model's name is blank"),
-    "label twice": (["--labels", "a", "b", "a"], "The label 'a' is given twice"),
+    "workers": (["--max-workers", "501"], "--max-workers must be from 1 to 500, not 501."),
+    "limit": (["--limit", "0"], "--limit must be at least 1, not 0."),
+    "timeout": (["--timeout", "0"], "--timeout must be from 0.001 to 86400, not 0.0."),
+    "timeout nan": (["--timeout", "nan"], "--timeout must be"),
+    "retries": (["--max-retries", "-1"], "--max-retries must be"),
+    "start": (["--start-index", "3"], "--start-index 3 is past the last row"),
+    "start below": (["--start-index", "-1"], "--start-index must be at least 0"),
+    "model": (["--model", " "], "--model is blank"),
+    "label twice": (["--labels", "a", "b", "a"], "The label 'a' appears more than once"),
     "label blank": (["--labels", "a", " "], "A label must be a name of printable characters, not ' '"),
     "label with newline": (["--labels", "a\nb"], "printable"),
     "text column": (["--text-column", "texts"], "which has 'id', 'text'"),
     "label column": (["--label-column", "label"], "The label column 'label' is not in the header"),
-    "label is the id": (["--labels", "id"], "holds something else than 0, 1"),
+    "label is the id": (["--labels", "id"], "holds something other than 0, 1"),
     "input": (["--input", "nowhere.csv"], "There is no file nowhere.csv"),
     "output folder": (["--output", "nowhere/out.csv"], "There is no folder nowhere"),
     "output is a folder": (["--output", "."], "is a folder"),
     "output is input": (["--output", "in.csv"], "The output is the input itself"),
     "store is input": (["--store", "in.csv"], "The store is the input itself"),
     "store is output": (["--store", "out.csv"], "The store and the output are the same file"),
-    "url": (["--base-url", "localhost:8000/v1"], "The base URL must begin with http://"),
-    "key": (["--api-key", "sk-ab\u00a0c"], "blank or foreign character at place 6"),
+    "url": (["--base-url", "localhost:8000/v1"], "--base-url must begin with http://"),
+    "key": (["--api-key", "sk-ab\u00a0c"], "invalid character at position 6"),
     "two keys": (["--api-key", "a", "--api-key-file", "b"], "not allowed with"),
     "key file": (["--api-key-file", "nowhere"], "The key file nowhere cannot be read"),
     "no key": (["--base-url", "https://api.openai.com/v1"], "No API key: set OPENAI_API_KEY"),
@@ -171,7 +171,7 @@ def test_what_is_wrong_is_one_line_exit_2_and_nothing_written(
         ({"batch_size": 2.5}, "whole number, not 2.5"),
         ({"batch_size": True}, "whole number, not True"),
         ({"new_labels": "racist"}, r"pass \['racist'\]"),
-        ({"new_labels": []}, "name at least one"),
+        ({"new_labels": []}, "pass at least one"),
         ({"new_labels": [None]}, "printable"),
     ],
 )
@@ -228,6 +228,9 @@ def test_no_traceback_and_no_text_reaches_the_user_of_a_bug(
     monkeypatch.setattr(module, "WORDING", "{a_bug}")
     assert job.write(["my secret"]).command("--labels", "a label of this test alone") == 1
     errors = capsys.readouterr().err
-    assert "Error: unexpected KeyError in pose" in errors
+    first, *frames = errors.splitlines()
+    assert first == "Error: unexpected KeyError; please report these lines. What came back is kept."
+    assert re.fullmatch(r"  enrich_dataset\.py, line \d+, in build_question", frames[-1])
+    assert re.fullmatch(r"  enrich_dataset\.py, line \d+, in main", frames[0])
     assert "secret" not in errors
     assert "Traceback" not in errors

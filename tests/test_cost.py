@@ -6,6 +6,7 @@ import re
 import time
 from typing import Any
 
+import pandas as pd
 import pytest
 from conftest import LABELS, Job, expected, make_texts
 from stand_in_server import Call, Handler
@@ -40,9 +41,7 @@ class TestAfter:
         told = figures(job.write(["cake"]).enrich(model="llama3.2", quiet=False))
         assert told["cost"] is None
         assert told["tokens"]["prompt"] > 0
-        assert (
-            "Cost: unknown, since no price of 'llama3.2' is known (--price IN OUT tells it)" in capsys.readouterr().out
-        )
+        assert "Cost: unknown: no price of 'llama3.2' is known (pass price)" in capsys.readouterr().out
 
     def test_the_users_own_price_stands(self, job: Job) -> None:
         told = figures(job.write(["cake"]).enrich(model="llama3.2", price=(10, 20)))
@@ -74,8 +73,8 @@ class TestAfter:
         body = {"choices": [{"message": {"content": '{"660": []}'}}]}
         job.server.script.append((200, {}, body))
         job.write(["tram"]).enrich()
-        with module.AnswerStore(job.store) as store:
-            cost, unseen = store.db.execute("SELECT cost, unseen_cost FROM calls").fetchone()
+        with module.Store(job.store) as store:
+            cost, unseen = store.db.execute("SELECT cost, unconfirmed_cost FROM attempts").fetchone()
         assert cost is None
         assert unseen > price([Call(0, 0, 200, "", (), (), {}, 300, 20)])
 
@@ -94,7 +93,7 @@ class TestBefore:
             "Dataset loaded: 33 rows",
             "Rows with a blank text (not sent, left blank): 1",
             "This will make 4 API calls instead of 32 (single-row processing)",
-            "Distinct rows to ask: 31",
+            "Distinct rows to send: 31",
             "Dry run: nothing was sent, nothing was written",
         ):
             assert f"{line}\n" in printed
@@ -110,33 +109,35 @@ class TestBefore:
         assert job.output.read_bytes() == before
 
     @pytest.mark.parametrize("batch_size", [5, 20])
-    def test_the_estimate_is_near_what_is_then_counted(self, job: Job, batch_size: int) -> None:
+    def test_the_estimate_is_near_what_is_then_counted(
+        self, job: Job, batch_size: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         job.write([text * 4 for text in make_texts(100)])
-        for answered in (0, 40):  # by characters, then by the calls of this model in the store
-            with module.AnswerStore(job.store if answered else None) as store:
-                rates = store.token_rates("gpt-4o-mini")
-            assert bool(rates) == bool(answered)
-            rows = [module.make_row(text, None) for text in job.texts[answered:]]
-            question = module.pose(module.Guidelines("gpt-4o-mini", False), tuple(LABELS))
-            requests = [module.Request(batch, question) for batch in module.make_batches(rows, batch_size)]
-            usage = module.estimate_usage(requests, rates)
+        for basis, limit in (("their length", 40), ("this model's earlier calls", 100)):
+            options = {"batch_size": batch_size, "limit": limit}
+            capsys.readouterr()
+            job.enrich(**options, dry_run=True, quiet=False)
+            found = re.search(rf"Estimated tokens \(from {basis}\): ([\d,]+) in", capsys.readouterr().out)
+            assert found
             job.server.calls.clear()
-            job.enrich(batch_size=batch_size, limit=None if answered else 40)
-            share = len(rows) / (60 if answered else 40)
-            real = sum(call.prompt_tokens for call in job.server.calls) * share
-            assert 0.75 < usage.prompt / real < 1.25 if answered else 0.75 < usage.prompt / real < 1.3
+            job.enrich(**options)
+            real = sum(call.prompt_tokens for call in job.server.calls)
+            assert 0.75 < int(found[1].replace(",", "")) / real < 1.3
 
-    def test_the_first_request_can_be_looked_at(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        assert job.write(["a text about cake"]).command("--dry-run", "--show-prompt") == 0
+    def test_a_dry_run_shows_what_would_be_sent_and_the_cost_last(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert job.write(["a text about cake", "another"]).command("--dry-run") == 0
         printed = capsys.readouterr().out
         assert "=== System message ===\nYou label texts" in printed
         assert '{"texts": [{"id": "660", "text": "a text about cake"}]}' in printed
         assert '"strict": true' in printed
-        assert "=== System message ===" not in (job.command("--dry-run"), capsys.readouterr().out)[1]
+        assert "another" not in printed
+        assert printed.index("Estimated cost: about $0.0000") > printed.index("strict")
 
     def test_the_estimate_of_an_unknown_model_has_no_price(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         assert job.write(["cake"]).command("--dry-run", "--model", "llama3.2") == 0
-        assert "Estimated cost: unknown, since no price of 'llama3.2' is known" in capsys.readouterr().out
+        assert "Estimated cost: unknown: no price of 'llama3.2' is known (pass --price)" in capsys.readouterr().out
 
 
 class TestCap:
@@ -146,7 +147,7 @@ class TestCap:
         job.write(make_texts(400)).enrich(store_filepath=job.store.with_name("other"))
         whole, calls = price(job.server.calls), len(job.server.calls)
         job.server.calls.clear()
-        with pytest.raises(module.BudgetExceeded, match=r"could pass --max-cost 0\.0"):
+        with pytest.raises(module.BudgetExceeded, match=r"could exceed max_cost 0\.0"):
             job.enrich(max_cost=whole / 3, quiet=False)
         spent = price(job.server.calls)
         assert whole / 6 < spent <= whole / 3
@@ -159,18 +160,43 @@ class TestCap:
         assert len(job.server.calls) == calls
         job.check()
 
-    def test_the_total_cap_counts_all_runs_on_the_store(self, job: Job) -> None:
-        job.write(make_texts(100)).enrich(limit=50)
+    def test_the_cap_counts_all_runs_on_the_store_and_the_report_tells_what_is_left(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.write(make_texts(200)).enrich(limit=100)
         spent = price(job.server.calls)
-        with pytest.raises(module.BudgetExceeded, match="--max-cost-total"):
-            job.enrich(max_cost_total=spent * 1.5)
-        assert price(job.server.calls) <= spent * 1.5
-        job.enrich(max_cost_total=1.0)
+        with pytest.raises(module.BudgetExceeded, match="could exceed max_cost"):
+            job.enrich(max_cost=spent * 1.8)
+        assert spent < price(job.server.calls) <= spent * 1.8
+        job.enrich(max_cost=1.0, quiet=False)
+        total = price(job.server.calls)
+        told = f"(all runs on this store: {module.dollars(total)}, left of max_cost: {module.dollars(1 - total)})"
+        assert told in capsys.readouterr().out
         job.check()
+
+    def test_what_was_in_flight_when_a_run_was_killed_counts(self, job: Job) -> None:
+        job.server.first_token = 20
+        process = job.write(make_texts(40)).process("--max-cost", "1", "--max-workers", "2")
+        deadline = time.monotonic() + 20
+        while job.server.in_flight < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        job.server.first_token = 0
+        with module.Store(job.store) as store:
+            in_flight = store.spent()
+        assert in_flight > 2 * price([Call(0, 0, 200, "", (), (), {}, 400, 60)])
+        with pytest.raises(module.BudgetExceeded):
+            job.enrich(max_cost=in_flight * 1.01)
+        assert len(job.server.calls) <= 2
+        job.enrich(max_cost=1)
+        job.check()
+        with module.Store(job.store) as store:  # a run that ends in order leaves nothing in flight
+            assert store.spent() == pytest.approx(in_flight + price(job.server.calls), rel=0.5)
 
     def test_the_command_ends_with_one(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         assert job.write(["cake"]).command("--max-cost", "0.000001") == 1
-        assert "raise it and run the same command to go on" in capsys.readouterr().err
+        assert "raise it and run the same command to continue" in capsys.readouterr().err
         assert job.server.calls == []
 
     def test_a_call_that_may_have_been_billed_unseen_counts_at_its_worst(self, job: Job) -> None:
@@ -178,16 +204,16 @@ class TestCap:
         with pytest.raises(module.BudgetExceeded):
             job.write(make_texts(10)).enrich(max_cost=0.002, max_retries=1000)
         assert price(job.server.calls) <= 0.002
-        with module.AnswerStore(job.store) as store:
+        with module.Store(job.store) as store:
             assert 0.001 < store.spent() <= 0.002
 
     def test_a_refused_connection_costs_nothing(self) -> None:
-        assert not module.NO_RESPONSE.may_be_billed
+        assert not module.Response(0, {}, None, 0.0, was_sent=False).may_be_billed
         assert not module.Response(503, {}, None, 0.0).may_be_billed
         assert module.Response(504, {}, None, 0.0).may_be_billed
 
     def test_without_a_price_no_cost_can_be_capped(self, job: Job) -> None:
-        with pytest.raises(module.InputError, match="pass --price IN OUT"):
+        with pytest.raises(module.InputError, match="pass price"):
             job.write(["cake"]).enrich(model="llama3.2", max_cost=1.0)
         job.enrich(model="llama3.2", max_cost=1.0, price=(1, 2))
         assert job.server.calls[-1].body["max_completion_tokens"] > 0
@@ -195,7 +221,7 @@ class TestCap:
 
     def test_without_a_bound_on_answers_no_cost_can_be_capped(self, job: Job) -> None:
         job.server.refuses = {"max_completion_tokens", "max_tokens"}
-        with pytest.raises(module.ProviderError, match="takes no bound on an answer's length"):
+        with pytest.raises(module.ProviderError, match="takes no bound on a completion's length"):
             job.write(["cake"]).enrich(max_cost=1.0)
         job.enrich()
         job.check()
@@ -214,13 +240,11 @@ class TestSizes:
         [(99, 99, (25, 3)), (100, 100, (12, 5)), (500, 1000, (12, 5)), (501, 1001, (7, 10)), (1, 0, (25, 3))],
     )
     def test_auto_follows_the_readmes_table(self, length: int, rows: int, sizes: tuple[int, int]) -> None:
-        settings = module.Settings(
-            **(dict.fromkeys(module.Settings.__annotations__))
-            | {"batch_size": "auto", "max_workers": "auto", "start_index": 0}
-        )
-        table = module.Table([module.make_row("x" * length, None)] * rows, ["-"] * rows)
-        chosen = module.choose_sizes(settings, table)
-        assert (chosen.batch_size, chosen.max_workers) == sizes
+        frame = pd.DataFrame({"text": ["x" * length] * rows}, dtype=object)
+        options = module.frame_options(frame, "text", ["a"], batch_size="auto", max_workers="auto")
+        table = module.read_table(frame, options.columns)
+        fitted = module.fit_to_table(options, table, module.requested_rows(table, 0, None))
+        assert (fitted.batch_size, fitted.max_workers) == sizes
 
     def test_auto_works_from_the_command(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         job.write(make_texts(30))
@@ -256,5 +280,5 @@ class TestRetirement:
 
     def test_an_unknown_model_is_told_with_what_to_pass(self, job: Job) -> None:
         job.server.models = {"gpt-6-luna"}
-        with pytest.raises(module.ProviderError, match=r"pass another --model \(at OpenAI gpt-6-luna\)"):
+        with pytest.raises(module.ProviderError, match=r"pass another model \(at OpenAI gpt-6-luna\)"):
             job.write(["cake"]).enrich()

@@ -84,8 +84,14 @@ def test_a_run_without_a_store_that_ends_early_says_how_to_keep_its_answers(
             pd.DataFrame({"body": ["a"]}),
             "The text column 'text' is not in the header of the DataFrame, which has 'body'",
         ),
-        (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "'text' stands twice in the header of the DataFrame"),
-        (pd.DataFrame({"text": ["a"], LABELS[0]: [2]}), "the DataFrame, row 0: the column 'praising_violence' holds"),
+        (
+            pd.DataFrame([["a", "b"]], columns=["text", "text"]),
+            "'text' appears more than once in the header of the DataFrame",
+        ),
+        (
+            pd.DataFrame({"text": ["a"], LABELS[0]: [2]}),
+            r"the DataFrame, row 0 \(line 2\): the column 'praising_violence' holds",
+        ),
     ],
 )
 def test_a_frame_that_cannot_be_used_is_refused(df: pd.DataFrame, words: str, server: StandIn) -> None:

@@ -25,8 +25,8 @@ def by_job(job: Job) -> dict[str, list[str]]:
 
 
 def open_requests(job: Job) -> int:
-    with module.AnswerStore(job.store) as store:
-        return sum(len(open_job.requests) for open_job in store.open_jobs())
+    with module.Store(job.store) as store:
+        return sum(len(open_job.attempts) for open_job in store.open_jobs())
 
 
 def test_cells_are_right_at_half_the_price_without_a_live_call(job: Job) -> None:
@@ -55,7 +55,7 @@ def test_what_is_printed(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     printed, errors = capsys.readouterr()
     assert "Sent as Batch API jobs: half the price, answers within a day\n" in printed
     assert "Submitting them to the Batch API...\n" in printed
-    assert "Job batch_1 submitted: 3 requests. It goes on without this program, which you may close" in errors
+    assert "Job batch_1 submitted: 3 requests. It continues without this program, which you may close" in errors
     assert re.search(r"67%.*2/3 ", errors)
     assert re.search(r"100%.*3/3 ", errors)
 
@@ -82,25 +82,25 @@ class TestKilled:
 
     def test_killed_between_two_replies_it_records_the_rest_alone(self, job: Job, monkeypatch: Any) -> None:
         """A crash in the middle of taking in what a job has answered."""
-        record, seen = module.AnswerStore.record, []
+        record, seen = module.Store.record, []
 
-        def crash(self: Any, reply: Any, *more: Any) -> None:
+        def crash(self: Any, attempt: Any, *more: Any) -> None:
             if len(seen) == 3:
                 raise KeyboardInterrupt
-            seen.append(reply)
-            record(self, reply, *more)
+            seen.append(attempt)
+            record(self, attempt, *more)
 
         job.write(make_texts(100))
         with monkeypatch.context() as patch:
-            patch.setattr(module.AnswerStore, "record", crash)
+            patch.setattr(module.Store, "record", crash)
             with pytest.raises(KeyboardInterrupt):
                 job.enrich(**FAST)
         assert open_requests(job) == 7
         job.enrich(**FAST)
         job.check()
         assert len(job.server.calls) == 10
-        with module.AnswerStore(job.store) as store:
-            assert store.db.execute("SELECT count(*) FROM calls").fetchone() == (10,)
+        with module.Store(job.store) as store:
+            assert store.db.execute("SELECT count(*) FROM attempts").fetchone() == (10,)
 
 
 class TestLeft:
@@ -113,7 +113,7 @@ class TestLeft:
         assert "Enrichment complete" not in printed
         assert job.server.calls == []
         assert job.command("--batch-api", "--no-wait") == 3
-        assert "Rows in Batch API jobs of earlier runs (not asked again): 40\n" in capsys.readouterr().out
+        assert "Rows in open Batch API jobs (not sent again): 40\n" in capsys.readouterr().out
         time.sleep(0.6)
         assert job.command("--batch-api", "--no-wait") == 0
         job.check()
@@ -168,7 +168,7 @@ class TestLeft:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=10)
         assert process.returncode == 130
-        assert "Batch API jobs go on without it. The same command goes on from here." in errors
+        assert "Batch API jobs continue without it. The same command resumes from here." in errors
         job.enrich(**FAST)
         job.check()
         assert len(job.server.jobs) == 1
@@ -201,7 +201,7 @@ class TestUnhappyEnds:
         assert sorted(by_job(job)["batch_3"]) == sorted(texts[number] for number in (3, 17, 25, 35))
         assert frame.attrs["enrichment"]["blank_rows"] == {
             3: "the model refused to answer",
-            17: "the answer was no JSON",
+            17: "the answer was not valid JSON",
             25: "stopped by the provider's content filter",
             35: "its id was missing from the answer",
         }
@@ -361,7 +361,7 @@ class TestUnhappyEnds:
         assert lines == [{"custom_id": "a"}, {"custom_id": "b"}]
 
     def test_no_wait_is_for_jobs(self, job: Job) -> None:
-        with pytest.raises(module.InputError, match="--no-wait is for Batch API jobs"):
+        with pytest.raises(module.InputError, match="no_wait is for Batch API jobs"):
             job.write(["cake"]).enrich(no_wait=True)
 
 

@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 
 import enrich_dataset as module
 
-QUESTION = module.pose(module.Guidelines("m", False), tuple(LABELS))
+QUESTION = module.build_question(module.Prompt("m", False), tuple(LABELS))
 ROWS = tuple(module.make_row(text, None) for text in ("a", "b", "c"))
 A, B, C = "660", "149", "538"
 FIRST, SECOND, THIRD = LABELS
 
 
-def reply(content: Any, **choice: Any) -> module.Reply:
+def attempt(content: Any, **choice: Any) -> module.Attempt:
     body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"} | choice]}
-    return module.Reply(module.Request(ROWS, QUESTION), body, "", True, 1, 1.0)
+    return module.Attempt(module.Request(ROWS, QUESTION), body=body)
 
 
 def read(content: Any, **choice: Any) -> tuple[dict[str, str], dict[str, str]]:
-    answers, problems = module.read_reply(reply(content, **choice))
+    answers, problems = module.read_answers(attempt(content, **choice))
     return {row.text: cells for row, cells in answers.items()}, {row.text: why for row, why in problems.items()}
 
 
@@ -57,9 +57,9 @@ def test_a_good_answer_is_read(content: str) -> None:
         (WHOLE | {B: [FIRST.upper()]}, "its answer had an unknown label"),
         (WHOLE | {B: [1]}, "its answer had an unknown label"),
         (WHOLE | {B: [[FIRST]]}, "its answer had an unknown label"),
-        (WHOLE | {B: FIRST}, "its answer was no list"),
-        (WHOLE | {B: None}, "its answer was no list"),
-        (WHOLE | {B: {FIRST: 1}}, "its answer was no list"),
+        (WHOLE | {B: FIRST}, "its answer was not a list"),
+        (WHOLE | {B: None}, "its answer was not a list"),
+        (WHOLE | {B: {FIRST: 1}}, "its answer was not a list"),
     ],
 )
 def test_only_the_row_concerned_has_a_problem(changed: dict[str, Any], reason: str) -> None:
@@ -74,11 +74,11 @@ def test_an_id_given_twice_is_not_believed() -> None:
 @pytest.mark.parametrize(
     ("content", "choice", "reason"),
     [
-        (None, {}, "the answer was no text"),
-        ("", {}, "the answer was no JSON"),
-        ("[" * 100_000, {}, "the answer was no JSON"),
-        ("[]", {}, "the answer was no JSON object"),
-        (json.dumps(WHOLE)[:-3], {"finish_reason": "length"}, "the answer was cut off at its greatest length"),
+        (None, {}, "the answer was not text"),
+        ("", {}, "the answer was not valid JSON"),
+        ("[" * 100_000, {}, "the answer was not valid JSON"),
+        ("[]", {}, "the answer was not a JSON object"),
+        (json.dumps(WHOLE)[:-3], {"finish_reason": "length"}, "the answer was cut off at its maximum length"),
         ("", {"finish_reason": "content_filter"}, "stopped by the provider's content filter"),
         (None, {"message": {"content": None, "refusal": "no"}}, "the model refused to answer"),
     ],
@@ -110,13 +110,13 @@ def test_splitting_asks_for_each_problem_once_and_ends(count: int, data: st.Data
         request = open_requests.pop()
         calls += 1
         problems = dict.fromkeys(request.rows, "why") if poisoned & set(request.rows) else {}
-        again, given_up = module.split_request(module.Reply(request, {}, "", True, 1, 0.0), problems)
+        again, given_up = module.next_requests(module.Attempt(request), problems, module.ThreadSender.policy)
         assert sorted(row for part in again for row in part.rows) == ([] if given_up else sorted(problems))
         assert not failed.keys() & given_up.keys()
         open_requests += again
         failed |= given_up
     assert failed.keys() == poisoned
-    assert calls <= 1 + len(poisoned) * 2 * (count.bit_length() + module.LONE_TRIES)
+    assert calls <= 1 + len(poisoned) * 2 * (count.bit_length() + module.ALIKE_FAILURES)
 
 
 def test_a_lone_row_gets_three_tries(job: Job) -> None:
@@ -160,10 +160,10 @@ def test_a_poisoned_row_stays_blank_alone_and_is_named(job: Job, capsys: pytest.
     assert job.write(texts).command() == 3
     job.check(blank_rows=[3, 17, 31])
     printed = capsys.readouterr().out
-    assert "rows left blank (asked again at the next run): 3\n" in printed
+    assert "rows left blank (sent again by the next run): 3\n" in printed
     assert "  row 3: stopped by the provider's content filter\n" in printed
     assert "  row 17: the model refused to answer\n" in printed
-    assert "  row 31: the answer was no JSON\n" in printed
+    assert "  row 31: the answer was not valid JSON\n" in printed
 
 
 @pytest.mark.parametrize("fault", ["400-filter", "400-context", "length", "missing", "foreign", "doubled", "unknown"])
@@ -188,6 +188,6 @@ def test_many_blank_rows_are_counted_and_some_named(job: Job, capsys: pytest.Cap
     job.write([f"poison-garbage {number}" for number in range(25)])
     assert job.command("--batch-size", "1", "--max-workers", "8") == 3
     printed = capsys.readouterr().out
-    assert printed.count(": the answer was no JSON") == 20
+    assert printed.count(": the answer was not valid JSON") == 20
     assert "  and 5 more\n" in printed
     assert "personal_attacks: 0/0, 25 blank" in printed

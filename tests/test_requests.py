@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import LABELS, Job, make_texts
 from hypothesis import given
@@ -14,7 +17,7 @@ from stand_in_server import check_body
 
 import enrich_dataset as module
 
-QUESTION = module.pose(module.Guidelines("gpt-4o-mini", False), tuple(LABELS))
+QUESTION = module.build_question(module.Prompt("gpt-4o-mini", False), tuple(LABELS))
 
 
 def request(texts: list[str], label: str | None = None) -> module.Request:
@@ -23,19 +26,16 @@ def request(texts: list[str], label: str | None = None) -> module.Request:
 
 @given(counts=st.lists(st.integers(1, 40), max_size=4), batch_size=st.integers(1, 500))
 def test_batches_partition_the_pending_rows(counts: list[int], batch_size: int) -> None:
-    groups = {
-        (0, (f"label {group}",)): [module.make_row(f"{group} {number}", None) for number in range(count)]
-        for group, count in enumerate(counts)
-    }
-    pending = module.Pending(groups, [])
-    settings = module.Settings(
-        **(dict.fromkeys(module.Settings.__annotations__) | {"batch_size": batch_size, "model": "m"})
-    )
-    requests = list(module.make_requests(pending, module.Guidelines("m", False), settings))
-    assert [row for request in requests for row in request.rows] == [row for rows in groups.values() for row in rows]
-    assert all(len(request.rows) <= batch_size for request in requests)
-    assert all(row in groups[request.reading, request.question.labels] for request in requests for row in request.rows)
-    assert len(requests) == sum(-(-count // batch_size) for count in counts)
+    groups = [group for group, count in enumerate(counts) for _ in range(count)]
+    random.Random(sum(counts)).shuffle(groups)
+    frame = pd.DataFrame({"text": [f"text {number}" for number in range(len(groups))]})
+    table = module.read_table(frame, module.Columns("text", None, ()))
+    lacking = np.array([[group == place for place in range(len(counts))] for group in groups], bool)
+    batches = module.make_batches(table, lacking.reshape(len(groups), len(counts)), batch_size)
+    assert sorted(number for batch in batches for number in batch.numbers) == list(range(len(groups)))
+    assert all(len(batch.numbers) <= batch_size for batch in batches)
+    assert all(batch.lacks[groups[number]] and sum(batch.lacks) == 1 for batch in batches for number in batch.numbers)
+    assert len(batches) == sum(-(-count // batch_size) for count in counts)
 
 
 def test_row_ids_are_three_digits_and_no_two_alike() -> None:
@@ -48,12 +48,14 @@ def test_row_ids_are_three_digits_and_no_two_alike() -> None:
 @pytest.mark.parametrize("form", [module.Form.SCHEMA, module.Form.BARE_SCHEMA])
 @pytest.mark.parametrize("count", [1, 500])
 def test_openai_would_take_the_schema(form: module.Form, count: int) -> None:
-    body = module.build_body(request(make_texts(count)), module.Dialect(form=form))
+    body = module.build_body(request(make_texts(count)), module.Parameters(form=form))
     assert check_body(body) is None
 
 
 def test_a_request_in_full() -> None:
-    body = module.build_body(request(['say "praise"\n\x18', "é"]), module.first_dialect("gpt-4o-mini", capped=False))
+    body = module.build_body(
+        request(['say "praise"\n\x18', "é"]), module.first_parameters("gpt-4o-mini", must_be_bounded=False)
+    )
     user = '{"texts": [{"id": "660", "text": "say \\"praise\\"\\n\\u0018"}, {"id": "149", "text": "é"}]}'
     assert body["messages"][1] == {"role": "user", "content": user}
     assert body["messages"][0]["content"].startswith("You label texts")
@@ -76,11 +78,11 @@ def test_equal_batches_share_one_schema(job: Job) -> None:
 
 
 def test_an_existing_label_is_sent_and_explained_only_where_there_is_one() -> None:
-    with_label = module.pose(module.Guidelines("m", True), tuple(LABELS))
+    with_label = module.build_question(module.Prompt("m", True), tuple(LABELS))
     assert '"label": "hate"' in module.user_message(request(["a"], "hate").rows)
-    assert "given as context only" in with_label.prompt
+    assert "given as context only" in with_label.system_message
     assert '"label"' not in module.user_message(request(["a"]).rows)
-    assert "given as context only" not in QUESTION.prompt
+    assert "given as context only" not in QUESTION.system_message
     assert set(QUESTION.label_keys).isdisjoint(with_label.label_keys)
 
 

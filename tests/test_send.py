@@ -119,13 +119,13 @@ def test_a_long_wait_is_told_and_can_be_interrupted(job: Job) -> None:
     ],
 )
 def test_what_a_server_asks_to_wait(headers: dict[str, str], seconds: float) -> None:
-    assert module.asked_wait(headers) == seconds
+    assert module.requested_wait(headers) == seconds
 
 
 def test_a_server_may_ask_to_wait_until_a_date() -> None:
     now = formatdate(time.time() + 9_999, usegmt=True)  # by the server's clock
-    assert module.asked_wait({"retry-after": formatdate(time.time() + 10_059, usegmt=True), "date": now}) == 60
-    assert module.asked_wait({"retry-after": formatdate(time.time() + 60, usegmt=True)}) == 0
+    assert module.requested_wait({"retry-after": formatdate(time.time() + 10_059, usegmt=True), "date": now}) == 60
+    assert module.requested_wait({"retry-after": formatdate(time.time() + 60, usegmt=True)}) == 0
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_limits_that_say_nothing_are_not_believed(headers: dict[str, str]) -> No
 
 
 def test_capacity_level_and_refill_are_learned() -> None:
-    limiter = module.RateLimiter(8)
+    limiter = module.Pace(8)
     ticket = limiter.leave(100, now=0.0)
     limiter.observe(told(600, 0, "60s") | told(1000, 500, "30s", "project-tokens"), ticket, now=0.0)
     assert limiter.buckets["requests"].rate == pytest.approx(10)
@@ -163,13 +163,13 @@ def test_capacity_level_and_refill_are_learned() -> None:
 
 def test_a_daily_limit_is_not_taken_for_one_a_minute() -> None:
     assert module.rate_limits(told(10_000, 9_999, "8.64s")) == {"requests": (10_000, 9_999, 8.64)}
-    limiter = module.RateLimiter(8)
+    limiter = module.Pace(8)
     limiter.observe(told(10_000, 9_999, "8.64s"), limiter.leave(1, 0.0), 0.0)
     assert limiter.buckets["requests"].rate == pytest.approx(10_000 / 86_400)
 
 
 def test_what_a_server_told_holds_calls_up_for_a_minute_at_most() -> None:
-    limiter = module.RateLimiter(8)
+    limiter = module.Pace(8)
     limiter.observe(told(60, 0, "24h"), limiter.leave(1, 0.0), 0.0)
     assert limiter.wait(1, 10.0) == pytest.approx(50)
     assert limiter.wait(1, 60.0) <= 0
@@ -178,7 +178,7 @@ def test_what_a_server_told_holds_calls_up_for_a_minute_at_most() -> None:
 
 
 def test_an_older_reply_teaches_nothing() -> None:
-    limiter = module.RateLimiter(8)
+    limiter = module.Pace(8)
     early, late = limiter.leave(1, 0.0), limiter.leave(1, 1.0)
     limiter.observe(told(600, 500, "10s"), late, 2.0)
     limiter.observe(told(600, 0, "60s"), early, 2.0)
@@ -186,7 +186,7 @@ def test_an_older_reply_teaches_nothing() -> None:
 
 
 def test_refusals_in_a_row_wait_longer_and_a_minute_at_most() -> None:
-    limiter = module.RateLimiter(8, jitter=lambda: 1.0)
+    limiter = module.Pace(8, jitter=lambda: 1.0)
     now, waits = 0.0, []
     for _ in range(9):
         ticket = limiter.leave(1, now)
@@ -201,7 +201,7 @@ def test_refusals_in_a_row_wait_longer_and_a_minute_at_most() -> None:
 
 
 def test_refusals_of_calls_that_left_together_count_once() -> None:
-    limiter = module.RateLimiter(8, jitter=lambda: 1.0)
+    limiter = module.Pace(8, jitter=lambda: 1.0)
     tickets = [limiter.leave(1, 0.0) for _ in range(8)]
     for ticket in tickets:
         limiter.refuse(0.0, ticket, 1.0)
@@ -212,7 +212,7 @@ def test_refusals_of_calls_that_left_together_count_once() -> None:
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 50)), min_size=1, max_size=200))
 def test_the_pace_never_passes_a_known_limit(calls: list[tuple[float, int]]) -> None:
     """Whatever calls come when, a bucket that is told exactly is never overdrawn."""
-    limiter, level, now, at = module.RateLimiter(4), 100.0, 0.0, 0.0
+    limiter, level, now, at = module.Pace(4), 100.0, 0.0, 0.0
     for pause, tokens in calls:
         now += pause
         now += max(0.0, limiter.wait(tokens, now)) + 1e-9
@@ -249,7 +249,7 @@ def test_what_a_server_refuses_is_learned_and_said_once(
     assert not lost & set(job.server.calls[-1].body)
     refusals = [call for call in job.server.calls if call.status == 400]
     assert 1 <= len(refusals) <= 4
-    assert capsys.readouterr().err.count("refuses a part of the request") == len(refusals)
+    assert capsys.readouterr().err.count("refuses a parameter of the request") == len(refusals)
 
 
 def test_many_workers_learn_together(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +257,7 @@ def test_many_workers_learn_together(job: Job, capsys: pytest.CaptureFixture[str
     job.write(make_texts(60))
     assert job.command("--max-workers", "6") == 0
     job.check()
-    assert capsys.readouterr().err.count("going on with no temperature") == 1
+    assert capsys.readouterr().err.count("continuing with no temperature") == 1
     assert sum(call.status == 400 for call in job.server.calls) <= 6
 
 
@@ -297,10 +297,10 @@ def test_a_model_without_that_choice_is_asked_for_the_least(job: Job) -> None:
     ],
 )
 def test_each_refusal_changes_one_part_and_learning_ends(message: str) -> None:
-    dialect, steps = module.Dialect(reasoning_effort="none", output_cap="max_completion_tokens"), 0
-    while lesson := module.learn(dialect, message):
-        assert lesson[0] != dialect
-        dialect, steps = lesson[0], steps + 1
+    parameters, steps = module.Parameters(reasoning_effort="none", completion_bound="max_completion_tokens"), 0
+    while lower := module.fall_back(parameters, message):
+        assert lower[0] != parameters
+        parameters, steps = lower[0], steps + 1
         assert steps < 6
     assert steps
 
@@ -312,7 +312,7 @@ def response(status: int, message: str = "", code: Any = None, kind: str = "x") 
     return module.Response(status, {}, error_body(message, kind, code=code), 0.0)
 
 
-V = module.Verdict
+V = module.Outcome
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ V = module.Verdict
         (response(401, "bad key"), V.FATAL),
         (response(402, "pay"), V.FATAL),
         (response(403, "no access"), V.FATAL),
-        (module.Response(403, {}, None, 0.0), V.STRANGE),
+        (module.Response(403, {}, None, 0.0), V.UNKNOWN),
         (response(404, "no model", "model_not_found"), V.FATAL),
         (response(429, "quota", "insufficient_quota"), V.FATAL),
         (response(429, "quota", None, "insufficient_quota"), V.FATAL),
@@ -329,11 +329,11 @@ V = module.Verdict
         (response(400, "Budget has been exceeded", "400", "budget_exceeded"), V.FATAL),
         (response(429, "Rate limit reached", "rate_limit_exceeded", "tokens"), V.LIMITED),
         (response(429, "None", "429"), V.LIMITED),
-        (response(429, "Request too large for gpt-4o", "rate_limit_exceeded", "tokens"), V.CONTENT),
-        (response(400, "This model's maximum context length is 8192 tokens."), V.CONTENT),
-        (response(400, "the request exceeds the available context size", 400, "exceed_context_size_error"), V.CONTENT),
-        (response(413, "Payload too large"), V.CONTENT),
-        (response(400, "The response was filtered due to Azure's content management policy", "content_filter"), V.CONTENT),
+        (response(429, "Request too large for gpt-4o", "rate_limit_exceeded", "tokens"), V.REFUSED),
+        (response(400, "This model's maximum context length is 8192 tokens."), V.REFUSED),
+        (response(400, "the request exceeds the available context size", 400, "exceed_context_size_error"), V.REFUSED),
+        (response(413, "Payload too large"), V.REFUSED),
+        (response(400, "The response was filtered due to Azure's content management policy", "content_filter"), V.REFUSED),
         (response(408), V.BROKEN),
         (response(409), V.BROKEN),
         (response(500), V.BROKEN),
@@ -345,13 +345,13 @@ V = module.Verdict
         (module.Response(200, {}, {"error": {}}, 0.0), V.BROKEN),
         (module.Response(200, {}, {"choices": []}, 0.0), V.BROKEN),
         (module.Response(200, {}, [], 0.0), V.BROKEN),
-        (module.Response(200, {}, {"choices": [{"message": {}}]}, 0.0), V.COMPLETION),
-        (module.Response(400, {}, {"error": "a text alone"}, 0.0), V.STRANGE),
-        (module.Response(302, {}, None, 0.0), V.STRANGE),
+        (module.Response(200, {}, {"choices": [{"message": {}}]}, 0.0), V.ANSWERED),
+        (module.Response(400, {}, {"error": "a text alone"}, 0.0), V.UNKNOWN),
+        (module.Response(302, {}, None, 0.0), V.UNKNOWN),
     ],
 )  # fmt: skip
-def test_verdicts(answer: module.Response, verdict: module.Verdict) -> None:
-    assert module.judge(answer)[0] is verdict
+def test_verdicts(answer: module.Response, verdict: module.Outcome) -> None:
+    assert module.classify(answer)[0] is verdict
 
 
 # --- Pointless jobs
@@ -365,7 +365,7 @@ STOPPING = {
     ),
     "no access": (403, error_body("Project lacks access"), "The API key was refused"),
     "model": (404, error_body("The model `x` does not exist", code="model_not_found"), "pass another --model"),
-    "address": (404, "<html>", "does the base URL end in /v1"),
+    "address": (404, "<html>", "does --base-url end in /v1"),
     "money": (429, error_body("You exceeded your quota", code="insufficient_quota"), "No money or budget is left"),
 }
 
@@ -397,7 +397,7 @@ def test_a_server_that_refuses_every_request_stops_the_job(job: Job) -> None:
     job.server.script.extend([(400, {}, error_body("Something is wrong with your request"))] * 500)
     with pytest.raises(module.ProviderError, match=r"Every request is refused .* Something is wrong"):
         job.write(make_texts(200)).enrich()
-    assert len(job.server.calls) <= module.STRANGE_LIMIT + 3
+    assert len(job.server.calls) <= module.UNKNOWN_LIMIT + 3
 
 
 def test_one_request_that_is_refused_for_an_unknown_reason_stops_nothing(job: Job) -> None:
@@ -442,12 +442,10 @@ def test_a_server_is_quoted_without_key_or_text(job: Job, capsys: pytest.Capture
     job.server.script.extend([(403, {}, error_body(message))] * 20)
     assert job.command("--api-key", "my-own-key") == 1
     assert "nobody" not in capsys.readouterr().err
-    words = module.quote_server(
-        response(400, "bad key my-own-key sk-abc***d and  more"),
-        module.Request((module.make_row("text", None),), module.pose(module.Guidelines("m", False), tuple(LABELS))),
-        module.Endpoint(None, "my-own-key"),
-    )
-    assert words == "bad key [key] [key] and more"
+    options = module.Options(job.input, job.output, "text", None, LABELS, api_key="my-own-key")
+    words = "bad key my-own-key sk-abc***d and  more"
+    quoted = module.Server(options, print).quote(words, [module.make_row("text", None)])
+    assert quoted == "bad key [key] [key] and more"
 
 
 def test_a_proxy_is_not_asked_for_this_machine(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_one_more_label_asks_only_for_that_label(job: Job) -> None:
 def test_the_labels_that_are_asked_are_said_when_others_are_known(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job.write(make_texts(10)).enrich(LABELS[:2])
     job.enrich(quiet=False)
-    assert "Labels to ask (the others are answered): ['sexual_harassment']\n" in capsys.readouterr().out
+    assert "Labels to send (the others are known): ['sexual_harassment']\n" in capsys.readouterr().out
 
 
 def test_fewer_or_reordered_labels_ask_nothing(job: Job) -> None:

@@ -68,18 +68,18 @@ REFUSED = {
     "torn-by-cr": (b"id,text\n1,a\rb\n", "line 3: this record has 1 fields"),
     "unclosed-quote": (b'id,text\n1,a\n2,"b\n3,c\n', "a quote is opened and never closed"),
     "no-such-column": (b"id,body\n1,2\n", "is not in the header of .*which has 'id', 'body'"),
-    "doubled-column": (b"text,text\n1,2\n", "stands twice in the header"),
+    "doubled-column": (b"text,text\n1,2\n", "appears more than once in the header"),
     "empty": (b"", "is empty"),
     "one-newline": (b"\n", "is empty"),
     "bom-alone": (b"\xef\xbb\xbf", "is empty"),
     "binary": (b"PK\x03\x04\x00\x00\xff\xfe\x00text", "is it a binary file"),
-    "no-encoding": (b"text\n\x81\x8d\n", "no text in UTF-8"),
-    "utf-16-cut": (b"\xff\xfet\0e\0x\0t\0\n\0a", "no text in UTF-8"),
+    "no-encoding": (b"text\n\x81\x8d\n", "is not text in UTF-8"),
+    "utf-16-cut": (b"\xff\xfet\0e\0x\0t\0\n\0a", "is not text in UTF-8"),
     "not-a-label-column": (
         b"text,praise\na,1\nb,maybe\n",
-        "line 3: the column 'praise' holds something else than 0, 1",
+        r"row 1 \(line 3\): the column 'praise' holds something other than 0, 1",
     ),
-    "doubled-label-column": (b"text,praise,praise\na,1,1\n", "'praise' stands twice"),
+    "doubled-label-column": (b"text,praise,praise\na,1,1\n", "'praise' appears more than once"),
 }
 
 
@@ -109,8 +109,8 @@ def test_no_text_is_in_a_refusal(enrich_bytes: Callable[..., bytes]) -> None:
 def test_a_failed_write_leaves_the_old_output_whole(tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
     output.write_text("old")
-    with pytest.raises(RuntimeError), module.replacing(output, "utf-8") as file:
-        file.write("half of the new")
+    with pytest.raises(RuntimeError), module.replacing(output) as file:
+        file.write(b"half of the new")
         raise RuntimeError
     assert output.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
@@ -176,9 +176,30 @@ def test_any_csv_comes_back_byte_for_byte_plus_columns(
 csv_like = st.text(st.sampled_from('ab01"",;\t|\r\n \ufeff\0é\u2028👊'), max_size=40)
 
 
-def bare_settings(path: Path) -> module.Settings:
-    nothing = dict.fromkeys(module.Settings.__annotations__)
-    return module.Settings(**nothing | {"input_filepath": path, "text_column": "text", "new_labels": ["x", "b"]})
+def texts_of(table: module.Table) -> list[str]:
+    return [row.text for row in table.rows()]
+
+
+def gaps_of(table: module.Table) -> list[bytes]:
+    """What is between the records: blank lines."""
+    return [
+        table.content[end:start]
+        for end, start in zip([table.header_end, *table.ends], [*table.starts, None], strict=True)
+    ]
+
+
+def without_added(longer: module.Table, table: module.Table) -> bytes:
+    """A written file without what its records have more than the table's, which must be at their ends."""
+    ends = [table.header_end, *table.ends]
+    kept = []
+    for number, (start, end) in enumerate(zip([0, *longer.starts], [longer.header_end, *longer.ends], strict=True)):
+        old = table.content[([0, *table.starts][number]) : ends[number]].decode(table.encoding)
+        new = longer.content[start:end].decode(longer.encoding)
+        body = old.rstrip("\r\n")
+        assert new.startswith(body)
+        assert new.endswith(old[len(body) :])
+        kept.append(old.encode(table.encoding))
+    return b"".join(part + gap for part, gap in zip(kept, gaps_of(longer), strict=True))
 
 
 @given(
@@ -194,17 +215,17 @@ def test_any_bytes_are_refused_in_one_line_or_kept_with_fields_added(
     path, output = tmp_path / "any.csv", tmp_path / "any_out.csv"
     path.write_bytes(content)
     try:
-        table = module.read_table(bare_settings(path))
+        table = module.read_table(path, module.Columns("text", None, ["x", "b"]))
     except module.InputError as error:
         assert len(str(error).splitlines()) == 1
         return
-    parts = [table.gaps.get(number, "") + raw for number, raw in enumerate(table.records)]
-    whole = table.raw_header + "".join(parts) + table.gaps.get(len(parts), "")
-    assert whole.encode(table.encoding) == content
-
-    cells = [module.overlay("1-", given) for given in table.given]
-    module.write_table(table, ["x", "b"], output, cells)
-    again = module.read_table(bare_settings(output))
-    assert [row.text for row in again.rows] == [row.text for row in table.rows]
-    assert again.given == cells
-    assert again.gaps == table.gaps
+    cells = module.merge(module.blank_cells(len(table), 2), table.given)
+    cells[cells[:, 0] == module.BLANK, 0] = 1
+    table.write(cells, ["x", "b"], output)
+    again = module.read_table(output, module.Columns("text", None, ["x", "b"]))
+    assert texts_of(again) == texts_of(table)
+    assert again.given.tolist() == cells.tolist()
+    assert gaps_of(again) == gaps_of(table)
+    added = sum(column is None for column in table.label_columns)
+    if added == 2:
+        assert without_added(again, table) == content
