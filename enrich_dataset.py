@@ -166,7 +166,7 @@ class Options:
         metadata=about("the labels to fill in", "--labels", nargs="+")
     )
     api_key: str | None = option(
-        None, "the key, else OPENAI_API_KEY; other users of the machine can see a command line"
+        None, "the key, else OPENAI_API_KEY; other users of the machine can see a command line", metavar="KEY"
     )
     model: str = option("gpt-4o-mini", "the chat model")
     batch_size: int | Literal["auto"] = option(10, "rows per call, 1 to 500, or auto (by the texts' length)", (1, 500))
@@ -175,13 +175,15 @@ class Options:
     _: KW_ONLY
     limit: int | None = option(None, "label at most N rows, from the first one on", (1, math.inf))
     base_url: str | None = option(None, "another server's address; else OPENAI_BASE_URL, else OpenAI's", metavar="URL")
-    timeout: float = option(120.0, "seconds that a call may be silent before it is retried", (0.001, 86_400))
-    max_retries: int = option(8, "retries of a call that failed; waiting for a rate limit is none", (0, 1000))
+    timeout: float = option(
+        120.0, "seconds that a call may be silent before it is retried", (0.001, 86_400), metavar="SECONDS"
+    )
+    max_retries: int = option(8, "retries of a call that failed; rate-limit waits don't count", (0, 1000))
     store_filepath: str | Path | None = option(None, "the file of answers; else OUTPUT.answers.sqlite3", flag="--store")
     fresh: bool = option(False, "send rows again although they have answers; the newest answer counts")
     quiet: bool = option(False, "print nothing but errors")
     price: tuple[float, float] | None = option(
-        None, "US dollars per million prompt and completion tokens, as is (for jobs too); else genai-prices' list",
+        None, "US dollars per million prompt and completion tokens, used unchanged for jobs too; else genai-prices'",
         ANY_COUNT, type=float, nargs=2, metavar=("IN", "OUT"),
     )  # fmt: skip
     max_cost: float | None = option(None, "US dollars for all runs on this store; stop before exceeding it", ANY_COUNT)
@@ -189,7 +191,7 @@ class Options:
     use_batch_api: bool = option(
         False, "send jobs to OpenAI's Batch API: half the price, within a day", flag="--batch-api"
     )
-    poll_interval: float = option(60.0, "seconds between two looks at the jobs", (0.01, 86_400))
+    poll_interval: float = option(60.0, "seconds between two looks at the jobs", (0.01, 86_400), metavar="SECONDS")
     no_wait: bool = option(False, "submit jobs, collect what has ended, and leave; the next run collects the rest")
     instructions: str | Path | None = option(
         None, "extra instructions for the model, in a file (in Python also a text)"
@@ -419,9 +421,7 @@ class Run:
         options, say = self.options, self.console.say
         say(*opening_lines(options, self.sender))
         with open_store(options, self.server) as self.store:
-            self.budget = Budget(
-                options.max_cost, self.store.spent(), self.store.set_aside(), self.store.note_in_flight
-            )
+            self.budget = Budget(options.max_cost, *self.store.money(), self.store.note_in_flight)
 
             # 1. What is not known yet, in batches of rows that lack the same labels.
             cells = self.known_cells(fresh=options.fresh)
@@ -1927,25 +1927,14 @@ def backoff(failures: int, jitter: float) -> float:
 
 def rate_limits(headers: Mapping[str, str]) -> dict[str, tuple[float, float, float]]:
     """Limit, remaining and seconds until full, by the limit's name: {"requests": (60.0, 59.0, 1.0)}."""
-
-    def number(text: str | None) -> float:
-        """NaN if it is none, with which no comparison holds."""
-        try:
-            return float(text or "nan")
-        except ValueError:
-            return math.nan
-
     prefix = "x-ratelimit-limit-"
-    names = [header.lower().removeprefix(prefix) for header in headers if header.lower().startswith(prefix)]
-    found = {
-        name: (
-            number(headers.get(f"x-ratelimit-limit-{name}")),
-            number(headers.get(f"x-ratelimit-remaining-{name}")),
-            seconds_of(headers.get(f"x-ratelimit-reset-{name}", "")),
-        )
-        for name in names
-    }
-    return {name: parts for name, parts in found.items() if 0 <= parts[1] <= parts[0] > 0}  # Azure sends 0 and -1
+    found = {}
+    for name in [header.lower().removeprefix(prefix) for header in headers if header.lower().startswith(prefix)]:
+        with contextlib.suppress(KeyError, ValueError):
+            limit, remaining = (float(headers[f"x-ratelimit-{what}-{name}"]) for what in ("limit", "remaining"))
+            if 0 <= remaining <= limit > 0:  # Azure sends 0 and -1
+                found[name] = limit, remaining, seconds_of(headers.get(f"x-ratelimit-reset-{name}", ""))
+    return found
 
 
 def seconds_of(duration: str) -> float:
@@ -2092,11 +2081,11 @@ class Budget:
         self.in_flight = max(0.0, self.in_flight - reserved) if in_flight else self.in_flight
         self.spent += cost
 
-    def exceeded(self) -> BudgetExceeded:
-        left = max(0.0, (self.cap or 0.0) - self.spent)
+    def exceeded(self, amount: float) -> BudgetExceeded:
+        """For a call that may cost this amount."""
         return BudgetExceeded(
-            f"The next call could exceed `max_cost` {self.cap:g} (spent: {dollars(self.spent)}, left: {dollars(left)}"
-            "): raise it and run the same command to continue."
+            f"The next call may cost up to {dollars(amount)}, which could exceed `max_cost` {self.cap:g} (spent: "
+            f"{dollars(self.spent)}, set aside: {dollars(self.set_aside)}): raise it and run the same command to continue."
         )
 
 
@@ -2221,7 +2210,7 @@ class ThreadSender:
                 return min(0.5, wait)
             amount = 0.0 if self.budget.cap is None else self.server.worst_cost(request, self.tier)
             if not self.budget.reserve(amount, in_flight=True):
-                self.error = None if self.in_flight else self.budget.exceeded()
+                self.error = None if self.in_flight else self.budget.exceeded(amount)
                 return 0.5
             departure = self.pace.leave(tokens, now)
             attempt = heapq.heappop(self.waiting)[2] if is_retry else Attempt(requests.pop())
@@ -2257,7 +2246,10 @@ class ThreadSender:
         if outcome is Outcome.BROKEN:
             return self._retry(attempt, response, reason, now)
         if outcome is Outcome.LIMITED:
-            self._wait_for_limit(response, attempt.departure, now)
+            known = self.pace.resume_at
+            self.pace.refuse(requested_wait(response.headers), attempt.departure, now)
+            if self.pace.resume_at > max(now + 30, known + 1):  # shorter waits, and those said before, are not news
+                self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.")
         if outcome is Outcome.FATAL:
             self.error = self.error or self.server.fatal_error
         self._send_again(attempt, now)  # after an error it only waits to be recorded
@@ -2265,12 +2257,6 @@ class ThreadSender:
 
     def _send_again(self, attempt: Attempt, due: float) -> None:
         heapq.heappush(self.waiting, (due, next(self.order), attempt))
-
-    def _wait_for_limit(self, response: Response, departure: Departure, now: float) -> None:
-        known = self.pace.resume_at
-        self.pace.refuse(requested_wait(response.headers), departure, now)
-        if self.pace.resume_at > max(now + 30, known + 1):  # shorter waits, and what was said before, are not news
-            self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.")
 
     def _retry(self, attempt: Attempt, response: Response, reason: str, now: float) -> Attempt | None:
         """Retry after a pause, until the retries are used up or the server proves to be gone."""
@@ -2389,8 +2375,9 @@ class JobSender:
                 if not job.attempts:
                     break
                 self._start(job, file)
-        if not self.jobs and not self.stop.is_set():
-            raise self.budget.exceeded()
+        request = self.waiting[0].request if self.waiting else requests.peek()
+        if request and not self.jobs and not self.stop.is_set():
+            raise self.budget.exceeded(self.server.worst_cost(request, self.tier))
 
     def _pack(self, requests: Queue, file: IO[bytes]) -> Job:
         """Write requests to a job's file, as many as it may hold, and take them from the queue."""
@@ -2608,9 +2595,10 @@ ALL_QUESTIONS = "SELECT id, label_keys FROM questions"
 ADD_ATTEMPT = f"INSERT INTO attempts VALUES (NULL{', ?' * 18})"
 # The newest last, so that it counts.
 ALL_ANSWERS = "SELECT question, row_keys, answers FROM attempts WHERE answers != '' ORDER BY id"
-ALL_COSTS = """
+MONEY = """
 SELECT (SELECT coalesce(sum(cost), 0) + coalesce(sum(unconfirmed_cost), 0) FROM attempts)
-    + (SELECT coalesce(sum(in_flight_cost), 0) FROM runs)
+    + (SELECT coalesce(sum(in_flight_cost), 0) FROM runs),
+    (SELECT coalesce(sum(set_aside), 0) FROM jobs WHERE id IN (SELECT job FROM job_requests))
 """
 RATES = """
 SELECT 1.0 * sum(prompt_tokens) / sum(prompt_characters), 1.0 * sum(completion_tokens) / sum(requested)
@@ -2629,7 +2617,6 @@ NOTE_RUN = "UPDATE runs SET in_flight_cost = ? WHERE id = ?"
 ADD_JOB = "INSERT INTO jobs (tag, uploaded_at, set_aside, file_id) VALUES (?, ?, ?, ?)"
 NOTE_JOB = "UPDATE jobs SET batch_id = ? WHERE id = ?"
 OPEN_JOBS = "SELECT id, tag, uploaded_at, set_aside, batch_id FROM jobs WHERE id IN (SELECT job FROM job_requests)"
-SET_ASIDE = "SELECT coalesce(sum(set_aside), 0) FROM jobs WHERE id IN (SELECT job FROM job_requests)"
 ADD_REQUEST = "INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?)"
 OPEN_REQUESTS = """
 SELECT custom_id, job, row_keys, failures, model, labels, alone, label_keys
@@ -2822,13 +2809,10 @@ class Store:
         with self._translate_errors():
             return tuple(self.db.execute(statement, values).fetchone())
 
-    def spent(self) -> float:
-        """US dollars, of all runs so far, with what was in flight when one was killed."""
-        return float(self._one(ALL_COSTS)[0])
-
-    def set_aside(self) -> float:
-        """US dollars that open jobs may cost."""
-        return float(self._one(SET_ASIDE)[0])
+    def money(self) -> tuple[float, float]:
+        """US dollars: what all runs have cost, with what was in flight when one was killed; what open jobs may cost."""
+        spent, set_aside = self._one(MONEY)
+        return spent, set_aside
 
     def token_rates(self, model: str) -> tuple[float, float] | None:
         """Of this model's attempts so far, the prompt's tokens per character and the completion's tokens per row."""
@@ -3159,7 +3143,7 @@ def closing_lines(report: Report) -> list[str]:
         lines.append("✓ Enrichment complete!" if report.labelled_rows else "✗ No row was labelled: none has a text")
     if report.options.output_filepath is not None:
         lines.append(f"✓ Enriched dataset saved to {report.options.output_filepath}")
-    saved = report.plan.pending + report.plan.audited - counts.calls
+    saved = report.plan.pending - len(report.blank_rows) + report.plan.audited - counts.calls
     lines.append(f"✓ Total API calls made: {counts.calls}" + (f" (saved {saved} API calls!)" if saved > 0 else ""))
     speedup = round(counts.call_seconds / counts.seconds, 1) if counts.calls else 0
     if speedup >= 1:
@@ -3211,7 +3195,7 @@ def table_lines(report: Report) -> list[str]:
         values = [value or "(blank)" for value in next(iter(report.by_existing.values()))]
         lines += ["", f"=== Share of each label by {report.options.label_column!r} ===", *align(["", *values], rows)]
     if report.audit is not None:
-        head = ["", "rows", "agree", "95 % interval", "Cohen's kappa", "rows that differ"]
+        head = ["", "rows", "agree", "95 % interval", "Cohen's kappa", "rows that differ (from 0)"]
         rows = []
         for label, figures in report.audit.items():
             agreement, interval = percent(figures["agreement"]), " to ".join(map(percent, figures["agreement_95"]))
@@ -3381,12 +3365,13 @@ def draw_shares(axes: Axes, df: pd.DataFrame, labels: Sequence[str], by: str | N
     for number, (name, part) in enumerate(groups):
         counts = [(int(part[label].sum()), int(part[label].notna().sum())) for label in labels]
         middle = [ratio(ones, rows) for ones, rows in counts]
-        lows, highs = zip(*(wilson(ones, rows) for ones, rows in counts), strict=True)
-        below = [max(0.0, share - low) for share, low in zip(middle, lows, strict=True)]
-        above = [max(0.0, high - share) for share, high in zip(middle, highs, strict=True)]
+        bounds = [wilson(ones, rows) for ones, rows in counts]
+        errors = [(max(0.0, x - low), max(0.0, high - x)) for x, (low, high) in zip(middle, bounds, strict=True)]
         places = [place + 0.8 * ((number + 0.5) / len(groups) - 0.5) for place in range(len(labels))]
         title = f"{name} (n={len(part):,})"
-        axes.errorbar(middle, places, xerr=(below, above), fmt="o", markersize=4, capsize=2, label=title)
+        axes.errorbar(
+            middle, places, xerr=list(zip(*errors, strict=True)), fmt="o", markersize=4, capsize=2, label=title
+        )
     axes.set_yticks(range(len(labels)), [label.replace("$", r"\$") for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(left=0)
@@ -3464,6 +3449,8 @@ class Console:
             file=sys.stderr if live else LineWriter(),
             mininterval=0.1 if live else 10.0,
             miniters=1,
+            # Rows per second say more than batches do, and both would not fit 80 columns.
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         ) as bar:
             yield Progress(bar)
 
@@ -3581,7 +3568,7 @@ def build_parser() -> Parser:
     for name, declared in OPTIONS.items():
         about, kind = declared.metadata, str(declared.type)
         default = None if declared.default is dataclasses.MISSING else declared.default
-        shown = "" if default is None or kind == "bool" else f" ({default})"
+        shown = "" if default is None or kind == "bool" else f" (default: {default})"
         settings = {"dest": name, "default": default, "help": about["help"] + shown}
         if kind == "bool":
             settings["action"] = "store_true"
@@ -3600,7 +3587,7 @@ def argument_kind(annotation: str) -> tuple[Callable[[str], Any], str]:
     """What makes an option's value of an argument, and what its help calls that."""
     if "auto" in annotation:
         return whole_or_auto, "N"
-    kinds: dict[str, tuple[Callable[[str], Any], str]] = {"int": (int, "N"), "float": (float, "X")}
+    kinds: dict[str, tuple[Callable[[str], Any], str]] = {"int": (int, "N"), "float": (float, "USD")}
     return kinds.get(annotation.partition(" ")[0], (str, "FILE" if "Path" in annotation else "NAME"))
 
 
@@ -3612,16 +3599,16 @@ def whole_or_auto(text: str) -> int | str:
 
 def choose_labels(names: Sequence[str] | None, codebook: str | None) -> Sequence[str] | Mapping[str, str]:
     """The labels of the command line, with their definitions if there is a codebook."""
+    if codebook is None and names is None:
+        raise InputError("No labels were given: pass --labels NAME ..., or --codebook FILE.")
     if codebook is None:
-        if names is None:
-            raise InputError("No labels were given: pass --labels NAME ..., or --codebook FILE.")
-        return names
+        return names or ()
     definitions = read_codebook(Path(codebook))
+    check_labels(names or list(definitions))
     missing = [name for name in names or () if name not in definitions]
     if missing:
         known = ", ".join(map(repr, definitions))
         raise InputError(f"The label {missing[0]!r} is not in {codebook}, which has {known}.")
-    check_labels(names or list(definitions))
     return {name: definitions[name] for name in names or definitions}
 
 

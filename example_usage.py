@@ -39,8 +39,8 @@ def enrich_sample(output: Path, base_url: str | None = None) -> None:
         base_url=base_url,
     )
     print("\nThe three rows with the most labels:")
-    most = frame[LABELS].sum(axis=1).nlargest(3).index
-    print(frame.loc[most, ["id", "label", *LABELS[:3]]].to_string(index=False))
+    counted = frame.assign(labels=frame[LABELS].sum(axis=1)).nlargest(3, "labels")
+    print(counted[["id", "label", "labels"]].to_string(index=False))
 
 
 def main() -> None:

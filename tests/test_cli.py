@@ -76,6 +76,21 @@ def test_what_is_known_already_is_said(job: Job, capsys: pytest.CaptureFixture[s
     assert "Total API calls made: 0\n" in printed
 
 
+@pytest.mark.parametrize("texts", [[], ["", " "]])
+def test_a_run_that_labels_no_row_is_not_called_complete(
+    job: Job, texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job.write(texts).command() == 0
+    printed = capsys.readouterr().out
+    assert "Enrichment complete" not in printed
+    assert "✗ No row was labelled: none has a text\n" in printed
+
+
+def test_saved_calls_count_rows_that_are_sent_twice_twice(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.write(make_texts(38)).command("--audit", "10") == 0
+    assert "Total API calls made: 14 (saved 34 API calls!)\n" in capsys.readouterr().out
+
+
 def test_equal_rows_and_another_encoding_are_said(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job.input.write_bytes(b"text\ncaf\xe9\ncaf\xe9\n")
     assert job.command() == 0

@@ -43,6 +43,12 @@ class TestAfter:
         assert told["tokens"]["prompt"] > 0
         assert "Cost: unknown: no price of 'llama3.2' is known (pass price)" in capsys.readouterr().out
 
+    def test_a_reply_is_priced_as_the_model_that_answered(self, job: Job) -> None:
+        completion = {"choices": [{"message": {"content": '{"660": []}'}}], "model": "gpt-4.1-2025-04-14"}
+        usage = {"prompt_tokens": 1000, "completion_tokens": 1000}
+        job.server.script.append((200, {}, completion | {"usage": usage}))
+        assert figures(job.write(["tram"]).enrich())["cost"] == pytest.approx((1000 * 2 + 1000 * 8) / 1e6)
+
     def test_the_users_own_price_stands(self, job: Job) -> None:
         told = figures(job.write(["cake"]).enrich(model="llama3.2", price=(10, 20)))
         assert told["cost"] == pytest.approx(price(job.server.calls, 10, 20))
@@ -184,7 +190,7 @@ class TestCap:
         process.communicate()
         job.server.first_token = 0
         with module.Store(job.store) as store:
-            in_flight = store.spent()
+            in_flight = store.money()[0]
         assert in_flight > 2 * price([Call(0, 0, 200, "", (), (), {}, 400, 60)])
         with pytest.raises(module.BudgetExceeded):
             job.enrich(max_cost=in_flight * 1.01)
@@ -192,7 +198,7 @@ class TestCap:
         job.enrich(max_cost=1)
         job.check()
         with module.Store(job.store) as store:  # a run that ends in order leaves nothing in flight
-            assert store.spent() == pytest.approx(in_flight + price(job.server.calls), rel=0.5)
+            assert store.money()[0] == pytest.approx(in_flight + price(job.server.calls), rel=0.5)
 
     def test_the_command_ends_with_one(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         assert job.write(["cake"]).command("--max-cost", "0.000001") == 1
@@ -205,7 +211,7 @@ class TestCap:
             job.write(make_texts(10)).enrich(max_cost=0.002, max_retries=1000)
         assert price(job.server.calls) <= 0.002
         with module.Store(job.store) as store:
-            assert 0.001 < store.spent() <= 0.002
+            assert 0.001 < store.money()[0] <= 0.002
 
     def test_a_refused_connection_costs_nothing(self) -> None:
         assert not module.Response(0, {}, None, 0.0, was_sent=False).may_be_billed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from conftest import LABELS, expected, make_texts
 from stand_in_server import StandIn
 
-from enrich_dataset import InputError, ProviderError, enrich_dataframe
+from enrich_dataset import InputError, ProviderError, enrich_dataframe, enrich_dataset
 
 
 def enrich(df: pd.DataFrame, server: StandIn, **options: Any) -> pd.DataFrame:
@@ -100,8 +101,19 @@ def test_a_frame_that_cannot_be_used_is_refused(df: pd.DataFrame, words: str, se
 
 
 def test_an_unknown_option_is_refused(server: StandIn) -> None:
-    with pytest.raises(TypeError, match="batchsize"):
+    with pytest.raises(TypeError, match=r"^enrich_dataframe\(\) got an unexpected keyword argument 'batchsize'$"):
         enrich(pd.DataFrame({"text": ["cake"]}), server, batchsize=3)
+
+
+def test_the_signature_shows_every_option_with_its_default_and_the_docstring_explains_it() -> None:
+    shown, options = (inspect.signature(function).parameters for function in (enrich_dataframe, enrich_dataset))
+    assert list(shown)[:5] == ["df", "text_column", "new_labels", "label_column", "quiet"]
+    assert set(options) - set(shown) == {"input_filepath", "output_filepath"}
+    for name in set(shown) & set(options) - {"label_column", "quiet"}:
+        assert shown[name].default == options[name].default
+    for function, parameters in ((enrich_dataframe, shown), (enrich_dataset, options)):
+        assert function.__doc__
+        assert all(f"        {name}: " in function.__doc__ for name in parameters)
 
 
 def test_an_empty_frame_makes_no_call_and_needs_no_key() -> None:

@@ -60,6 +60,11 @@ def test_what_is_printed(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"100%.*3/3 ", errors)
 
 
+def test_a_price_of_the_users_is_taken_as_it_is(job: Job) -> None:
+    frame = job.write(make_texts(20)).enrich(**FAST, price=(1.0, 2.0))
+    assert frame.attrs["enrichment"]["cost"] == pytest.approx(price(job.server.calls, 1.0, 2.0))
+
+
 class TestKilled:
     POINTS = ("upload", "uploaded", "create", "created", "poll", "download")
 

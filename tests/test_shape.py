@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import re
+import sys
 from collections.abc import Iterator
 
 from conftest import ROOT
@@ -34,6 +35,20 @@ def test_the_top_level_is_what_the_user_asked_for() -> None:
             "enrich_dataset.py", "example_usage.py", "tests", "requirements.txt", "ENRICHMENT_README.md",
             ".gitignore", "HatefulData.csv", "pyproject.toml", ".ci",
         }  # fmt: skip
+
+
+def test_only_declared_packages_are_imported() -> None:
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(TREE)
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        )
+    }  # fmt: skip
+    declared = {re.split("[>=]", line)[0].replace("-", "_") for line in (ROOT / "requirements.txt").read_text().split()}
+    comes_with_pandas, if_installed = {"numpy"}, {"matplotlib"}
+    assert imported - set(sys.stdlib_module_names) == declared | comes_with_pandas | if_installed
 
 
 def examples() -> Iterator[tuple[str, str]]:

@@ -57,6 +57,18 @@ def test_a_field_may_be_longer_than_csv_allows(enrich_bytes: Callable[..., bytes
     assert enrich_bytes(b"text\n" + long + b"\n") == b"text,praise\n" + long + b",1\n"
 
 
+def test_csvs_own_limit_on_fields_stays_raised_for_others_that_read_meanwhile(tmp_path: Path) -> None:
+    import csv
+
+    path = tmp_path / "in.csv"
+    path.write_text("text\n" + "a" * 200_000 + "\n")
+    csv.field_size_limit(131_072)
+    lines = module.read_records(path.open(), ",", "in.csv")
+    next(lines)
+    lines.close()
+    assert csv.field_size_limit() > 131_072
+
+
 def test_a_label_is_quoted_where_it_must_be(enrich_bytes: Callable[..., bytes]) -> None:
     assert enrich_bytes(b"text\npraise\n", labels=['praise, or "not"']).startswith(b'text,"praise, or ""not"""\n')
 
