@@ -67,11 +67,11 @@ from typing import (
     IO,
     TYPE_CHECKING,
     Any,
+    ClassVar,
     Literal,
     NamedTuple,
     NoReturn,
     ParamSpec,
-    Protocol,
     TextIO,
     TypeAlias,
     TypeVar,
@@ -106,7 +106,7 @@ Source: TypeAlias = "str | Path | pd.DataFrame"
 class EnrichmentError(Exception):
     """The run could not continue; the message is one line that says what, where, and what to do next.
 
-    In a message an option stands as `its_name`, so that Python users read its name and command-line users its flag.
+    In a message options are written as `its_name`: Python users then read the name, command-line users the flag.
     """
 
     exit_code = 1
@@ -143,7 +143,7 @@ ANY_COUNT = (0, math.inf)
 
 
 def about(text: str, flag: str = "", limits: tuple[float, float] | None = None, **argument: Any) -> dict[str, Any]:
-    """What an option's field says of it; `limits` are those of a number, `argument` goes to argparse."""
+    """An option's field metadata: `limits` are a number's, `argument` goes to argparse."""
     return {"help": text, "flag": flag, "limits": limits, "argument": argument}
 
 
@@ -166,7 +166,7 @@ class Options:
         metadata=about("the labels to fill in", "--labels", nargs="+")
     )
     api_key: str | None = option(
-        None, "the key, else OPENAI_API_KEY; other users of the machine can see a command line", metavar="KEY"
+        None, "the key, else OPENAI_API_KEY; a command line is visible to other users of the machine", metavar="KEY"
     )
     model: str = option("gpt-4o-mini", "the chat model")
     batch_size: int | Literal["auto"] = option(10, "rows per call, 1 to 500, or auto (by the texts' length)", (1, 500))
@@ -191,7 +191,7 @@ class Options:
     use_batch_api: bool = option(
         False, "send jobs to OpenAI's Batch API: half the price, within a day", flag="--batch-api"
     )
-    poll_interval: float = option(60.0, "seconds between two looks at the jobs", (0.01, 86_400), metavar="SECONDS")
+    poll_interval: float = option(60.0, "seconds between checks of the jobs", (0.01, 86_400), metavar="SECONDS")
     no_wait: bool = option(False, "submit jobs, collect what has ended, and leave; the next run collects the rest")
     instructions: str | Path | None = option(
         None, "extra instructions for the model, in a file (in Python also a text)"
@@ -206,10 +206,15 @@ class Options:
     plot: str | Path | None = option(None, "an image file: how common the labels are, and which occur together")
 
     def __post_init__(self) -> None:
-        """Refuse what no file and no server could make right."""
+        """Reject options that cannot work with any file or server."""
         for declared in dataclasses.fields(self):
             value = getattr(self, declared.name)
-            if declared.metadata["limits"] and value not in (None, "auto"):
+            is_left_out = value is None and declared.default is None
+            if (
+                declared.metadata["limits"]
+                and not is_left_out
+                and not ("auto" in str(declared.type) and value == "auto")
+            ):
                 for number in value if isinstance(value, (tuple, list)) else (value,):
                     check_number(number, declared)
         if self.price is not None and len(self.price) != 2:
@@ -284,7 +289,7 @@ def check_number(value: Any, declared: dataclasses.Field[Any]) -> None:
 
 def check_labels(labels: Sequence[str] | Mapping[str, str]) -> None:
     if isinstance(labels, str):
-        raise InputError(f"`new_labels` must be a list of names, not one text: pass [{labels!r}].")
+        raise InputError(f"`new_labels` must be a list of names, not a string: pass [{labels!r}].")
     if not labels:
         raise InputError("No labels were given: pass at least one.")
     for label in labels:
@@ -297,7 +302,7 @@ def check_labels(labels: Sequence[str] | Mapping[str, str]) -> None:
         raise InputError(f"The label {repeated[0]!r} appears more than once: pass each label once.")
 
 
-def takes(make: Callable[P, Options]) -> Callable[[Callable[[Options], T]], Callable[P, T]]:
+def accepts(make: Callable[P, Options]) -> Callable[[Callable[[Options], T]], Callable[P, T]]:
     """Give a function of Options the signature of what makes them, where **options stands for all the others."""
     own = inspect.signature(make)
     parameters = list(own.parameters.values())
@@ -330,7 +335,7 @@ def takes(make: Callable[P, Options]) -> Callable[[Callable[[Options], T]], Call
 # decides, writes or prints runs in this one thread: workers only make calls.
 
 
-@takes(Options)
+@accepts(Options)
 def enrich_dataset(options: Options) -> pd.DataFrame:
     """Label each text of a CSV by chat calls, write the CSV with one 0/1 column per label, and return it.
 
@@ -367,10 +372,14 @@ def frame_options(
     quiet: bool = True,
     **options: Any,
 ) -> Options:
+    if not hasattr(df, "iloc") or not hasattr(df, "columns"):
+        raise InputError(
+            f"enrich_dataframe() takes a DataFrame, not a {type(df).__name__}: a CSV is for enrich_dataset."
+        )
     return Options(df, None, text_column, label_column, new_labels, quiet=quiet, **options)
 
 
-@takes(frame_options)
+@accepts(frame_options)
 def enrich_dataframe(options: Options) -> pd.DataFrame:
     """Label each text of a DataFrame; return a copy of it with one nullable Int8 column per label.
 
@@ -391,6 +400,8 @@ def enrich_dataframe(options: Options) -> pd.DataFrame:
 
 def label_file(options: Options, console: Console) -> tuple[Table, Cells, Report]:
     """What the command and `enrich_dataset` share."""
+    if not isinstance(options.input_filepath, (str, Path)):
+        raise InputError("`input_filepath` must be a path: label a DataFrame by enrich_dataframe(df, ...).")
     server = Server(options, console.warn)
     console.say(f"Loading dataset from {options.input_filepath}...")
     table = read_table(options.input_filepath, options.columns)
@@ -402,7 +413,7 @@ def label_file(options: Options, console: Console) -> tuple[Table, Cells, Report
 
 
 class Run:
-    """One run on one table, told in `label`. Only this section knows it: the steps take what they need."""
+    """One run on one table; start reading at `label`. Only this section uses it: the steps take what they need."""
 
     def __init__(self, options: Options, table: Table, server: Server, console: Console) -> None:
         self.requested = requested_rows(table, options.start_index, options.limit)
@@ -420,7 +431,7 @@ class Run:
     def label(self) -> tuple[Cells, Report]:
         options, say = self.options, self.console.say
         say(*opening_lines(options, self.sender))
-        with open_store(options, self.server) as self.store:
+        with open_store(options, needs_key=self.sender.calls_server and not self.server.api_key) as self.store:
             self.budget = Budget(options.max_cost, *self.store.money(), self.store.note_in_flight)
 
             # 1. What is not known yet, in batches of rows that lack the same labels.
@@ -453,7 +464,7 @@ class Run:
     def known_cells(self, fresh: bool = False) -> Cells:
         """All that is known: what the table holds, else its example, else the newest answer, else an open job."""
         known = self.store.known(self.question, self.table, answers=not fresh)
-        return merge(merge(known[self.table.places], self.from_examples), self.table.given)
+        return merge(merge(known[self.table.key_indexes], self.from_examples), self.table.given)
 
     def requests(self, batches: Iterable[Batch]) -> Iterator[Request]:
         """The batches with their texts, which are read when they are sent."""
@@ -463,23 +474,23 @@ class Run:
 
     def send(self, requests: Iterable[Request], count: int) -> None:
         """Have the requests answered; whatever ends that early, the CSV is written with what there is."""
-        self.server.require_key()
         with (
-            self.server.connect(),
+            self.server.connect(self.sender.calls_server),
             stop_on_signals() as stop,
-            retirement_notice(self.server, self.options.model, self.console),
             self.console.progress(count) as progress,
         ):
-            context = SenderContext(
+            sender = self.sender(
                 self.options, self.server, self.budget, self.store, self.restore, stop, self.console.warn, progress
             )
             started = time.monotonic()
             try:
-                self.answer(Queue(requests), self.sender(context), progress)
+                self.answer(Queue(requests), sender, progress)
             except (Exception, Stopped):
                 self.counts.seconds += time.monotonic() - started
                 self.console.warn(unfinished_line(self.report(self.save())))
                 raise
+            finally:
+                self.budget.close()
             self.counts.seconds += time.monotonic() - started
 
     def answer(self, requests: Queue, sender: Sender, progress: Progress) -> None:
@@ -496,9 +507,9 @@ class Run:
 
     def restore(self, request: Request) -> Request:
         """A request of an earlier run with its texts and messages, as far as this run still has them."""
-        built = build_question(self.prompt, request.question.labels, request.question.alone)
+        built = build_question(self.prompt, request.question.labels, request.question.is_audit)
         places = self.table.find(b"".join(row.key for row in request.rows))
-        found = iter(self.table.rows(self.table.first[places[places >= 0]]))
+        found = iter(self.table.rows(self.table.first_rows[places[places >= 0]]))
         rows = (row if place < 0 else next(found) for row, place in zip(request.rows, places, strict=True))
         question = built if built.label_keys == request.question.label_keys else request.question
         return replace(request, rows=tuple(rows), question=question)
@@ -524,11 +535,11 @@ class Run:
 
     def audit(self, cells: Cells) -> dict[str, Any]:
         """Re-query labelled rows individually. Those answers are compared with the labels and never become labels."""
-        question = build_question(self.prompt, self.options.labels, alone=True)
+        question = build_question(self.prompt, self.options.labels, is_audit=True)
         by_model = self.requested & (cells >= 0).all(axis=1)
         by_model &= (self.table.given < 0).all(axis=1) & (self.from_examples < 0).all(axis=1)
         numbers = draw_rows(self.table, by_model, self.options.audit, self.options.seed)
-        places = self.table.places[numbers]
+        places = self.table.key_indexes[numbers]
         pending = numbers[(self.store.known(question, self.table)[places] == BLANK).any(axis=1)]
         if len(pending):
             self.console.say("", f"Auditing {len(numbers)} rows, each alone in its call: {len(pending)} API calls...")
@@ -549,7 +560,7 @@ class Run:
         return [*shown, f"Distinct rows to send: {self.plan.distinct}", *estimate]
 
     def report(self, cells: Cells, audit: dict[str, Any] | None = None, gold: Gold | None = None) -> Report:
-        """What there is to tell by now."""
+        """The results so far."""
         blank = self.requested & (self.table.lengths > 0) & (cells < 0).any(axis=1)
         waiting = (cells == IN_JOB).any(axis=1)
         reasons = {
@@ -604,7 +615,7 @@ def fit_to_table(options: Options, table: Table, requested: npt.NDArray[np.bool_
 
 Cells: TypeAlias = "npt.NDArray[np.int8]"
 BLANK = -1  # below 0: a cell that is neither 1 nor 0, and is written as a blank
-IN_JOB = -2  # a blank for which a Batch API job has been asked
+IN_JOB = -2  # a blank whose answer is pending in a Batch API job
 
 
 def blank_cells(rows: int, labels: int) -> Cells:
@@ -637,7 +648,7 @@ def answer_text(applying: Iterable[str], labels: Sequence[str]) -> str:
 
 
 def answer_cells(texts: str, labels: int) -> Cells:
-    """The answers of many rows, put together, as cells: one row of them per row."""
+    """The concatenated answers of many rows as cells."""
     import numpy as np
 
     return (np.frombuffer(texts.encode(), np.int8) - ord("0")).reshape(-1, labels)
@@ -678,7 +689,8 @@ def labelled_frame(frame: pd.DataFrame, cells: Cells, report: Report) -> pd.Data
 # --- Table ------------------------------------------------------------------------------------------------
 #
 # In: a CSV or a DataFrame. Out: what labelling needs of its rows, and a CSV written byte for byte with the new fields
-# appended. Texts are read when they are needed: of each row only its place, its key and its cells stay in memory.
+# appended. Texts are decoded when they are needed: besides the file's bytes, of each row only its place, its key and
+# its cells stay in memory.
 
 KEY_BYTES = 16
 
@@ -721,7 +733,7 @@ class Table:
     ends: array[int]
     text_at: int  # a column, as is label_at
     label_at: int | None
-    label_columns: tuple[int | None, ...]  # those that it has of the new labels
+    label_indexes: tuple[int | None, ...]  # the columns that it already has for the new labels
     quotes_header: bool  # whether every field is quoted
     quotes_cells: bool
     keys: npt.NDArray[np.bytes_]  # of rows, each 16 bytes
@@ -729,13 +741,13 @@ class Table:
     given: Cells  # what it holds of the new labels already
     existing: list[str] | None  # the existing labels, if there is a column of them
     distinct: npt.NDArray[np.bytes_] = field(init=False)  # the keys, each once, in order
-    first: npt.NDArray[np.intp] = field(init=False)  # for each distinct key, the number of its first row
-    places: npt.NDArray[np.intp] = field(init=False)  # for each row, its key's place among the distinct ones
+    first_rows: npt.NDArray[np.intp] = field(init=False)  # for each distinct key, the number of its first row
+    key_indexes: npt.NDArray[np.intp] = field(init=False)  # for each row, its key's place among the distinct ones
 
     def __post_init__(self) -> None:
         import numpy as np
 
-        self.distinct, self.first, self.places = np.unique(self.keys, return_index=True, return_inverse=True)
+        self.distinct, self.first_rows, self.key_indexes = np.unique(self.keys, return_index=True, return_inverse=True)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -744,7 +756,7 @@ class Table:
         return self.keys[number : number + 1].tobytes()
 
     def find(self, keys: bytes) -> npt.NDArray[np.intp]:
-        """The places among the distinct keys of these, which stand one after the other; -1 for those not here."""
+        """The indexes among the distinct keys of these concatenated ones; -1 for those that the table does not have."""
         import numpy as np
 
         wanted = np.frombuffer(keys, self.keys.dtype)
@@ -777,8 +789,8 @@ class Table:
         """The table, byte for byte, with the new fields at each record's end; old label columns are filled in."""
         import numpy as np
 
-        added = [place for place, column in enumerate(self.label_columns) if column is None]
-        old = [place for place, column in enumerate(self.label_columns) if column is not None]
+        added = [place for place, column in enumerate(self.label_indexes) if column is None]
+        old = [place for place, column in enumerate(self.label_indexes) if column is not None]
         filled = np.any((self.given[:, old] < 0) & (cells[:, old] >= 0), axis=1)
         all_cells, width = cells.tobytes(), len(labels)
 
@@ -806,7 +818,7 @@ class Table:
         delimiter = re.escape(self.delimiter)
         field = rf'"(?:[^"]|"")*(?:"[^{delimiter}]*)?|[^{delimiter}]*'  # as it is written, quotes and all
         fields = [found[1] for found in re.finditer(rf"(?:^|{delimiter})({field})", raw, re.DOTALL)]
-        for column, before, value in zip(self.label_columns, given.tolist(), cells.tolist(), strict=True):
+        for column, before, value in zip(self.label_indexes, given.tolist(), cells.tolist(), strict=True):
             if column is not None and before < 0 <= value:
                 end = fields[column][len(fields[column].rstrip("\r\n")) :]
                 fields[column] = (f'"{value}"' if '"' in fields[column] else str(value)) + end
@@ -1027,12 +1039,12 @@ def make_batches(table: Table, lacking: npt.NDArray[np.bool_], batch_size: int) 
     import numpy as np
 
     lacking = lacking & (table.lengths > 0)[:, None]
-    lacks = np.zeros((len(table.first), lacking.shape[1]), bool)
-    np.logical_or.at(lacks, table.places, lacking)
-    numbers = table.first[lacks.any(axis=1)]
+    lacks = np.zeros((len(table.first_rows), lacking.shape[1]), bool)
+    np.logical_or.at(lacks, table.key_indexes, lacking)
+    numbers = table.first_rows[lacks.any(axis=1)]
     numbers.sort()
     patterns: dict[bytes, list[int]] = {}
-    for number, pattern in zip(numbers.tolist(), lacks[table.places[numbers]], strict=True):
+    for number, pattern in zip(numbers.tolist(), lacks[table.key_indexes[numbers]], strict=True):
         patterns.setdefault(pattern.tobytes(), []).append(number)
 
     batches = []
@@ -1054,7 +1066,7 @@ class Plan:
     requested: int
     blank_texts: int
     example_rows: int
-    in_jobs: int  # rows for which only open jobs are waited
+    in_jobs: int  # rows that only wait for open jobs
     pending: int  # rows to send
     distinct: int  # of these, counting equal rows once
     batches: int
@@ -1089,7 +1101,7 @@ def draw_rows(table: Table, eligible: npt.NDArray[np.bool_], count: int, seed: i
     """The numbers of distinct rows, drawn so that a larger sample holds the smaller one."""
     import numpy as np
 
-    firsts = np.unique(table.places[eligible], return_index=True)[1]
+    firsts = np.unique(table.key_indexes[eligible], return_index=True)[1]
     numbers = eligible.nonzero()[0][firsts].tolist()
     drawn = heapq.nsmallest(count, numbers, key=lambda number: digest(seed, table.key(number).hex()))
     return np.array(drawn, np.intp)
@@ -1147,7 +1159,7 @@ class Question:
     labels: tuple[str, ...]
     label_keys: tuple[str, ...]
     system_message: str
-    alone: bool = False  # an audit's: its answers are kept apart
+    is_audit: bool = False  # its answers are kept apart
 
 
 def read_prompt(options: Options) -> Prompt:
@@ -1170,7 +1182,8 @@ def read_examples(source: Source | None, text_column: str, labels: tuple[str, ..
     if not len(table):
         raise InputError(f"The examples ({table.source}) have no rows: add some, or drop them.")
     rows = list(table.rows())
-    for number, (row, cells) in enumerate(zip(rows, table.given.tolist(), strict=True)):
+    given: list[list[int]] = table.given.tolist()
+    for number, (row, cells) in enumerate(zip(rows, given, strict=True)):
         if BLANK in cells or not row.text.strip():
             lacking = labels[cells.index(BLANK)] if BLANK in cells else text_column
             raise InputError(
@@ -1184,8 +1197,7 @@ def read_examples(source: Source | None, text_column: str, labels: tuple[str, ..
             "third of what a call's texts may have: choose fewer or shorter ones."
         )
     return tuple(
-        Example(row.text, frozenset(itertools.compress(labels, cells)))
-        for row, cells in zip(rows, table.given.tolist(), strict=True)
+        Example(row.text, frozenset(itertools.compress(labels, x))) for row, x in zip(rows, given, strict=True)
     )
 
 
@@ -1203,8 +1215,8 @@ def example_cells(table: Table, examples: Sequence[Example], labels: Sequence[st
 
 
 @lru_cache(maxsize=1024)
-def build_question(prompt: Prompt, labels: tuple[str, ...], alone: bool = False) -> Question:
-    """The question whether these labels apply."""
+def build_question(prompt: Prompt, labels: tuple[str, ...], is_audit: bool = False) -> Question:
+    """Build the question which of these labels apply."""
     definitions = dict(prompt.definitions)
     names = {label: json.dumps(label, ensure_ascii=False) for label in labels}
     meanings = {label: f": {definitions[label]}" if definitions.get(label) else "" for label in labels}
@@ -1219,10 +1231,10 @@ def build_question(prompt: Prompt, labels: tuple[str, ...], alone: bool = False)
 
     def key(label: str) -> str:
         examples = [(example.text, label in example.applying) for example in prompt.examples]
-        said = (WORDING, prompt.sends_label, prompt.model, prompt.instructions, examples, alone)
+        said = (WORDING, prompt.sends_label, prompt.model, prompt.instructions, examples, is_audit)
         return digest(*said, label, definitions.get(label, "")).hex()
 
-    return Question(prompt.model, labels, tuple(map(key, labels)), message, alone)
+    return Question(prompt.model, labels, tuple(map(key, labels)), message, is_audit)
 
 
 def example_words(examples: Sequence[Example], labels: Sequence[str]) -> str:
@@ -1373,8 +1385,7 @@ class Parameters:
     """The optional parts of a request, as far as this server and model support them."""
 
     form: Form = Form.SCHEMA
-    temperature: float | None = 0.0
-    reasoning_effort: str | None = None
+    extras: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.0})  # sent as they are
     completion_bound: str | None = None  # the name of the parameter that bounds the completion
     reasoning_room: int = 0  # tokens that the bound leaves for reasoning, which counts as completion
 
@@ -1390,10 +1401,7 @@ def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
     }
     if parameters.form is not Form.TEXT:
         body["response_format"] = answer_format(request.question.labels, len(request.rows), parameters.form)
-    if parameters.temperature is not None:
-        body["temperature"] = parameters.temperature
-    if parameters.reasoning_effort is not None:
-        body["reasoning_effort"] = parameters.reasoning_effort
+    body |= parameters.extras
     if parameters.completion_bound is not None:
         body[parameters.completion_bound] = most_answer_tokens(request) + parameters.reasoning_room
     return body
@@ -1444,7 +1452,7 @@ def prompt_characters(request: Request) -> int:
     return len(request.question.system_message) + texts + labels
 
 
-def charged_tokens(request: Request) -> int:
+def rate_limit_tokens(request: Request) -> int:
     """What a call counts towards a limit of tokens per minute: the larger of its prompt and its completion's bound."""
     return max(int(prompt_characters(request) * TOKENS_PER_CHARACTER), most_answer_tokens(request))
 
@@ -1452,7 +1460,7 @@ def charged_tokens(request: Request) -> int:
 # --- Server -----------------------------------------------------------------------------------------------
 #
 # In: JSON bodies. Out: responses, what they mean, what they cost, and how they are explained: the same for all senders,
-# and nowhere else is a response judged. What is sent again, and when, is not decided here.
+# so that a response is judged in one place. What is sent again, and when, is not decided here.
 
 
 class Usage(NamedTuple):
@@ -1490,7 +1498,7 @@ class Outcome(Enum):
     UNKNOWN = auto()  # a refusal for an unknown reason: of a parameter, of these texts, or of everything?
     RESEND = auto()  # a parameter was refused and is left out from now on: send it again at once
     LIMITED = auto()  # wait, then send it again
-    BROKEN = auto()  # send it again, a number of times
+    TRANSIENT = auto()  # send it again, a number of times
     FATAL = auto()  # no request will succeed
 
 
@@ -1507,7 +1515,8 @@ MONEY_CODES = {
 }
 TOO_LONG = re.compile(r"context.?(length|size|window)|request too large|too many tokens|prompt is too long")
 FILTERED = re.compile(r"content.?(filter|policy|management)|responsibleai|invalid_prompt|safety system")
-UNREACHABLE_SECONDS = 10.0  # a server that never answered is given up after this
+NO_KEY = "No API key: set OPENAI_API_KEY, or pass `api_key`."
+UNREACHABLE_SECONDS = 10.0  # give up on a server that has never answered after this long
 UNKNOWN_LIMIT = 10  # refusals for unknown reasons in a row, after which every request is taken to be refused
 
 
@@ -1521,23 +1530,24 @@ def is_completion(body: Any) -> bool:
 def classify(response: Response, is_expected: Callable[[Any], bool] = is_completion) -> tuple[Outcome, str]:
     """What a response means, and a reason in our own words, which hold nothing of a text."""
     if response.status == 0:
-        return Outcome.BROKEN, response.transport_error
+        return Outcome.TRANSIENT, response.transport_error
     if response.status // 100 == 2:
         expected = is_expected(response.body)
-        return (Outcome.ANSWERED, "") if expected else (Outcome.BROKEN, "no completion in the reply")
+        return (Outcome.ANSWERED, "") if expected else (Outcome.TRANSIENT, "no completion in the reply")
     codes, message = error_words(response.body)
     words = " ".join([*codes, message]).lower()
     status = f"HTTP {response.status}"
     if response.status in {401, 402} or codes & MONEY_CODES:
         return Outcome.FATAL, status
-    if TOO_LONG.search(words) or response.status == 413:
+    is_rate_limit = response.status == 429 and "too large" not in words  # which may be about tokens per minute, too
+    if (TOO_LONG.search(words) and not is_rate_limit) or response.status == 413:
         return Outcome.REFUSED, "too long for the model or the rate limit"
     if FILTERED.search(words):
         return Outcome.REFUSED, "stopped by the provider's content filter"
     if response.status == 429:
         return Outcome.LIMITED, status
     if response.status in {408, 409, 425} or response.status >= 500:
-        return Outcome.BROKEN, status
+        return Outcome.TRANSIENT, status
     if response.status == 404 or (response.status == 403 and message):
         return Outcome.FATAL, status
     return Outcome.UNKNOWN, f"{status} {' '.join(sorted(codes))}".strip()
@@ -1584,21 +1594,26 @@ def first_parameters(model: str, must_be_bounded: bool) -> Parameters:
     if re.match(r"(ft:)?(gpt-4|chatgpt-4)", model):
         return Parameters(completion_bound="max_completion_tokens")
     if re.match(r"(ft:)?(gpt-[5-9]|o\d)", model):
-        return Parameters(reasoning_effort="none", completion_bound="max_completion_tokens")
+        extras = {"temperature": 0.0, "reasoning_effort": "none"}
+        return Parameters(extras=extras, completion_bound="max_completion_tokens")
     return Parameters(completion_bound="max_completion_tokens" if must_be_bounded else None)
 
 
 def fall_back(parameters: Parameters, message: str) -> tuple[Parameters, str] | None:
-    """The parameters without what a 400 refuses, and how to call them; None if it refuses nothing of ours."""
+    """The parameters without what a 400 or 422 refuses, and what to call them; None if it refuses nothing of ours."""
     message = message.lower()
-    if parameters.temperature is not None and "temperature" in message:
-        return replace(parameters, temperature=None), "no temperature"
-    if parameters.reasoning_effort is not None and re.search(r"reasoning[._]effort", message):
+    for name, value in parameters.extras.items():
+        if not re.search(name.replace("_", "[._]"), message):
+            continue
+        extras = {other: kept for other, kept in parameters.extras.items() if other != name}
+        if name != "reasoning_effort":
+            return replace(parameters, extras=extras), f"no {name}"
         # The least effort that the message offers. A model that reasons takes no temperature, and needs room.
         offered = message.partition("supported values")[2]
-        higher = EFFORTS[EFFORTS.index(parameters.reasoning_effort) + 1 :]
-        effort = next((effort for effort in higher if f"'{effort}'" in offered), None)
-        lower = replace(parameters, reasoning_effort=effort, temperature=None, reasoning_room=REASONING_ROOM)
+        effort = next((each for each in EFFORTS[EFFORTS.index(value) + 1 :] if f"'{each}'" in offered), None)
+        extras = {other: kept for other, kept in extras.items() if other != "temperature"}
+        extras |= {"reasoning_effort": effort} if effort else {}
+        lower = replace(parameters, extras=extras, reasoning_room=REASONING_ROOM)
         return lower, f"reasoning effort {effort!r}" if effort else "no reasoning effort"
     if parameters.completion_bound and parameters.completion_bound in message:
         other = "max_tokens" if parameters.completion_bound == "max_completion_tokens" else None
@@ -1630,7 +1645,7 @@ class Server:
         self.host = parts.netloc.rpartition("@")[2]  # without a user or password that the address may hold
         self.is_local = parts.hostname in {"localhost", "127.0.0.1", "::1"}
         if not self.api_key and not self.host.endswith("openai.com"):
-            self.api_key = "none"  # servers that need no key still want a word
+            self.api_key = "none"  # the SDK wants one even if the server does not
         self.parameters = first_parameters(options.model, self.is_capped)
         self.knows_price = self.price(Usage(), options.model) is not None
         if self.is_capped and not self.knows_price:
@@ -1642,15 +1657,16 @@ class Server:
         self.failures = 0  # in a row, over all requests
         self.unknown_refusals = 0  # in a row
 
-    def require_key(self) -> None:
-        if not self.api_key:
-            raise InputError("No API key: set OPENAI_API_KEY, or pass `api_key`.")
-
     # Calls, which may be made in any thread.
 
     @contextlib.contextmanager
-    def connect(self) -> Iterator[None]:
+    def connect(self, is_needed: bool = True) -> Iterator[None]:
         """One client for all workers. It does not retry: waits are shared by all workers and can be interrupted."""
+        if not is_needed:
+            yield
+            return
+        if not self.api_key:
+            raise InputError(NO_KEY)
         import openai
 
         try:
@@ -1665,8 +1681,27 @@ class Server:
             )
         except ImportError:
             raise InputError("The SOCKS proxy of this environment needs a package: pip install socksio.") from None
-        with self.client:
+        with self.client, self._retirement_notice():
             yield
+
+    @contextlib.contextmanager
+    def _retirement_notice(self) -> Iterator[None]:
+        """Look up the model's shutdown date in the background, and report it when the calls are done."""
+        dates: list[str] = []
+
+        def ask() -> None:
+            """Servers without the endpoint, and models without a date, are ignored."""
+            with contextlib.suppress(Exception):
+                reply = self.call(f"/models/{self.model}", options={"timeout": 10})
+                dates.extend(re.findall(r"^\d{4}-\d\d-\d\d$", str(look_up(reply.body, "shutdown_date"))))
+
+        if not self.reached:  # else it was asked before
+            threading.Thread(target=ask, daemon=True).start()
+        try:
+            yield
+        finally:
+            for date in dates:
+                self.warn(f"{self.model} will be shut down on {date}: finish with it by then, or pass another `model`.")
 
     def upload(self, name: str, file: IO[bytes]) -> Response:
         """Upload a file of requests for a Batch API job."""
@@ -1714,7 +1749,7 @@ class Server:
             self._make_room(read_usage(response.body))
         elif outcome is Outcome.UNKNOWN:
             outcome, reason = self._judge_unknown(response, reason, sent_with)
-        elif outcome is Outcome.BROKEN:
+        elif outcome is Outcome.TRANSIENT:
             self.failures += 1
             self.failing_since = min(self.failing_since, now)
         if outcome is Outcome.FATAL and not self.fatal_error:
@@ -1723,8 +1758,8 @@ class Server:
 
     def _judge_unknown(self, response: Response, reason: str, sent_with: Parameters | None) -> tuple[Outcome, str]:
         """A refusal for an unknown reason: of a parameter, of these texts, or of everything?"""
-        if sent_with in {self.parameters, None} and response.status in {400, 422}:
-            self._leave_out(error_words(response.body)[1])
+        if sent_with in (self.parameters, None) and response.status in {400, 422}:
+            self._leave_out(f"{error_words(response.body)[1]} {look_up(response.body, 'error', 'param')}")
         if self.fatal_error:
             return Outcome.FATAL, reason
         if sent_with != self.parameters:
@@ -1742,7 +1777,7 @@ class Server:
         self.warn(f"{self.host} refuses a parameter of the request: continuing with {name}.")
         if self.is_capped and self.parameters.completion_bound is None:
             self.fatal_error = ProviderError(
-                f"{self.host} takes no bound on a completion's length, so no cost cap can be kept: drop `max_cost`."
+                f"{self.host} cannot limit the length of completions, so the cost cannot be capped: drop `max_cost`."
             )
 
     def _make_room(self, usage: Usage | None) -> None:
@@ -1756,7 +1791,7 @@ class Server:
         codes, message = error_words(response.body)
         quoted = f" It says: {self.quote(message, rows)}" if response.body else ""
         where = f"{self.host} (HTTP {response.status})"
-        line = f"Every request is refused by {where}: change what it names.{quoted}"
+        line = f"Every request is refused by {where}: fix what it reports.{quoted}"
         if response.status == 404:
             line = f"Nothing answers chat calls at {where}: does `base_url` end in /v1?"
         if response.status == 404 and response.body:
@@ -1825,7 +1860,7 @@ def list_price(model: str, tier: str, prompt: int, cached: int, written: int, co
 # In: headers, refusals and a clock's time, all passed in. Out: how long the next call has to wait, and how many calls
 # there may be at once. It sends nothing and sleeps nowhere.
 
-BELIEVED_SECONDS = 60.0  # how long what a server said of a limit may hold up all calls; then one finds out anew
+BELIEVED_SECONDS = 60.0  # how long what a server said of a limit may hold up all calls; then one of them probes it
 MARGIN_SECONDS = 0.05  # beyond a wait that a server asks for, whose clock may lag a little behind
 LONGEST_BACKOFF = 60.0
 
@@ -1867,7 +1902,7 @@ class Pace:
         self.buckets: dict[str, Bucket] = {}
         self.newest = -math.inf
 
-    def wait(self, tokens: float, now: float) -> float:
+    def delay(self, tokens: float, now: float) -> float:
         """Seconds until a call of so many tokens may leave; 0 or less: now."""
         waits = [self.resume_at - now]
         for name, bucket in self.buckets.items():
@@ -2075,6 +2110,12 @@ class Budget:
             self.note(self.noted)
         return True
 
+    def close(self) -> None:
+        """No call will come back any more: what is still in flight counts as spent."""
+        if self.noted:
+            self.note(self.in_flight)
+            self.noted = self.in_flight
+
     def settle(self, reserved: float, cost: float, in_flight: bool = False) -> None:
         """Put what was billed in place of what was set aside for it."""
         self.set_aside = max(0.0, self.set_aside - reserved)
@@ -2085,7 +2126,8 @@ class Budget:
         """For a call that may cost this amount."""
         return BudgetExceeded(
             f"The next call may cost up to {dollars(amount)}, which could exceed `max_cost` {self.cap:g} (spent: "
-            f"{dollars(self.spent)}, set aside: {dollars(self.set_aside)}): raise it and run the same command to continue."
+            f"{dollars(self.spent)}, set aside: {dollars(self.set_aside)}): raise it and run the same command to "
+            "continue."
         )
 
 
@@ -2111,13 +2153,20 @@ def estimate_cost(requests: Iterable[Request], rates: tuple[float, float] | None
 
 # --- Senders ----------------------------------------------------------------------------------------------
 #
-# In: a queue of requests, from whose left they are taken and to which nothing is put back. Out: attempts, one per
-# request, in any order, each as it lands. A sender retries and waits; an answer's content is not its affair.
+# In: a queue of requests, taken from its front and never put back. Out: attempts, one per request, in any order, each
+# as it lands. A sender retries and waits; an answer's content is not its affair.
 
 
-@dataclass(frozen=True)
-class SenderContext:
-    """What a sender may use."""
+@dataclass
+class Sender:
+    """What a sender may use, and by class attributes all in which one differs from another."""
+
+    tier: ClassVar[str] = "standard"  # at which its calls are billed: genai-prices' "processing"
+    policy: ClassVar[RetryPolicy] = RetryPolicy(in_halves=True, most_failures=sys.maxsize)
+    calls_server: ClassVar[bool] = True  # else it needs no key and no connection
+    collects_jobs: ClassVar[bool] = False  # whether it has something to do while jobs are open, though no request is
+    headline: ClassVar[str] = ""  # how it sends; `max_workers` may stand in braces
+    start_line: ClassVar[str] = ""  # what it does first; `at_once` may stand in braces
 
     options: Options
     server: Server
@@ -2128,39 +2177,26 @@ class SenderContext:
     warn: Callable[[str], None]
     progress: Progress
 
-
-class Sender(Protocol):
-    """What the story knows of a sender, and all in which one differs from another."""
-
-    tier: str  # at which its calls are billed, in genai-prices' words
-    policy: RetryPolicy
-    collects_jobs: bool  # whether it has something to do while jobs are open, though no request is
-    headline: str  # how it sends, with options in braces
-    start_line: str  # what it does first, with `at_once` in braces
-
-    def __init__(self, context: SenderContext) -> None: ...
-
-    def send(self, requests: Queue) -> Generator[Attempt, None, None]: ...
+    def send(self, requests: Queue) -> Generator[Attempt, None, None]:
+        """Yield one attempt for each request; once `stop` is set, send no more and raise Stopped."""
+        raise NotImplementedError
 
 
-class ThreadSender:
+@dataclass
+class ThreadSender(Sender):
     """Makes chat calls, at most `max_workers` at once.
 
     Workers only call; everything that decides runs in the main thread, so there is no lock, no worker sleeps while it
     waits, and what is in flight is all that can still be billed after a stop.
     """
 
-    tier = "standard"
-    policy = RetryPolicy(in_halves=True, most_failures=sys.maxsize)
-    collects_jobs = False
     headline = "Parallel workers: {max_workers}"
     start_line = "Processing {at_once} batches simultaneously..."
 
-    def __init__(self, context: SenderContext, clock: Callable[[], float] = time.monotonic) -> None:
-        self.server, self.budget, self.stop, self.warn = context.server, context.budget, context.stop, context.warn
-        self.max_retries = context.options.max_retries
-        self.clock = clock
-        workers = int(context.options.max_workers)
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        workers = int(self.options.max_workers)
         self.pace = Pace(workers)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="enrich")
         self.completed: queue.SimpleQueue[tuple[Attempt, Response | Exception]] = queue.SimpleQueue()
@@ -2204,8 +2240,8 @@ class ThreadSender:
             request = self.waiting[0][2].request if is_retry else requests.peek()
             if request is None:
                 return min(0.5, self.waiting[0][0] - now)
-            tokens = charged_tokens(request)
-            wait = self.pace.wait(tokens, now)
+            tokens = rate_limit_tokens(request)
+            wait = self.pace.delay(tokens, now)
             if wait > 0:
                 return min(0.5, wait)
             amount = 0.0 if self.budget.cap is None else self.server.worst_cost(request, self.tier)
@@ -2243,7 +2279,7 @@ class ThreadSender:
         if outcome in {Outcome.ANSWERED, Outcome.REFUSED}:
             self.pace.succeed()
             return replace(attempt, problem=reason)
-        if outcome is Outcome.BROKEN:
+        if outcome is Outcome.TRANSIENT:
             return self._retry(attempt, response, reason, now)
         if outcome is Outcome.LIMITED:
             known = self.pace.resume_at
@@ -2263,10 +2299,10 @@ class ThreadSender:
         server = self.server
         attempt = replace(attempt, failures=attempt.failures + 1, failed_since=min(attempt.failed_since, now))
         # A few failures may be chance even if no retries are allowed.
-        is_gone = server.succeeded_at < attempt.failed_since and server.failures >= max(5, self.max_retries + 1)
+        is_gone = server.succeeded_at < attempt.failed_since and server.failures >= max(5, self.options.max_retries + 1)
         if not server.reached and now - server.failing_since > UNREACHABLE_SECONDS:
             self._give_up(f"No answer from {server.host}: {reason}. Check the address and the network")
-        elif attempt.failures <= self.max_retries:
+        elif attempt.failures <= self.options.max_retries:
             pause = requested_wait(response.headers) or backoff(attempt.failures, self.pace.jitter())
             self._send_again(attempt, now + pause)
             return None
@@ -2298,13 +2334,13 @@ class Job:
     attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
     set_aside: float = 0.0  # US dollars
     number: int = 0  # in the store
-    file_id: str = ""
     batch_id: str | None = None
     parameters: Parameters | None = None  # None: an earlier run's
     done: int = 0
 
 
-class JobSender:
+@dataclass
+class JobSender(Sender):
     """Sends requests as jobs of OpenAI's Batch API, and collects those of earlier runs.
 
     The store has each job before the provider has it, so that whatever ends this program, the next run finds the job
@@ -2317,18 +2353,9 @@ class JobSender:
     headline = "Sent as Batch API jobs: half the price, answers within a day"
     start_line = "Submitting them to the Batch API..."
 
-    def __init__(self, context: SenderContext) -> None:
-        self.server, self.budget, self.store = context.server, context.budget, context.store
-        self.stop, self.warn, self.progress, self.restore = (
-            context.stop,
-            context.warn,
-            context.progress,
-            context.restore,
-        )
-        self.max_retries, self.poll_interval = context.options.max_retries, context.options.poll_interval
-        self.no_wait = context.options.no_wait
+    def __post_init__(self) -> None:
         self.jobs: list[Job] = []
-        self.waiting: deque[Attempt] = deque()  # for the next job, because an earlier one did not do them
+        self.waiting: deque[Attempt] = deque()  # for the next job, because an earlier one left them undone
         self.most_requests = JOB_REQUESTS  # per job; fewer once the account's queue has proved to be shorter
         self.queue_is_full = False  # until a job ends
 
@@ -2341,10 +2368,10 @@ class JobSender:
                 yield from self._collect(job, batch)
                 if self.server.fatal_error:
                     raise self.server.fatal_error
-            if not ended and self.no_wait:
+            if not ended and self.options.no_wait:
                 return
             if not ended:
-                self._pause(self.poll_interval)
+                self._pause(self.options.poll_interval)
 
     def _pause(self, seconds: float) -> None:
         if self.stop.wait(seconds):
@@ -2403,16 +2430,16 @@ class JobSender:
             file.seek(0)
             return self.server.upload(f"{job.tag}.jsonl", file)
 
-        uploaded = self._insist(upload)
-        job.file_id, job.uploaded_at = str(uploaded.get("id")), float(look_up(uploaded, "created_at") or 0)
+        uploaded = self._call_with_retries(upload)
+        job.uploaded_at = float(look_up(uploaded, "created_at") or 0)
         self.store.plan_job(job)
         order = {
-            "input_file_id": job.file_id,
+            "input_file_id": uploaded.get("id"),
             "endpoint": "/v1/chat/completions",
             "completion_window": "24h",
             "metadata": {"enrich_dataset": job.tag},
         }
-        created = self._insist(
+        created = self._call_with_retries(
             partial(self.server.call, "/batches", order),
             recover=partial(self._find, job),  # the job may be there, and only the reply have been lost
             undo=partial(self.store.forget_job, job),
@@ -2429,7 +2456,7 @@ class JobSender:
         """The job among the account's, of which the newest come first."""
         path = "/batches?limit=100"
         while path:
-            page = self._insist(partial(self.server.call, path))
+            page = self._call_with_retries(partial(self.server.call, path))
             batches = [batch for batch in page.get("data") or () if isinstance(batch, dict)]
             for batch in batches:
                 if look_up(batch, "metadata", "enrich_dataset") == job.tag:
@@ -2439,7 +2466,7 @@ class JobSender:
             path = f"/batches?limit=100&after={batches[-1].get('id')}" if batches and page.get("has_more") else ""
         return None
 
-    def _insist(
+    def _call_with_retries(
         self,
         call: Callable[[], Response],
         thing: str = "",
@@ -2459,11 +2486,11 @@ class JobSender:
             if outcome is Outcome.ANSWERED:
                 return response.body
             failures += 1
-            is_refused = outcome not in {Outcome.BROKEN, Outcome.LIMITED}
+            is_refused = outcome not in {Outcome.TRANSIENT, Outcome.LIMITED}
             is_late = not self.server.reached and time.monotonic() - started > UNREACHABLE_SECONDS
             if is_refused:
                 undo()
-            if is_refused or is_late or failures > self.max_retries:
+            if is_refused or is_late or failures > self.options.max_retries:
                 raise self._explain(response, outcome, reason, thing)
             self._pause(requested_wait(response.headers) or backoff(failures, random.uniform(0.75, 1.25)))
             recovered = recover()
@@ -2479,7 +2506,7 @@ class JobSender:
             )
         if response.status in {404, 405}:
             return ProviderError(f"{host} has no Batch API (HTTP {response.status}): drop `use_batch_api`.")
-        if outcome is Outcome.BROKEN:
+        if outcome is Outcome.TRANSIENT:
             return ProviderError(f"{host} fails ({reason}): run the same command later. Submitted jobs continue.")
         return self.server.explain(response)
 
@@ -2488,7 +2515,7 @@ class JobSender:
         ended = []
         for job in list(self.jobs):
             name = str(job.batch_id)
-            batch = self._insist(partial(self.server.call, f"/batches/{name}"), name)
+            batch = self._call_with_retries(partial(self.server.call, f"/batches/{name}"), name)
             done = sum(int(look_up(batch, "request_counts", kind) or 0) for kind in ("completed", "failed"))
             job.done = min(len(job.attempts), done)
             if batch.get("status") in ENDED:
@@ -2507,7 +2534,7 @@ class JobSender:
         before = len(job.attempts)
         for file_id in filter(None, (batch.get("output_file_id"), batch.get("error_file_id"))):
             download = partial(self.server.call, f"/files/{file_id}/content", read=read_lines)
-            for line in self._insist(download, str(file_id)):
+            for line in self._call_with_retries(download, str(file_id)):
                 yield from self._take_in(job, line)
         left = list(job.attempts.values())
         for attempt in left:
@@ -2547,7 +2574,7 @@ class JobSender:
         attempt = attempt.returned(response, cost, 0.0)
         request = attempt.request
         outcome, reason = self.server.judge(response, request, job.parameters, time.monotonic())
-        is_broken = outcome in {Outcome.BROKEN, Outcome.LIMITED}
+        is_broken = outcome in {Outcome.TRANSIENT, Outcome.LIMITED}
         if is_broken and request.is_sendable and len(request.failures) + 1 < self.policy.most_failures:
             failed = replace(request, failures=(*request.failures, reason))
             self.waiting.append(replace(attempt, request=failed))
@@ -2572,25 +2599,25 @@ def read_lines(content: bytes) -> list[dict[str, Any]]:
 # --- Store ------------------------------------------------------------------------------------------------
 #
 # The only state. In: attempts with their answers, jobs, what calls in flight may cost. Out: what is known of a table's
-# cells, what was spent. It holds no text and no key, only digests, labels and figures; rows are only ever added.
+# cells, what was spent. It holds no text and no key, only digests, labels and figures.
 
 STORE_ID = 0x656E7263  # "enrc", in SQLite's application_id
 STORE_VERSION = 2
 
 CREATE = """
-CREATE TABLE questions (id INTEGER PRIMARY KEY, model TEXT, labels TEXT, alone INTEGER, label_keys TEXT UNIQUE);
+CREATE TABLE questions (id INTEGER PRIMARY KEY, model TEXT, labels TEXT, is_audit INTEGER, label_keys TEXT UNIQUE);
 CREATE TABLE attempts (
     id INTEGER PRIMARY KEY, ended_at TEXT, seconds REAL, calls INTEGER, question INTEGER, requested INTEGER,
     model_served TEXT, system_fingerprint TEXT, prompt_characters INTEGER, prompt_tokens INTEGER,
     cached_tokens INTEGER, written_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER,
     cost REAL, unconfirmed_cost REAL, outcome TEXT, row_keys BLOB, answers TEXT
 );
-CREATE TABLE jobs (id INTEGER PRIMARY KEY, tag TEXT, uploaded_at REAL, set_aside REAL, file_id TEXT, batch_id TEXT);
+CREATE TABLE jobs (id INTEGER PRIMARY KEY, tag TEXT, uploaded_at REAL, set_aside REAL, batch_id TEXT);
 CREATE TABLE job_requests (custom_id TEXT PRIMARY KEY, job INTEGER, question INTEGER, row_keys BLOB, failures TEXT);
 CREATE TABLE runs (id INTEGER PRIMARY KEY, started_at TEXT, in_flight_cost REAL);
 """
 FIND_QUESTION = "SELECT id FROM questions WHERE label_keys = ?"
-ADD_QUESTION = "INSERT INTO questions (model, labels, alone, label_keys) VALUES (?, ?, ?, ?)"
+ADD_QUESTION = "INSERT INTO questions (model, labels, is_audit, label_keys) VALUES (?, ?, ?, ?)"
 ALL_QUESTIONS = "SELECT id, label_keys FROM questions"
 ADD_ATTEMPT = f"INSERT INTO attempts VALUES (NULL{', ?' * 18})"
 # The newest last, so that it counts.
@@ -2602,7 +2629,8 @@ SELECT (SELECT coalesce(sum(cost), 0) + coalesce(sum(unconfirmed_cost), 0) FROM 
 """
 RATES = """
 SELECT 1.0 * sum(prompt_tokens) / sum(prompt_characters), 1.0 * sum(completion_tokens) / sum(requested)
-FROM attempts JOIN questions ON questions.id = question WHERE model = ? AND outcome = 'answered' AND prompt_tokens > 0
+FROM attempts JOIN questions ON questions.id = question
+WHERE model = ? AND outcome = 'answered' AND prompt_tokens > 0 AND prompt_characters > 0
 """
 SERVED = """
 SELECT model_served, system_fingerprint, count(*) FROM attempts JOIN questions ON questions.id = question
@@ -2614,12 +2642,12 @@ FROM attempts
 """
 ADD_RUN = "INSERT INTO runs (started_at, in_flight_cost) VALUES (?, 0)"
 NOTE_RUN = "UPDATE runs SET in_flight_cost = ? WHERE id = ?"
-ADD_JOB = "INSERT INTO jobs (tag, uploaded_at, set_aside, file_id) VALUES (?, ?, ?, ?)"
+ADD_JOB = "INSERT INTO jobs (tag, uploaded_at, set_aside) VALUES (?, ?, ?)"
 NOTE_JOB = "UPDATE jobs SET batch_id = ? WHERE id = ?"
 OPEN_JOBS = "SELECT id, tag, uploaded_at, set_aside, batch_id FROM jobs WHERE id IN (SELECT job FROM job_requests)"
 ADD_REQUEST = "INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?)"
 OPEN_REQUESTS = """
-SELECT custom_id, job, row_keys, failures, model, labels, alone, label_keys
+SELECT custom_id, job, row_keys, failures, model, labels, is_audit, label_keys
 FROM job_requests JOIN questions ON questions.id = question
 """
 OPEN_ROWS = "SELECT question, row_keys, '' FROM job_requests"
@@ -2641,7 +2669,6 @@ class Store:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.questions: dict[Question, int] = {}
         self.run: int | None = None
         try:
             with contextlib.suppress(FileExistsError):
@@ -2679,10 +2706,6 @@ class Store:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """A run that gets here has no call in flight."""
-        if self.run is not None:
-            with contextlib.suppress(sqlite3.Error), self.db:
-                self.db.execute(NOTE_RUN, (0.0, self.run))
         self.db.close()
 
     @contextlib.contextmanager
@@ -2702,7 +2725,7 @@ class Store:
 
         Without `answers` only what open jobs have been asked.
         """
-        cells = blank_cells(len(table.first), len(question.labels))
+        cells = blank_cells(len(table.first_rows), len(question.labels))
         with self._translate_errors():
             keys = {number: keys.split() for number, keys in self.db.execute(ALL_QUESTIONS)}
             wanted = {key: place for place, key in enumerate(question.label_keys)}
@@ -2735,7 +2758,7 @@ class Store:
                 len(request.rows),
                 look_up(body, "model"),
                 look_up(body, "system_fingerprint"),
-                prompt_characters(request),
+                prompt_characters(request) if request.is_sendable else None,
                 *(
                     (usage.prompt, usage.cached, usage.written, usage.completion, usage.reasoning)
                     if usage
@@ -2750,23 +2773,19 @@ class Store:
             self.db.execute(ADD_ATTEMPT, values)
             if attempt.from_job:
                 self.db.execute(END_REQUEST, (request.custom_id,))
-        self.questions[request.question] = question  # not before the transaction is through
 
     def _question_number(self, question: Question) -> int:
-        if question in self.questions:
-            return self.questions[question]
         keys = " ".join(question.label_keys)
         found = self.db.execute(FIND_QUESTION, (keys,)).fetchone()
         if found:
             return int(found[0])
-        values = (question.model, json.dumps(question.labels, ensure_ascii=False), question.alone, keys)
+        values = (question.model, json.dumps(question.labels, ensure_ascii=False), question.is_audit, keys)
         return int(self.db.execute(ADD_QUESTION, values).lastrowid or 0)
 
     def plan_job(self, job: Job) -> None:
         """Keep a job before it is created, and give it its number."""
         with self._translate_errors():
-            values = (job.tag, job.uploaded_at, job.set_aside, job.file_id)
-            job.number = int(self.db.execute(ADD_JOB, values).lastrowid or 0)
+            job.number = int(self.db.execute(ADD_JOB, (job.tag, job.uploaded_at, job.set_aside)).lastrowid or 0)
             for name, attempt in job.attempts.items():
                 request = attempt.request
                 keys, failures = b"".join(row.key for row in request.rows), json.dumps(request.failures)
@@ -2790,8 +2809,8 @@ class Store:
                 number: Job(tag, uploaded_at, {}, set_aside, number, batch_id=batch_id)
                 for number, tag, uploaded_at, set_aside, batch_id in self.db.execute(OPEN_JOBS)
             }
-            for name, job, row_keys, failures, model, labels, alone, keys in self.db.execute(OPEN_REQUESTS):
-                question = Question(model, tuple(json.loads(labels)), tuple(keys.split()), "", bool(alone))
+            for name, job, row_keys, failures, model, labels, is_audit, keys in self.db.execute(OPEN_REQUESTS):
+                question = Question(model, tuple(json.loads(labels)), tuple(keys.split()), "", bool(is_audit))
                 starts = range(0, len(row_keys), KEY_BYTES)
                 rows = tuple(Row(row_keys[start : start + KEY_BYTES], "", None) for start in starts)
                 request = Request(rows, question, tuple(json.loads(failures)))
@@ -2831,14 +2850,14 @@ class Store:
         return [{"model": name, "system_fingerprint": mark, "replies": count} for name, mark, count in found]
 
 
-def open_store(options: Options, server: Server) -> Store:
+def open_store(options: Options, needs_key: bool) -> Store:
     """The store of the run. None is created where it could not be used: for a dry run, or without a key."""
     path = options.store_path
     if path is None or not path.exists():
         if options.dry_run:
             return Store(None)
-        if path is not None:
-            server.require_key()
+        if path is not None and needs_key:
+            raise InputError(NO_KEY)
     return Store(path)
 
 
@@ -3251,7 +3270,7 @@ PLAIN = {bool, int, float, str, tuple, list, type(None)}
 
 
 def write_record(report: Report, prompt: Prompt, table: Table) -> None:
-    """Write what a paper's appendix needs, and doing it again, beside the output; it holds no key and no text."""
+    """Write what a paper's appendix needs, and what reproduces the run, beside the output; without key or text."""
     options, counts = report.options, report.counts
     if options.output_filepath is None:
         return
@@ -3506,26 +3525,6 @@ def show(line: str, stream: TextIO | None) -> None:
         print(line, file=stream, flush=True)
 
 
-@contextlib.contextmanager
-def retirement_notice(server: Server, model: str, console: Console) -> Iterator[None]:
-    """Ask beside the calls until when the model is served, and tell it, once, when they are done."""
-    dates: list[str] = []
-
-    def ask() -> None:
-        """Servers without the endpoint, and models without a date, are ignored."""
-        with contextlib.suppress(Exception):
-            reply = server.call(f"/models/{model}", options={"timeout": 10})
-            dates.extend(re.findall(r"^\d{4}-\d\d-\d\d$", str(look_up(reply.body, "shutdown_date"))))
-
-    if not server.reached:  # else it was asked before
-        threading.Thread(target=ask, daemon=True).start()
-    try:
-        yield
-    finally:
-        for date in dates:
-            console.warn(f"{model} will be shut down on {date}: finish with it by then, or pass another `model`.")
-
-
 # --- Command ----------------------------------------------------------------------------------------------
 #
 # In: arguments and signals. Out: options, and an exit code.
@@ -3584,7 +3583,7 @@ def build_parser() -> Parser:
 
 
 def argument_kind(annotation: str) -> tuple[Callable[[str], Any], str]:
-    """What makes an option's value of an argument, and what its help calls that."""
+    """The argument's converter, and its metavar."""
     if "auto" in annotation:
         return whole_or_auto, "N"
     kinds: dict[str, tuple[Callable[[str], Any], str]] = {"int": (int, "N"), "float": (float, "USD")}

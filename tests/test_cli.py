@@ -185,6 +185,8 @@ def test_what_is_wrong_is_one_line_exit_2_and_nothing_written(
     [
         ({"batch_size": 2.5}, "whole number, not 2.5"),
         ({"batch_size": True}, "whole number, not True"),
+        ({"timeout": None}, "timeout must be a number, not None"),
+        ({"limit": "auto"}, "limit must be a whole number, not 'auto'"),
         ({"new_labels": "racist"}, r"pass \['racist'\]"),
         ({"new_labels": []}, "pass at least one"),
         ({"new_labels": [None]}, "printable"),

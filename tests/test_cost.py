@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from typing import Any
 
@@ -200,6 +201,20 @@ class TestCap:
         with module.Store(job.store) as store:  # a run that ends in order leaves nothing in flight
             assert store.money()[0] == pytest.approx(in_flight + price(job.server.calls), rel=0.5)
 
+    def test_what_was_in_flight_at_a_second_ctrl_c_counts(self, job: Job) -> None:
+        job.server.first_token = 20
+        process = job.write(make_texts(40)).process("--max-cost", "1", "--max-workers", "2")
+        deadline = time.monotonic() + 20
+        while job.server.in_flight < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.7)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+        assert process.returncode == 130
+        with module.Store(job.store) as store:
+            assert store.money()[0] > 2 * price([Call(0, 0, 200, "", (), (), {}, 400, 60)])
+
     def test_the_command_ends_with_one(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         assert job.write(["cake"]).command("--max-cost", "0.000001") == 1
         assert "raise it and run the same command to continue" in capsys.readouterr().err
@@ -227,7 +242,7 @@ class TestCap:
 
     def test_without_a_bound_on_answers_no_cost_can_be_capped(self, job: Job) -> None:
         job.server.refuses = {"max_completion_tokens", "max_tokens"}
-        with pytest.raises(module.ProviderError, match="takes no bound on a completion's length"):
+        with pytest.raises(module.ProviderError, match="cannot limit the length of completions"):
             job.write(["cake"]).enrich(max_cost=1.0)
         job.enrich()
         job.check()

@@ -105,6 +105,15 @@ def test_an_unknown_option_is_refused(server: StandIn) -> None:
         enrich(pd.DataFrame({"text": ["cake"]}), server, batchsize=3)
 
 
+def test_a_table_of_the_other_kind_is_refused_by_name(server: StandIn, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"takes a DataFrame, not a str: a CSV is for enrich_dataset"):
+        enrich_dataframe("in.csv", "text", LABELS, base_url=server.url)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"input_filepath must be a path: label a DataFrame by enrich_dataframe"):
+        df = pd.DataFrame({"text": ["cake"]})
+        enrich_dataset(df, tmp_path / "out.csv", "text", None, LABELS, base_url=server.url)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_signature_shows_every_option_with_its_default_and_the_docstring_explains_it() -> None:
     shown, options = (inspect.signature(function).parameters for function in (enrich_dataframe, enrich_dataset))
     assert list(shown)[:5] == ["df", "text_column", "new_labels", "label_column", "quiet"]

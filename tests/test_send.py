@@ -156,9 +156,9 @@ def test_capacity_level_and_refill_are_learned() -> None:
     ticket = limiter.leave(100, now=0.0)
     limiter.observe(told(600, 0, "60s") | told(1000, 500, "30s", "project-tokens"), ticket, now=0.0)
     assert limiter.buckets["requests"].rate == pytest.approx(10)
-    assert limiter.wait(100, now=0.0) == pytest.approx(0.2)  # two calls' worth
-    assert limiter.wait(400, now=0.0) == pytest.approx((800 - 500) / (500 / 30))
-    assert limiter.wait(9000, now=100.0) <= 0  # more than the bucket holds: it must do with all
+    assert limiter.delay(100, now=0.0) == pytest.approx(0.2)  # two calls' worth
+    assert limiter.delay(400, now=0.0) == pytest.approx((800 - 500) / (500 / 30))
+    assert limiter.delay(9000, now=100.0) <= 0  # more than the bucket holds: it must do with all
 
 
 def test_a_daily_limit_is_not_taken_for_one_a_minute() -> None:
@@ -171,10 +171,10 @@ def test_a_daily_limit_is_not_taken_for_one_a_minute() -> None:
 def test_what_a_server_told_holds_calls_up_for_a_minute_at_most() -> None:
     limiter = module.Pace(8)
     limiter.observe(told(60, 0, "24h"), limiter.leave(1, 0.0), 0.0)
-    assert limiter.wait(1, 10.0) == pytest.approx(50)
-    assert limiter.wait(1, 60.0) <= 0
+    assert limiter.delay(1, 10.0) == pytest.approx(50)
+    assert limiter.delay(1, 60.0) <= 0
     limiter.leave(1, 60.0)
-    assert limiter.wait(1, 60.0) == pytest.approx(60)
+    assert limiter.delay(1, 60.0) == pytest.approx(60)
 
 
 def test_an_older_reply_teaches_nothing() -> None:
@@ -215,7 +215,7 @@ def test_the_pace_never_passes_a_known_limit(calls: list[tuple[float, int]]) -> 
     limiter, level, now, at = module.Pace(4), 100.0, 0.0, 0.0
     for pause, tokens in calls:
         now += pause
-        now += max(0.0, limiter.wait(tokens, now)) + 1e-9
+        now += max(0.0, limiter.delay(tokens, now)) + 1e-9
         level = min(100.0, level + (now - at) * 10)
         at = now
         ticket = limiter.leave(tokens, now)
@@ -297,7 +297,7 @@ def test_a_model_without_that_choice_is_asked_for_the_least(job: Job) -> None:
     ],
 )
 def test_each_refusal_changes_one_part_and_learning_ends(message: str) -> None:
-    parameters, steps = module.Parameters(reasoning_effort="none", completion_bound="max_completion_tokens"), 0
+    parameters, steps = module.first_parameters("gpt-5", must_be_bounded=False), 0
     while lower := module.fall_back(parameters, message):
         assert lower[0] != parameters
         parameters, steps = lower[0], steps + 1
@@ -329,22 +329,23 @@ V = module.Outcome
         (response(400, "Budget has been exceeded", "400", "budget_exceeded"), V.FATAL),
         (response(429, "Rate limit reached", "rate_limit_exceeded", "tokens"), V.LIMITED),
         (response(429, "None", "429"), V.LIMITED),
+        (response(429, "Too many tokens per minute, please wait"), V.LIMITED),
         (response(429, "Request too large for gpt-4o", "rate_limit_exceeded", "tokens"), V.REFUSED),
         (response(400, "This model's maximum context length is 8192 tokens."), V.REFUSED),
         (response(400, "the request exceeds the available context size", 400, "exceed_context_size_error"), V.REFUSED),
         (response(413, "Payload too large"), V.REFUSED),
         (response(400, "The response was filtered due to Azure's content management policy", "content_filter"), V.REFUSED),
-        (response(408), V.BROKEN),
-        (response(409), V.BROKEN),
-        (response(500), V.BROKEN),
-        (response(529), V.BROKEN),
-        (response(503, "overloaded", "server_is_overloaded"), V.BROKEN),
-        (module.Response(502, {}, None, 0.0), V.BROKEN),
-        (module.Response(0, {}, None, 0.0, "no answer in time"), V.BROKEN),
-        (module.Response(200, {}, None, 0.0), V.BROKEN),
-        (module.Response(200, {}, {"error": {}}, 0.0), V.BROKEN),
-        (module.Response(200, {}, {"choices": []}, 0.0), V.BROKEN),
-        (module.Response(200, {}, [], 0.0), V.BROKEN),
+        (response(408), V.TRANSIENT),
+        (response(409), V.TRANSIENT),
+        (response(500), V.TRANSIENT),
+        (response(529), V.TRANSIENT),
+        (response(503, "overloaded", "server_is_overloaded"), V.TRANSIENT),
+        (module.Response(502, {}, None, 0.0), V.TRANSIENT),
+        (module.Response(0, {}, None, 0.0, "no answer in time"), V.TRANSIENT),
+        (module.Response(200, {}, None, 0.0), V.TRANSIENT),
+        (module.Response(200, {}, {"error": {}}, 0.0), V.TRANSIENT),
+        (module.Response(200, {}, {"choices": []}, 0.0), V.TRANSIENT),
+        (module.Response(200, {}, [], 0.0), V.TRANSIENT),
         (module.Response(200, {}, {"choices": [{"message": {}}]}, 0.0), V.ANSWERED),
         (module.Response(400, {}, {"error": "a text alone"}, 0.0), V.UNKNOWN),
         (module.Response(302, {}, None, 0.0), V.UNKNOWN),

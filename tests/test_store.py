@@ -26,7 +26,7 @@ def attempt(labels: tuple[str, ...] = tuple(LABELS)) -> module.Attempt:
 
 def known(store: module.Store) -> list[list[int]]:
     """The cells of TABLE, by what the store has."""
-    return store.known(QUESTION, TABLE)[TABLE.places].tolist()
+    return store.known(QUESTION, TABLE)[TABLE.key_indexes].tolist()
 
 
 class TestFresh:

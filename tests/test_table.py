@@ -238,6 +238,6 @@ def test_any_bytes_are_refused_in_one_line_or_kept_with_fields_added(
     assert texts_of(again) == texts_of(table)
     assert again.given.tolist() == cells.tolist()
     assert gaps_of(again) == gaps_of(table)
-    added = sum(column is None for column in table.label_columns)
+    added = sum(column is None for column in table.label_indexes)
     if added == 2:
         assert without_added(again, table) == content
