@@ -1385,7 +1385,7 @@ class Parameters:
     """The optional parts of a request, as far as this server and model support them."""
 
     form: Form = Form.SCHEMA
-    extras: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.0})  # sent as they are
+    extras: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})  # sent as they are
     completion_bound: str | None = None  # the name of the parameter that bounds the completion
     reasoning_room: int = 0  # tokens that the bound leaves for reasoning, which counts as completion
 
@@ -2010,7 +2010,7 @@ class Attempt:
     failures: int = 0  # calls that failed on their way or in the server
     failed_since: float = math.inf
     # Of the call in flight:
-    parameters: Parameters | None = None
+    parameters: Parameters = field(default_factory=Parameters)
     departure: Departure = NOT_LEFT
     set_aside: float = 0.0
     # When it has landed:
@@ -2251,15 +2251,15 @@ class ThreadSender(Sender):
             departure = self.pace.leave(tokens, now)
             attempt = heapq.heappop(self.waiting)[2] if is_retry else Attempt(requests.pop())
             attempt = replace(attempt, parameters=self.server.parameters, departure=departure, set_aside=amount)
-            self.pool.submit(self._call, attempt, self.server.parameters)
+            self.pool.submit(self._call, attempt)
             self.in_flight += 1
         return 0.5
 
-    def _call(self, attempt: Attempt, parameters: Parameters) -> None:
+    def _call(self, attempt: Attempt) -> None:
         """In a worker: all that one does."""
         response: Response | Exception
         try:
-            response = self.server.call("/chat/completions", build_body(attempt.request, parameters))
+            response = self.server.call("/chat/completions", build_body(attempt.request, attempt.parameters))
         except Exception as error:  # a bug is raised in the main thread
             response = error
         self.completed.put((attempt, response))
