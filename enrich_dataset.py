@@ -536,26 +536,30 @@ class Run:
     def audit(self, cells: Cells) -> dict[str, Any]:
         """Re-query labelled rows individually. Those answers are compared with the labels and never become labels."""
         question = build_question(self.prompt, self.options.labels, is_audit=True)
-        by_model = self.requested & (cells >= 0).all(axis=1)
-        by_model &= (self.table.given < 0).all(axis=1) & (self.from_examples < 0).all(axis=1)
-        numbers = draw_rows(self.table, by_model, self.options.audit, self.options.seed)
-        places = self.table.key_indexes[numbers]
-        pending = numbers[(self.store.known(question, self.table)[places] == BLANK).any(axis=1)]
+        numbers, pending = self.draw_audit(question, (cells >= 0).all(axis=1))
         if len(pending):
             self.console.say("", f"Auditing {len(numbers)} rows, each alone in its call: {len(pending)} API calls...")
             self.plan = replace(self.plan, audited=len(pending))
             self.send((Request((row,), question) for row in self.table.rows(pending)), len(pending))
-        audited = self.store.known(question, self.table)[places]
+        audited = self.store.known(question, self.table)[self.table.key_indexes[numbers]]
         return measure_audit(self.options.labels, numbers, cells[numbers], audited)
+
+    def draw_audit(self, question: Question, labelled: Any) -> tuple[Any, Any]:
+        """The numbers of the rows to audit, of those that the model labelled, and of these the ones to send."""
+        by_model = (self.table.given < 0).all(axis=1) & (self.from_examples < 0).all(axis=1)
+        eligible = self.requested & labelled & by_model
+        numbers = draw_rows(self.table, eligible, self.options.audit, self.options.seed)
+        known = self.store.known(question, self.table)[self.table.key_indexes[numbers]]
+        return numbers, numbers[(known == BLANK).any(axis=1)]
 
     def dry_run_lines(self, batches: Sequence[Batch]) -> list[str]:
         """What would be sent, and last what it would cost."""
         first = next(self.requests(batches), None)
         shown = request_lines(replace(first, rows=first.rows[:1]), self.server.parameters) if first else []
-        rows = itertools.chain.from_iterable(batch.numbers for batch in batches)
-        everything = (True,) * len(self.options.labels)
-        audited = (Batch([number], everything) for number in itertools.islice(rows, self.options.audit))
-        requests = itertools.chain(self.requests(batches), self.requests(audited))
+        question = build_question(self.prompt, self.options.labels, is_audit=True)
+        _, audited = self.draw_audit(question, self.table.lengths > 0)
+        alone = (Request((row,), question) for row in self.table.rows(audited))
+        requests = itertools.chain(self.requests(batches), alone)
         estimate = estimate_cost(requests, self.store.token_rates(self.options.model), self.server)
         return [*shown, f"Distinct rows to send: {self.plan.distinct}", *estimate]
 
@@ -1008,7 +1012,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             draft.unlink(missing_ok=True)
 
 
-# --- Table -> batches -------------------------------------------------------------------------------------
+# --- Batches ----------------------------------------------------------------------------------------------
 #
 # In: a table and what its cells lack. Out: batches, and a plan that says how many rows are sent and why others are not.
 
@@ -1018,7 +1022,7 @@ BATCH_CHARACTERS = 60_000  # of texts; at worst a token each, which is half of w
 class Batch(NamedTuple):
     """Rows that share one request, by their numbers, and for each label whether they lack it."""
 
-    numbers: Sequence[int] | npt.NDArray[np.intp]
+    numbers: npt.NDArray[np.intp]
     lacks: tuple[bool, ...]
 
 
@@ -1164,13 +1168,13 @@ class Question:
 
 def read_prompt(options: Options) -> Prompt:
     definitions = options.new_labels if isinstance(options.new_labels, Mapping) else {}
+    given = options.instructions
+    instructions = read_text(given, "instructions file") if isinstance(given, Path) else (given or "").strip()
     return Prompt(
         options.model,
         options.label_column is not None,
         tuple((label, definition.strip()) for label, definition in definitions.items()),
-        read_text(given, "instructions file")
-        if isinstance(given := options.instructions, Path)
-        else (given or "").strip(),
+        instructions,
         read_examples(options.examples, options.text_column, options.labels),
     )
 

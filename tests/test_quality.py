@@ -241,6 +241,10 @@ class TestAudit:
             for text in (plain, audited)
         ]
         assert tokens[1] > 5 * tokens[0]
+        job.enrich()
+        capsys.readouterr()
+        job.enrich(dry_run=True, audit=20, quiet=False)
+        assert "(from this model's earlier calls): 0 in" not in capsys.readouterr().out
 
 
 def random_tables() -> list[tuple[pd.DataFrame, pd.DataFrame, list[str]]]:
