@@ -163,7 +163,7 @@ class Options:
     text_column: str = field(metadata=about("the column that holds the texts", required=True))
     label_column: str | None = field(metadata=about("a column with an existing label, sent along with each text"))
     new_labels: Sequence[str] | Mapping[str, str] = field(
-        metadata=about("the labels to fill in", "--labels", nargs="+")
+        metadata=about("the labels to fill in (in Python also a dict, label -> definition)", "--labels", nargs="+")
     )
     api_key: str | None = option(
         None, "the key, else OPENAI_API_KEY; a command line is visible to other users of the machine", metavar="KEY"
@@ -183,7 +183,7 @@ class Options:
     fresh: bool = option(False, "send rows again although they have answers; the newest answer counts")
     quiet: bool = option(False, "print nothing but errors")
     price: tuple[float, float] | None = option(
-        None, "US dollars per million prompt and completion tokens, used unchanged for jobs too; else genai-prices'",
+        None, "US dollars per million prompt and completion tokens, for jobs too; else the list of genai-prices",
         ANY_COUNT, type=float, nargs=2, metavar=("IN", "OUT"),
     )  # fmt: skip
     max_cost: float | None = option(None, "US dollars for all runs on this store; stop before exceeding it", ANY_COUNT)
@@ -197,11 +197,13 @@ class Options:
         None, "extra instructions for the model, in a file (in Python also a text)"
     )
     examples: Source | None = option(
-        None, "a CSV of texts with the right labels, which go into the prompt", metavar="CSV"
+        None, "texts with the right labels, which go into the prompt (a CSV, in Python also a DataFrame)", metavar="CSV"
     )
     audit: int = option(0, "number of labelled rows to re-query individually, and compare", ANY_COUNT)
     seed: int = option(0, "decides which rows are audited", ANY_COUNT)
-    gold: Source | None = option(None, "a CSV of labels made by people, to compare with", metavar="CSV")
+    gold: Source | None = option(
+        None, "labels made by people, to compare with (a CSV, in Python also a DataFrame)", metavar="CSV"
+    )
     gold_key: str | None = option(None, "the column by which gold rows are matched; else the text")
     plot: str | Path | None = option(None, "an image file: how common the labels are, and which occur together")
 
@@ -1750,7 +1752,10 @@ class Server:
         self.reached |= response.status > 0
         if outcome in {Outcome.ANSWERED, Outcome.REFUSED}:
             self.succeeded_at, self.failing_since, self.failures, self.unknown_refusals = now, math.inf, 0, 0
-            self._make_room(read_usage(response.body))
+            # Room for twice the reasoning seen, so that an answer which it crowded out fits at the next try.
+            room = 2 * (read_usage(response.body) or Usage()).reasoning
+            if room > self.parameters.reasoning_room:
+                self.parameters = replace(self.parameters, reasoning_room=room)
         elif outcome is Outcome.UNKNOWN:
             outcome, reason = self._judge_unknown(response, reason, sent_with)
         elif outcome is Outcome.TRANSIENT:
@@ -1762,8 +1767,16 @@ class Server:
 
     def _judge_unknown(self, response: Response, reason: str, sent_with: Parameters | None) -> tuple[Outcome, str]:
         """A refusal for an unknown reason: of a parameter, of these texts, or of everything?"""
-        if sent_with in (self.parameters, None) and response.status in {400, 422}:
-            self._leave_out(f"{error_words(response.body)[1]} {look_up(response.body, 'error', 'param')}")
+        words = f"{error_words(response.body)[1]} {look_up(response.body, 'error', 'param')}"
+        is_new = sent_with in (self.parameters, None) and response.status in {400, 422}
+        lower = fall_back(self.parameters, words) if is_new else None
+        if lower:
+            self.parameters, name = lower
+            self.warn(f"{self.host} refuses a parameter of the request: continuing with {name}.")
+        if self.is_capped and self.parameters.completion_bound is None:
+            self.fatal_error = ProviderError(
+                f"{self.host} cannot limit the length of completions, so the cost cannot be capped: drop `max_cost`."
+            )
         if self.fatal_error:
             return Outcome.FATAL, reason
         if sent_with != self.parameters:
@@ -1771,24 +1784,6 @@ class Server:
         self.unknown_refusals += 1
         everything = self.unknown_refusals >= UNKNOWN_LIMIT
         return (Outcome.FATAL if everything else Outcome.REFUSED), f"refused by the server ({reason})"
-
-    def _leave_out(self, message: str) -> None:
-        """Do without the parameter that a message refuses, if it is one, for the rest of the run."""
-        lower = fall_back(self.parameters, message)
-        if lower is None:
-            return
-        self.parameters, name = lower
-        self.warn(f"{self.host} refuses a parameter of the request: continuing with {name}.")
-        if self.is_capped and self.parameters.completion_bound is None:
-            self.fatal_error = ProviderError(
-                f"{self.host} cannot limit the length of completions, so the cost cannot be capped: drop `max_cost`."
-            )
-
-    def _make_room(self, usage: Usage | None) -> None:
-        """Leave room for twice the reasoning seen, so that an answer which it crowded out fits at the next try."""
-        room = 2 * usage.reasoning if usage else 0
-        if room > self.parameters.reasoning_room:
-            self.parameters = replace(self.parameters, reasoning_room=room)
 
     def explain(self, response: Response, rows: Iterable[Row] = ()) -> ProviderError:
         """The line for a response after which no request will succeed; `rows` are what was sent."""
@@ -2340,7 +2335,6 @@ class Job:
     number: int = 0  # in the store
     batch_id: str | None = None
     parameters: Parameters | None = None  # None: an earlier run's
-    done: int = 0
 
 
 @dataclass
@@ -2516,16 +2510,16 @@ class JobSender(Sender):
 
     def _poll(self) -> list[tuple[Job, dict[str, Any]]]:
         """Ask how the jobs are, and return those that have ended."""
-        ended = []
+        ended, done = [], 0
         for job in list(self.jobs):
             name = str(job.batch_id)
             batch = self._call_with_retries(partial(self.server.call, f"/batches/{name}"), name)
-            done = sum(int(look_up(batch, "request_counts", kind) or 0) for kind in ("completed", "failed"))
-            job.done = min(len(job.attempts), done)
+            count = sum(int(look_up(batch, "request_counts", kind) or 0) for kind in ("completed", "failed"))
+            done += min(len(job.attempts), count)
             if batch.get("status") in ENDED:
                 self.jobs.remove(job)
                 ended.append((job, batch))
-        self.progress.ahead(sum(job.done for job in [*self.jobs, *(job for job, _ in ended)]))
+        self.progress.ahead(done)
         return ended
 
     def _collect(self, job: Job, batch: dict[str, Any]) -> Iterator[Attempt]:
