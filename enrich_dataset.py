@@ -324,7 +324,8 @@ def accepts(make: Callable[P, Options]) -> Callable[[Callable[[Options], T]], Ca
                 raise TypeError(f"{function.__name__}() {error}") from None
             return function(make(*args, **kwargs))
 
-        call.__doc__ = (function.__doc__ or "").replace("{options}", "\n        ".join(lines))
+        # Python 3.13 takes the indentation off docstrings, earlier ones leave it.
+        call.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("{options}", "\n    ".join(lines))
         setattr(call, "__signature__", signature)  # noqa: B010 # which mypy does not know of functions
         return call
 
@@ -444,7 +445,7 @@ class Run:
             if options.dry_run:
                 say(*self.dry_run_lines(batches))
                 cells = self.known_cells()
-                return cells, self.report(cells)
+                return cells, self.report(cells, {})
 
             # 2. Send it.
             if batches or (self.sender.collects_jobs and self.store.open_jobs()):
@@ -454,9 +455,9 @@ class Run:
             cells = self.save()
 
             # 4. How good are the labels?
-            audit = self.audit(cells) if options.audit else None
-            gold = compare_with_gold(self.gold, cells, options) if self.gold else None
-            report = self.report(cells, audit, gold)
+            figures = {"audit": self.audit(cells)} if options.audit else {}
+            figures |= compare_with_gold(self.gold, cells, options) if self.gold else {}
+            report = self.report(cells, figures)
             say(*closing_lines(report))
             write_record(report, self.prompt, self.table)
             if options.plot is not None:
@@ -489,7 +490,7 @@ class Run:
                 self.answer(Queue(requests), sender, progress)
             except (Exception, Stopped):
                 self.counts.seconds += time.monotonic() - started
-                self.console.warn(unfinished_line(self.report(self.save())))
+                self.console.warn(unfinished_line(self.report(self.save(), {})))
                 raise
             finally:
                 self.budget.close()
@@ -565,7 +566,7 @@ class Run:
         estimate = estimate_cost(requests, self.store.token_rates(self.options.model), self.server)
         return [*shown, f"Distinct rows to send: {self.plan.distinct}", *estimate]
 
-    def report(self, cells: Cells, audit: dict[str, Any] | None = None, gold: Gold | None = None) -> Report:
+    def report(self, cells: Cells, figures: dict[str, Any]) -> Report:
         """The results so far."""
         blank = self.requested & (self.table.lengths > 0) & (cells < 0).any(axis=1)
         waiting = (cells == IN_JOB).any(axis=1)
@@ -589,8 +590,7 @@ class Run:
             served=self.store.served(self.options.model),
             totals=self.store.totals(),
             started_at=self.started_at,
-            audit=audit,
-            gold=gold,
+            figures=figures,
         )
 
 
@@ -2992,54 +2992,48 @@ def evaluate_labels(predicted: pd.DataFrame, gold: pd.DataFrame, labels: Sequenc
     return frame.astype(dict.fromkeys(["rows", "support", "tp", "fp", "fn", "tn"], "Int64"))
 
 
-@dataclass(frozen=True)
-class Gold:
-    """Labels made by people, the keys by which rows are matched, and in the end the figures."""
+class Gold(NamedTuple):
+    """Labels made by people, and the keys by which the table's rows are matched with them."""
 
-    keys: list[str]  # of the table's rows
-    gold_keys: list[str]
-    cells: Cells
-    figures: dict[Any, dict[Any, Any]] = field(default_factory=dict)  # by label
-    unmatched: dict[str, int] = field(default_factory=dict)  # gold rows that could not be compared, by reason
+    keys: pd.Index[Any]  # of the table's rows
+    people: pd.DataFrame  # label columns, indexed by their keys
 
 
 def read_gold(options: Options, table: Table) -> Gold | None:
     if options.gold is None:
         return None
+    import pandas as pd
+
     key = options.gold_key or options.text_column
     keyed = table if options.gold_key is None else read_table(options.input_filepath, Columns(key, None, ()))
     gold = read_table(options.gold, Columns(key, None, options.labels))
     if not (gold.given >= 0).any():
         raise InputError(f"The gold labels ({gold.source}) have no 0 or 1 in a column of any label.")
-    keys, gold_keys = ([row.text for row in source.rows()] for source in (keyed, gold))
-    return Gold(keys, gold_keys, gold.given)
+    keys, gold_keys = (pd.Index([row.text for row in source.rows()]) for source in (keyed, gold))
+    return Gold(keys, pd.DataFrame(label_columns(gold.given, options.labels), gold_keys))
 
 
-def compare_with_gold(gold: Gold, cells: Cells, options: Options) -> Gold:
-    """The comparison with people, of the labels that they gave."""
+def compare_with_gold(gold: Gold, cells: Cells, options: Options) -> dict[str, Any]:
+    """The figures of the labels that people gave, and how many of their rows could not be compared, by reason."""
     import pandas as pd
 
-    index, labels = pd.Index(gold.keys), options.labels
-    predicted = pd.DataFrame(label_columns(cells, labels), index)
-    repeated = predicted[index.duplicated(keep=False)]
+    keys, people = gold
+    predicted = pd.DataFrame(label_columns(cells, options.labels), keys)
+    repeated = predicted[keys.duplicated(keep=False)]
     if repeated.groupby(level=0).nunique(dropna=False).gt(1).any(axis=None):
         named = "text" if options.gold_key is None else options.gold_key
         raise InputError(
             f"Rows with the same {named!r} have different labels, so they cannot be matched with the gold labels: "
             "pass `gold_key` and a column that is unique."
         )
-    predicted = predicted[~index.duplicated()]
-    people = pd.DataFrame(label_columns(gold.cells, labels), pd.Index(gold.gold_keys))
-    figures = evaluate_labels(predicted, people, [label for label in labels if people[label].notna().any()])
+    predicted = predicted[~keys.duplicated()]
+    figures = evaluate_labels(predicted, people, [label for label in options.labels if people[label].notna().any()])
     found = predicted.reindex(people.index[people.index.isin(predicted.index)])
-    return replace(
-        gold,
-        figures=figures.astype(object).where(figures.notna(), math.nan).to_dict("index"),
-        unmatched={
-            "not in the table": len(people) - len(found),
-            "not labelled": int(found.isna().any(axis=1).sum()),
-        },
-    )
+    unlabelled = int(found.isna().any(axis=1).sum())
+    return {
+        "gold": figures.astype(object).where(figures.notna(), math.nan).to_dict("index"),
+        "gold_unmatched": {"not in the table": len(people) - len(found), "not labelled": unlabelled},
+    }
 
 
 # --- Report -----------------------------------------------------------------------------------------------
@@ -3070,18 +3064,11 @@ class Report:
     served: list[dict[str, Any]]
     totals: dict[str, Any]  # of all runs on this store
     started_at: datetime
-    audit: dict[str, Any] | None  # figures by label
-    gold: Gold | None
+    figures: dict[str, Any]  # "audit", "gold" and "gold_unmatched", if requested
 
     @property
     def cost(self) -> float | None:
         return self.counts.cost if self.knows_price else None
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """Of the checks that were requested."""
-        figures: dict[str, Any] = {} if self.audit is None else {"audit": self.audit}
-        return figures | ({"gold": self.gold.figures, "gold_unmatched": self.gold.unmatched} if self.gold else {})
 
     def attributes(self) -> dict[str, Any]:
         """For a frame's `attrs`."""
@@ -3211,24 +3198,25 @@ def table_lines(report: Report) -> list[str]:
         rows = [[label, *map(percent, shares.values())] for label, shares in report.by_existing.items()]
         values = [value or "(blank)" for value in next(iter(report.by_existing.values()))]
         lines += ["", f"=== Share of each label by {report.options.label_column!r} ===", *align(["", *values], rows)]
-    if report.audit is not None:
+    if "audit" in report.figures:
         head = ["", "rows", "agree", "95 % interval", "Cohen's kappa", "rows that differ (from 0)"]
         rows = []
-        for label, figures in report.audit.items():
+        for label, figures in report.figures["audit"].items():
             agreement, interval = percent(figures["agreement"]), " to ".join(map(percent, figures["agreement_95"]))
             numbers = figures["rows_that_differ"]
             more = f" and {len(numbers) - SHOWN_VALUES} more" if len(numbers) > SHOWN_VALUES else ""
             shown = ", ".join(map(str, numbers[:SHOWN_VALUES])) + more
             rows.append([label, str(figures["rows"]), agreement, interval, decimal(figures["kappa"]), shown])
         lines += ["", "=== Audit: re-queried, each row alone ===", *align(head, rows)]
-    if report.gold:
+    if "gold" in report.figures:
         head = ["", "rows", "support", "precision", "recall", "f1", "accuracy", "kappa", "tp", "fp", "fn", "tn"]
         rows = [
             [label, *(decimal(value) if isinstance(value, float) else str(value) for value in figures.values())]
-            for label, figures in report.gold.figures.items()
+            for label, figures in report.figures["gold"].items()
         ]
         lines += ["", "=== Comparison with people ===", *align(head, rows)]
-        lines += [f"Gold rows that are {what}: {count}" for what, count in report.gold.unmatched.items() if count]
+        unmatched = report.figures["gold_unmatched"].items()
+        lines += [f"Gold rows that are {what}: {count}" for what, count in unmatched if count]
     return lines
 
 

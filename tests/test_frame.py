@@ -122,7 +122,7 @@ def test_the_signature_shows_every_option_with_its_default_and_the_docstring_exp
         assert shown[name].default == options[name].default
     for function, parameters in ((enrich_dataframe, shown), (enrich_dataset, options)):
         assert function.__doc__
-        assert all(f"        {name}: " in function.__doc__ for name in parameters)
+        assert all(f"\n    {name}: " in function.__doc__ for name in parameters)
 
 
 def test_an_empty_frame_makes_no_call_and_needs_no_key() -> None:
