@@ -1352,7 +1352,7 @@ class Request:
 
     @property
     def is_sendable(self) -> bool:
-        """False for an earlier run's, whose wording or rows this run does not have."""
+        """False if it came back from the store without its wording or texts, which this run does not have."""
         return bool(self.question.system_message) and all(row.text for row in self.rows)
 
 
