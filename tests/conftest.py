@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,12 @@ class Job:
         program = [sys.executable, str(ROOT / "enrich_dataset.py")]
         arguments = self.arguments("--base-url", self.server.url, *more)
         return subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def wait_in_flight(self, count: int = 1) -> None:
+        """Until the server is at so many calls, or 20 seconds have passed."""
+        deadline = time.monotonic() + 20
+        while self.server.in_flight < count and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     @property
     def cells(self) -> list[list[str]]:

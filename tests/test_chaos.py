@@ -207,10 +207,7 @@ def test_a_job_is_found_again_whatever_the_two_clocks_say(job: Job, skew: float)
 def test_a_second_process_on_one_output_is_refused_and_the_first_goes_on(job: Job) -> None:
     job.server.first_token = 0.3
     first = job.write(make_texts(120)).process()
-    for _ in range(500):
-        time.sleep(0.02)
-        if job.server.in_flight:
-            break
+    job.wait_in_flight()
     second = job.process()
     _, errors = second.communicate(timeout=30)
     assert second.returncode == 2

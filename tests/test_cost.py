@@ -184,9 +184,7 @@ class TestCap:
     def test_what_was_in_flight_when_a_run_was_killed_counts(self, job: Job) -> None:
         job.server.first_token = 20
         process = job.write(make_texts(40)).process("--max-cost", "1", "--max-workers", "2")
-        deadline = time.monotonic() + 20
-        while job.server.in_flight < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        job.wait_in_flight(2)
         process.kill()
         process.communicate()
         job.server.first_token = 0
@@ -204,9 +202,7 @@ class TestCap:
     def test_what_was_in_flight_at_a_second_ctrl_c_counts(self, job: Job) -> None:
         job.server.first_token = 20
         process = job.write(make_texts(40)).process("--max-cost", "1", "--max-workers", "2")
-        deadline = time.monotonic() + 20
-        while job.server.in_flight < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        job.wait_in_flight(2)
         process.send_signal(signal.SIGINT)
         time.sleep(0.7)
         process.send_signal(signal.SIGINT)

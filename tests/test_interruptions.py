@@ -41,9 +41,7 @@ def test_an_interrupted_run_keeps_what_came_back_and_goes_on(job: Job, number: s
 def test_a_second_ctrl_c_leaves_at_once(job: Job) -> None:
     job.server.first_token = 20
     process = job.write(make_texts(30)).process()
-    deadline = time.monotonic() + 20
-    while job.server.in_flight < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    job.wait_in_flight(3)
     process.send_signal(signal.SIGINT)
     time.sleep(0.7)
     assert process.poll() is None
@@ -80,9 +78,7 @@ def test_a_killed_run_leaves_the_earlier_csv_whole(job: Job) -> None:
     before = job.output.read_bytes()
     job.server.first_token = 5
     process = job.process()
-    deadline = time.monotonic() + 20
-    while not job.server.in_flight and time.monotonic() < deadline:
-        time.sleep(0.02)
+    job.wait_in_flight()
     process.send_signal(signal.SIGKILL)
     assert process.wait(10) == -signal.SIGKILL
     process.communicate()
