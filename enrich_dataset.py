@@ -45,6 +45,7 @@ import random
 import re
 import signal
 import sqlite3
+import stat
 import sys
 import tempfile
 import threading
@@ -57,10 +58,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from enum import Enum, auto
 from functools import lru_cache, partial
+from itertools import compress
 from pathlib import Path
 from statistics import median
 from typing import (
@@ -110,6 +112,7 @@ class EnrichmentError(Exception):
     """
 
     exit_code = 1
+    frame: pd.DataFrame | None = None  # of `enrich_dataframe`: the rows that were labelled before
 
     def __init__(self, message: str) -> None:
         super().__init__(name_options(message, as_flags=False))
@@ -133,6 +136,8 @@ class BudgetExceeded(EnrichmentError):  # noqa: N818 # it is nobody's error
 class Stopped(KeyboardInterrupt):
     """The user asked to stop, and the calls in flight have come back."""
 
+    frame: pd.DataFrame | None = None  # as an EnrichmentError has it
+
 
 # --- Options ----------------------------------------------------------------------------------------------
 #
@@ -140,64 +145,87 @@ class Stopped(KeyboardInterrupt):
 # An option is declared here and nowhere else: signatures, docstrings, flags and range checks follow from its field.
 
 ANY_COUNT = (0, math.inf)
+# The default model until a day, and from that day on: gpt-4o-mini is shut down then (OpenAI, deprecations).
+DEFAULT_MODELS = ("gpt-4o-mini", date(2027, 1, 14), "gpt-6-luna")
 
 
-def about(text: str, flag: str = "", limits: tuple[float, float] | None = None, **argument: Any) -> dict[str, Any]:
-    """An option's field metadata: `limits` are a number's, `argument` goes to argparse."""
-    return {"help": text, "flag": flag, "limits": limits, "argument": argument}
+def default_model(today: date) -> str:
+    before, day, after = DEFAULT_MODELS
+    return before if today < day else after
 
 
-def option(default: T, text: str, limits: tuple[float, float] | None = None, flag: str = "", **argument: Any) -> T:
+def about(
+    text: str, limits: tuple[float, float] | None = None, flag: str = "", heading: str = "", **argument: Any
+) -> dict[str, Any]:
+    """An option's field metadata: `limits` are a number's, a `heading` of the help holds until the next one, `argument`
+    goes to argparse."""
+    return {"help": text, "limits": limits, "flag": flag, "heading": heading, "argument": argument}
+
+
+def option(default: T, text: str, limits: tuple[float, float] | None = None, **more: Any) -> T:
     """The field of an option that may be left out."""
-    return field(default=default, metadata=about(text, flag, limits, **argument))
+    return field(default=default, metadata=about(text, limits, **more))
+
+
+FILES, SERVER, SPEED = "input and output", "model and server", "speed"
 
 
 @dataclass(frozen=True)
 class Options:
     """The options of one run, with their defaults; an instance has been checked."""
 
-    input_filepath: Source = field(metadata=about("the CSV with the texts", "--input", metavar="CSV", required=True))
+    input_filepath: Source = field(
+        metadata=about("the CSV with the texts", flag="--input", heading=FILES, metavar="CSV", required=True)
+    )
     output_filepath: str | Path | None = field(
-        metadata=about("the CSV to write", "--output", metavar="CSV", required=True)
+        metadata=about("the CSV to write", flag="--output", metavar="CSV", required=True)
     )
     text_column: str = field(metadata=about("the column that holds the texts", required=True))
     label_column: str | None = field(metadata=about("a column with an existing label, sent along with each text"))
     new_labels: Sequence[str] | Mapping[str, str] = field(
-        metadata=about("the labels to fill in (in Python also a dict, label -> definition)", "--labels", nargs="+")
+        metadata=about("the labels to fill in (in Python also a dict, label -> definition)", flag="--labels", nargs="+")
     )
     api_key: str | None = option(
-        None, "the key, else OPENAI_API_KEY; a command line is visible to other users of the machine", metavar="KEY"
+        None, "the key, else OPENAI_API_KEY; a command line is visible to other users of the machine",
+        heading=SERVER, metavar="KEY",
+    )  # fmt: skip
+    model: str = option(default_model(date.today()), "the chat model")
+    batch_size: int | Literal["auto"] = option(
+        10, "rows per call, 1 to 500, or auto (by the texts' length)", (1, 500), heading=SPEED
     )
-    model: str = option("gpt-4o-mini", "the chat model")
-    batch_size: int | Literal["auto"] = option(10, "rows per call, 1 to 500, or auto (by the texts' length)", (1, 500))
-    start_index: int = option(0, "the first row to label, counted from 0", ANY_COUNT)
-    max_workers: int | Literal["auto"] = option(3, "calls at once, 1 to 500, or auto (by the number of rows)", (1, 500))
+    start_index: int = option(0, "the first row to label, counted from 0", ANY_COUNT, heading=FILES)
+    max_workers: int | Literal["auto"] = option(
+        3, "calls at once, 1 to 500, or auto (by the number of rows)", (1, 500), heading=SPEED
+    )
     _: KW_ONLY
-    limit: int | None = option(None, "label at most N rows, from the first one on", (1, math.inf))
-    base_url: str | None = option(None, "another server's address; else OPENAI_BASE_URL, else OpenAI's", metavar="URL")
     timeout: float = option(
         120.0, "seconds that a call may be silent before it is retried", (0.001, 86_400), metavar="SECONDS"
     )
     max_retries: int = option(8, "retries of a call that failed; rate-limit waits don't count", (0, 1000))
+    limit: int | None = option(None, "label at most N rows, from the first one on", (1, math.inf), heading=FILES)
     store_filepath: str | Path | None = option(None, "the file of answers; else OUTPUT.answers.sqlite3", flag="--store")
     fresh: bool = option(False, "send rows again although they have answers; the newest answer counts")
+    overwrite: bool = option(False, "replace files that are there already and that no run on this store wrote")
     quiet: bool = option(False, "print nothing but errors")
+    base_url: str | None = option(
+        None, "another server's address; else OPENAI_BASE_URL, else OpenAI's", heading=SERVER, metavar="URL"
+    )
+    dry_run: bool = option(
+        False, "send and write nothing; print what would be sent, and what it would cost", heading="cost"
+    )
+    max_cost: float | None = option(None, "US dollars for all runs on this store; stop before exceeding it", ANY_COUNT)
     price: tuple[float, float] | None = option(
         None, "US dollars per million prompt and completion tokens, for jobs too; else the list of genai-prices",
         ANY_COUNT, type=float, nargs=2, metavar=("IN", "OUT"),
     )  # fmt: skip
-    max_cost: float | None = option(None, "US dollars for all runs on this store; stop before exceeding it", ANY_COUNT)
-    dry_run: bool = option(False, "send and write nothing; print what would be sent, and what it would cost")
-    use_batch_api: bool = option(
-        False, "send jobs to OpenAI's Batch API: half the price, within a day", flag="--batch-api"
-    )
-    poll_interval: float = option(60.0, "seconds between checks of the jobs", (0.01, 86_400), metavar="SECONDS")
-    no_wait: bool = option(False, "submit jobs, collect what has ended, and leave; the next run collects the rest")
     instructions: str | Path | None = option(
-        None, "extra instructions for the model, in a file (in Python also a text)"
+        None, "extra instructions for the model, in a file (in Python also a text)", heading="better labels"
     )
     examples: Source | None = option(
         None, "texts with the right labels, which go into the prompt (a CSV, in Python also a DataFrame)", metavar="CSV"
+    )
+    by: str | None = option(
+        None, "a column by which shares are broken down, never sent; else the label column", heading="checking labels"
     )
     audit: int = option(0, "number of labelled rows to re-query individually, and compare", ANY_COUNT)
     seed: int = option(0, "decides which rows are audited", ANY_COUNT)
@@ -206,6 +234,11 @@ class Options:
     )
     gold_key: str | None = option(None, "the column by which gold rows are matched; else the text")
     plot: str | Path | None = option(None, "an image file: how common the labels are, and which occur together")
+    use_batch_api: bool = option(
+        False, "send jobs to OpenAI's Batch API: half the price, within a day", flag="--batch-api", heading="Batch API"
+    )
+    no_wait: bool = option(False, "submit jobs, collect what has ended, and leave; the next run collects the rest")
+    poll_interval: float = option(60.0, "seconds between checks of the jobs", (0.01, 86_400), metavar="SECONDS")
 
     def __post_init__(self) -> None:
         """Reject options that cannot work with any file or server."""
@@ -227,37 +260,74 @@ class Options:
             raise InputError("`no_wait` is for Batch API jobs: drop it, or send jobs.")
         if self.gold_key is not None and self.gold is None:
             raise InputError("`gold_key` needs gold labels: pass `gold`, or drop it.")
+        if not isinstance(self.new_labels, (str, Mapping)):  # an array or a generator will do
+            object.__setattr__(self, "new_labels", list(self.new_labels))
         check_labels(self.new_labels)
+        for column in {self.text_column, self.label_column} & {*self.labels}:
+            raise InputError(
+                f"{column!r} is a column that is read, and cannot be a new label as well: rename the label."
+            )
         if self.plot is not None:
-            require_matplotlib()
+            check_plot(Path(self.plot))
         try:
             self._check_paths()
         except OSError as error:
             raise InputError(f"The path {error.filename} cannot be used ({error.strerror}): choose another.") from None
 
     def _check_paths(self) -> None:
-        source = Path(self.input_filepath) if isinstance(self.input_filepath, (str, Path)) else None
-        if source and not source.is_file():
-            raise InputError(f"There is no file {source}: check the path of the input.")
-        written = {"output": self.output_filepath, "store": self.store_path, "plot": self.plot}
-        paths = {what: Path(path) for what, path in written.items() if path is not None}
-        for what, path in paths.items():
+        read, written = self.read, self.all_written
+        if "input" not in read and self.output_filepath is not None:
+            raise InputError("`input_filepath` must be a path: label a DataFrame by enrich_dataframe(df, ...).")
+        if "input" in read and not read["input"].is_file():
+            raise InputError(f"There is no file {read['input']}: check the path of the input.")
+        for what, path in {**read, **written}.items():
+            if what in {"input", "gold", "examples", "output"}:
+                check_kind(what, path)
+        for what, path in written.items():
             if path.is_dir():
                 raise InputError(f"The {what} {path} is a folder: add a file name.")
+            if path.exists() and not path.is_file():
+                raise InputError(f"The {what} {path} is a device or a pipe: choose a file.")
             if not path.parent.is_dir():
                 raise InputError(f"There is no folder {path.parent} for the {what}: create it, or choose another.")
-            if source and path.exists() and path.samefile(source):
-                raise InputError(f"The {what} is the input itself ({source}): choose another file.")
-        if "output" in paths and paths["store"].resolve() == paths["output"].resolve():
-            raise InputError(f"The store and the output are the same file ({paths['output']}): choose two.")
+        check_apart(written, read)
+        check_apart(written, written)
 
     @property
     def labels(self) -> tuple[str, ...]:
         return tuple(self.new_labels)
 
     @property
+    def read(self) -> dict[str, Path]:
+        """The files that the run reads, by what they are."""
+        given = {
+            "input": self.input_filepath, "gold": self.gold, "examples": self.examples,
+            "instructions": self.instructions if isinstance(self.instructions, Path) else None,
+        }  # fmt: skip
+        return {what: Path(path) for what, path in given.items() if isinstance(path, (str, Path))}
+
+    @property
+    def written(self) -> dict[str, Path]:
+        """The files that the run writes besides its store, by what they are."""
+        files = {} if self.plot is None else {"plot": Path(self.plot)}
+        if self.output_filepath is not None:
+            files |= {"output": Path(self.output_filepath), "record": Path(f"{self.output_filepath}.run.json")}
+        if self.output_filepath is not None and self.gold is not None:
+            files |= {"disagreements": Path(f"{self.output_filepath}.disagreements.csv")}
+        return files
+
+    @property
+    def all_written(self) -> dict[str, Path]:
+        return self.written | ({} if self.store_path is None else {"store": self.store_path})
+
+    @property
     def columns(self) -> Columns:
-        return Columns(self.text_column, self.label_column, self.labels)
+        return Columns(self.text_column, self.label_column, self.labels, self.by_column)
+
+    @property
+    def by_column(self) -> str | None:
+        """The column that shares are broken down by."""
+        return self.label_column if self.by is None else self.by
 
     @property
     def store_path(self) -> Path | None:
@@ -265,6 +335,32 @@ class Options:
         if self.store_filepath is not None:
             return Path(self.store_filepath)
         return None if self.output_filepath is None else Path(f"{self.output_filepath}.answers.sqlite3")
+
+
+NOT_CSV = {".xlsx": "excel", ".xls": "excel", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+
+
+def check_kind(what: str, path: Path) -> None:
+    """Refuse a table that is no CSV, or that would be a CSV under another kind's name."""
+    kind = NOT_CSV.get(path.suffix.lower())
+    lines = ", lines=True" if path.suffix.lower() == ".jsonl" else ""
+    if kind and what == "output":
+        raise InputError(
+            f"The output {path} would hold a CSV: end it in .csv, and convert that with pandas afterwards."
+        )
+    if kind:
+        raise InputError(
+            f"The {what} {path} is not a CSV: convert it with "
+            f"pandas.read_{kind}({str(path)!r}{lines}).to_csv({str(path.with_suffix('.csv'))!r}, index=False)."
+        )
+
+
+def check_apart(written: Mapping[str, Path], others: Mapping[str, Path]) -> None:
+    """Refuse to write a file that is used as something else, too."""
+    for (what, path), (other, its_path) in itertools.product(written.items(), others.items()):
+        is_same = path.resolve() == its_path.resolve()
+        if what != other and (is_same or (path.exists() and its_path.exists() and path.samefile(its_path))):
+            raise InputError(f"The {what} is the {other} itself ({path}): choose another file for the {what}.")
 
 
 OPTIONS = {declared.name: declared for declared in dataclasses.fields(Options)}
@@ -289,19 +385,29 @@ def check_number(value: Any, declared: dataclasses.Field[Any]) -> None:
         raise InputError(f"`{declared.name}` must be {limits}, not {value}.")
 
 
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # joiners and odd blanks are letters' own
+
+
 def check_labels(labels: Sequence[str] | Mapping[str, str]) -> None:
     if isinstance(labels, str):
         raise InputError(f"`new_labels` must be a list of names, not a string: pass [{labels!r}].")
     if not labels:
         raise InputError("No labels were given: pass at least one.")
     for label in labels:
-        if not isinstance(label, str) or not label.strip() or not label.isprintable():
+        if not isinstance(label, str) or not label.strip() or UNPRINTABLE.search(label):
             raise InputError(f"A label must be a name of printable characters, not {label!r}.")
-    if isinstance(labels, Mapping) and not all(isinstance(definition, str) for definition in labels.values()):
-        raise InputError("A codebook's definitions must be texts: write one for each label, or an empty one.")
-    repeated = [label for label, count in Counter(list(labels)).items() if count > 1]
-    if repeated:
-        raise InputError(f"The label {repeated[0]!r} appears more than once: pass each label once.")
+        if label != label.strip():
+            raise InputError(f"The label {label!r} begins or ends with a blank: remove it.")
+    seen: dict[str, str] = {}
+    for label in labels:
+        if label in seen.values():
+            raise InputError(f"The label {label!r} appears more than once: pass each label once.")
+        if label.casefold() in seen:
+            raise InputError(f"The labels {seen[label.casefold()]!r} and {label!r} differ only in case: rename one.")
+        seen[label.casefold()] = label
+    for label, definition in labels.items() if isinstance(labels, Mapping) else ():
+        if not isinstance(definition, str) or not definition.strip():
+            raise InputError(f"The definition of {label!r} must be a text that is not empty: write one.")
 
 
 def accepts(make: Callable[P, Options]) -> Callable[[Callable[[Options], T]], Callable[P, T]]:
@@ -362,7 +468,7 @@ def enrich_dataset(options: Options) -> pd.DataFrame:
         EnrichmentError: a file could not be written; what came back before is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM; calls in flight were waited for and kept, and the CSV was written.
     """
-    table, cells, report = label_file(options, Console(options.quiet))
+    table, cells, report = label_table(options, Console(options.quiet))
     return labelled_frame(table.to_frame(), cells, report)
 
 
@@ -376,9 +482,8 @@ def frame_options(
     **options: Any,
 ) -> Options:
     if not hasattr(df, "iloc") or not hasattr(df, "columns"):
-        raise InputError(
-            f"enrich_dataframe() takes a DataFrame, not a {type(df).__name__}: a CSV is for enrich_dataset."
-        )
+        hint = "for a CSV there is enrich_dataset" if isinstance(df, (str, Path)) else "make one of it"
+        raise InputError(f"enrich_dataframe() takes a DataFrame as `df`, not a {type(df).__name__}: {hint}.")
     return Options(df, None, text_column, label_column, new_labels, quiet=quiet, **options)
 
 
@@ -394,25 +499,24 @@ def enrich_dataframe(options: Options) -> pd.DataFrame:
     Returns and raises what `enrich_dataset` does. Without `store_filepath` the answers live in memory only. An empty
     DataFrame makes no call, so that on Dask `meta=enrich_dataframe(ddf._meta, ...)` is what `map_partitions` wants.
     """
-    console = Console(options.quiet)
     frame: pd.DataFrame = options.input_filepath  # type: ignore[assignment]
-    table = read_table(frame, options.columns)
-    cells, report = Run(options, table, Server(options, console.warn), console).label()
+    _, cells, report = label_table(options, Console(options.quiet))
     return labelled_frame(frame.copy(), cells, report)
 
 
-def label_file(options: Options, console: Console) -> tuple[Table, Cells, Report]:
-    """What the command and `enrich_dataset` share."""
-    if not isinstance(options.input_filepath, (str, Path)):
-        raise InputError("`input_filepath` must be a path: label a DataFrame by enrich_dataframe(df, ...).")
+def label_table(options: Options, console: Console) -> tuple[Table, Cells, Report]:
+    """What the command and the two functions share."""
     server = Server(options, console.warn)
-    console.say(f"Loading dataset from {options.input_filepath}...")
+    is_file = isinstance(options.input_filepath, (str, Path))
+    if is_file:
+        console.say(f"Loading dataset from {options.input_filepath}...")
     table = read_table(options.input_filepath, options.columns)
-    console.say(f"Dataset loaded: {len(table)} rows")
+    if is_file:
+        console.say(f"Dataset loaded: {len(table)} rows")
     if table.encoding == "cp1252":
         console.say("Encoding: cp1252, since the file is not UTF-8")
-    cells, report = Run(options, table, server, console).label()
-    return table, cells, report
+    run = Run(options, table, server, console)
+    return table, run.label(), run.report
 
 
 class Run:
@@ -423,29 +527,30 @@ class Run:
         self.options = options = fit_to_table(options, table, self.requested)
         self.table, self.server, self.console = table, server, console
         self.sender: type[Sender] = JobSender if options.use_batch_api else ThreadSender
-        self.prompt = read_prompt(options)
-        self.question = build_question(self.prompt, options.labels)
+        self.prompt = read_prompt(options, server.address)
         self.gold = read_gold(options, table)
         self.from_examples = example_cells(table, self.prompt.examples, options.labels)
-        self.counts = Counts()
-        self.started_at = datetime.now(UTC)
+        self.report = Report(options, server.host, server.knows_price, server.is_local, len(table))
         self.save_at = time.monotonic() + SAVE_SECONDS
 
-    def label(self) -> tuple[Cells, Report]:
-        options, say = self.options, self.console.say
+    def label(self) -> Cells:
+        options, report, say = self.options, self.report, self.console.say
         say(*opening_lines(options, self.sender))
         with open_store(options, needs_key=self.sender.calls_server and not self.server.api_key) as self.store:
-            self.budget = Budget(options.max_cost, *self.store.money(), self.store.note_in_flight)
+            self.files = Files(self.store, options.overwrite)
+            self.files.check(options.written)
+            self.budget = Budget(options.max_cost, self.store)
+            report.spent_before, report.keeps_answers = self.budget.spent, self.store.path is not None
 
             # 1. What is not known yet, in batches of rows that lack the same labels.
             cells = self.known_cells(fresh=options.fresh)
             batches = make_batches(self.table, (cells == BLANK) & self.requested[:, None], int(options.batch_size))
-            self.plan = make_plan(self.table, cells, self.requested, self.from_examples, batches)
-            say(*plan_lines(self.plan, options, self.sender))
+            report.note_plan(self.table, cells, self.requested, self.from_examples, batches)
+            stale = [] if options.fresh else self.store.stale(self.prompt, self.table, batches)
+            say(*plan_lines(report, stale, self.sender))
             if options.dry_run:
                 say(*self.dry_run_lines(batches))
-                cells = self.known_cells()
-                return cells, self.report(cells, {})
+                return self.finish(self.known_cells())
 
             # 2. Send it.
             if batches or (self.sender.collects_jobs and self.store.open_jobs()):
@@ -455,25 +560,29 @@ class Run:
             cells = self.save()
 
             # 4. How good are the labels?
-            figures = {"audit": self.audit(cells)} if options.audit else {}
-            figures |= compare_with_gold(self.gold, cells, options) if self.gold else {}
-            report = self.report(cells, figures)
+            if options.audit:
+                report.figures["audit"] = self.audit(cells)
+            if self.gold:
+                report.figures |= self.compare(self.gold, cells)
+            self.finish(cells)
             say(*closing_lines(report))
-            write_record(report, self.prompt, self.table)
+            self.write_record()
             if options.plot is not None:
-                save_plot(Path(options.plot), cells, options.labels, options.label_column, self.table.existing)
-        return cells, report
+                with self.files.replacing(Path(options.plot)) as file:
+                    figure = plot_labels(self.plotted(cells), options.labels, options.by_column)
+                    figure.savefig(file, format=Path(options.plot).suffix[1:])
+        return cells
 
     def known_cells(self, fresh: bool = False) -> Cells:
         """All that is known: what the table holds, else its example, else the newest answer, else an open job."""
-        known = self.store.known(self.question, self.table, answers=not fresh)
+        known = self.store.known(self.prompt, self.table, answers=not fresh)
         return merge(merge(known[self.table.key_indexes], self.from_examples), self.table.given)
 
     def requests(self, batches: Iterable[Batch]) -> Iterator[Request]:
         """The batches with their texts, which are read when they are sent."""
+        prompt = lru_cache(maxsize=None)(self.prompt.about)
         for batch in batches:
-            labels = tuple(itertools.compress(self.options.labels, batch.lacks))
-            yield Request(tuple(self.table.rows(batch.numbers)), build_question(self.prompt, labels))
+            yield Request(tuple(self.table.rows(batch.numbers)), prompt(batch.lacks))
 
     def send(self, requests: Iterable[Request], count: int) -> None:
         """Have the requests answered; whatever ends that early, the CSV is written with what there is."""
@@ -488,13 +597,29 @@ class Run:
             started = time.monotonic()
             try:
                 self.answer(Queue(requests), sender, progress)
-            except (Exception, Stopped):
-                self.counts.seconds += time.monotonic() - started
-                self.console.warn(unfinished_line(self.report(self.save(), {})))
+            except (Exception, Stopped) as error:
+                self.report.seconds += time.monotonic() - started
+                cells = self.finish(self.save_if_possible())
+                with contextlib.suppress(EnrichmentError):  # such as the one that the CSV met, which has been told
+                    self.write_record()
+                self.console.warn(unfinished_line(self.report))
+                self.hand_over(error, cells)
                 raise
             finally:
                 self.budget.close()
-            self.counts.seconds += time.monotonic() - started
+            self.report.seconds += time.monotonic() - started
+
+    def hand_over(self, error: BaseException, cells: Cells) -> None:
+        """Let an exception carry what was labelled, for callers in Python."""
+        line = unfinished_line(self.report)
+        if isinstance(error, Stopped):
+            error.args = (name_options(line, as_flags=False),)
+        elif isinstance(error, EnrichmentError) and not self.report.keeps_answers:
+            error.message += f" {line}"
+            error.args = (name_options(error.message, as_flags=False),)
+        if isinstance(error, (EnrichmentError, Stopped)) and not self.table.is_file:
+            frame: pd.DataFrame = self.options.input_filepath  # type: ignore[assignment]
+            error.frame = labelled_frame(frame.copy(), cells, self.report)
 
     def answer(self, requests: Queue, sender: Sender, progress: Progress) -> None:
         """The one loop that decides."""
@@ -504,101 +629,128 @@ class Run:
                 again, given_up = next_requests(attempt, problems, sender.policy)
                 self.store.record(attempt, answers)
                 requests.put_first(again)
-                self.counts.add(attempt, len(answers), given_up)
-                progress.landed(self.counts, len(again), self.server.knows_price)
+                self.report.add(attempt, len(answers), given_up)
+                progress.landed(self.report, len(answers), len(again))
                 self.save_now_and_then()
 
     def restore(self, request: Request) -> Request:
-        """A request of an earlier run with its texts and messages, as far as this run still has them."""
-        built = build_question(self.prompt, request.question.labels, request.question.is_audit)
+        """An earlier run's request with its texts, if this run asks the same of all its rows."""
+        asked = {*self.prompt.questions, *self.prompt.for_audit().questions}
         places = self.table.find(b"".join(row.key for row in request.rows))
-        found = iter(self.table.rows(self.table.first_rows[places[places >= 0]]))
-        rows = (row if place < 0 else next(found) for row, place in zip(request.rows, places, strict=True))
-        question = built if built.label_keys == request.question.label_keys else request.question
-        return replace(request, rows=tuple(rows), question=question)
+        if not asked.issuperset(request.prompt.questions) or (places < 0).any():
+            return request
+        prompt = replace(request.prompt, examples=self.prompt.examples)
+        return replace(request, rows=tuple(self.table.rows(self.table.first_rows[places])), prompt=prompt)
 
     def save(self) -> Cells:
         """Write the CSV from the store."""
         cells = self.known_cells()
         if self.options.output_filepath is not None:
-            self.table.write(cells, self.options.labels, Path(self.options.output_filepath))
+            with self.files.replacing(Path(self.options.output_filepath)) as file:
+                self.table.write(cells, self.options.labels, file)
         return cells
+
+    def save_if_possible(self) -> Cells:
+        """Save; if that fails only say so: the answers are in the store, and the file may be free later."""
+        try:
+            return self.save()
+        except EnrichmentError as error:
+            self.console.warn(f"Not saved yet: {error.message}")
+            return self.known_cells()
 
     def save_now_and_then(self) -> None:
         """Save once a minute, and less often if that would take more than a twentieth of the time."""
         started = time.monotonic()
         if started < self.save_at:
             return
-        try:
-            self.save()
-        except EnrichmentError as error:  # the answers are in the store, and the file may be free later
-            self.console.warn(f"Not saved yet: {error.message}")
+        self.save_if_possible()
         finished = time.monotonic()
         self.save_at = finished + max(SAVE_SECONDS, 20 * (finished - started))
 
     def audit(self, cells: Cells) -> dict[str, Any]:
         """Re-query labelled rows individually. Those answers are compared with the labels and never become labels."""
-        question = build_question(self.prompt, self.options.labels, is_audit=True)
-        numbers, pending = self.draw_audit(question, (cells >= 0).all(axis=1))
+        prompt = self.prompt.for_audit()
+        numbers, pending = self.draw_audit(prompt, (cells >= 0).all(axis=1))
         if len(pending):
             self.console.say("", f"Auditing {len(numbers)} rows, each alone in its call: {len(pending)} API calls...")
-            self.plan = replace(self.plan, audited=len(pending))
-            self.send((Request((row,), question) for row in self.table.rows(pending)), len(pending))
-        audited = self.store.known(question, self.table)[self.table.key_indexes[numbers]]
-        return measure_audit(self.options.labels, numbers, cells[numbers], audited)
+            self.report.audited = len(pending)
+            self.send((Request((row,), prompt) for row in self.table.rows(pending)), len(pending))
+        audited = self.store.known(prompt, self.table)[self.table.key_indexes[numbers]]
+        figures = measure_audit(self.options.labels, numbers, cells[numbers], audited)
+        for measured in figures.values():
+            measured["lines_that_differ"] = list(self.table.line_numbers(measured["rows_that_differ"]))
+        return figures
 
-    def draw_audit(self, question: Question, labelled: Any) -> tuple[Any, Any]:
+    def compare(self, gold: Gold, cells: Cells) -> dict[str, Any]:
+        """Compare the requested rows with people's labels, and list where they differ beside the output."""
+        requested = cells.copy()
+        requested[~self.requested] = BLANK
+        figures, disagreements = compare_with_gold(gold, requested, self.options.labels)
+        if self.options.output_filepath is not None:
+            lines = dict(
+                zip(rows := sorted({each.row for each in disagreements}), self.table.line_numbers(rows), strict=True)
+            )
+            text = io.StringIO(newline="")
+            writer = csv.writer(text)
+            writer.writerow(["row", "line", "key", "label", "model", "people"])
+            for row, key, *rest in disagreements:
+                writer.writerow([row, lines[row], key if self.options.gold_key else "", *rest])
+            with self.files.replacing(self.options.written["disagreements"]) as file:
+                file.write(text.getvalue().encode("utf-8", "replace"))
+        return figures
+
+    def draw_audit(self, prompt: Prompt, labelled: Any) -> tuple[IntArray, IntArray]:
         """The numbers of the rows to audit, of those that the model labelled, and of these the ones to send."""
         by_model = (self.table.given < 0).all(axis=1) & (self.from_examples < 0).all(axis=1)
         eligible = self.requested & labelled & by_model
         numbers = draw_rows(self.table, eligible, self.options.audit, self.options.seed)
-        known = self.store.known(question, self.table)[self.table.key_indexes[numbers]]
+        known = self.store.known(prompt, self.table)[self.table.key_indexes[numbers]]
         return numbers, numbers[(known == BLANK).any(axis=1)]
 
     def dry_run_lines(self, batches: Sequence[Batch]) -> list[str]:
         """What would be sent, and last what it would cost."""
         first = next(self.requests(batches), None)
         shown = request_lines(replace(first, rows=first.rows[:1]), self.server.parameters) if first else []
-        question = build_question(self.prompt, self.options.labels, is_audit=True)
-        _, audited = self.draw_audit(question, self.table.lengths > 0)
-        alone = (Request((row,), question) for row in self.table.rows(audited))
+        prompt = self.prompt.for_audit()
+        _, audited = self.draw_audit(prompt, self.table.lengths > 0)
+        alone = (Request((row,), prompt) for row in self.table.rows(audited))
         requests = itertools.chain(self.requests(batches), alone)
         estimate = estimate_cost(requests, self.store.token_rates(self.options.model), self.server)
-        return [*shown, f"Distinct rows to send: {self.plan.distinct}", *estimate]
+        audit = [f"Rows that the audit would send, each alone: {len(audited)}"] if self.options.audit else []
+        return [*shown, f"Distinct rows to send: {self.report.distinct}", *audit, *estimate]
 
-    def report(self, cells: Cells, figures: dict[str, Any]) -> Report:
-        """The results so far."""
-        blank = self.requested & (self.table.lengths > 0) & (cells < 0).any(axis=1)
-        waiting = (cells == IN_JOB).any(axis=1)
-        reasons = {
-            number: IN_A_JOB if waiting[number] else self.counts.failed.get(self.table.key(number), "not answered yet")
-            for number in blank.nonzero()[0].tolist()
-        }
-        return Report(
-            options=self.options,
-            plan=self.plan,
-            counts=self.counts,
-            rows=len(self.table),
-            labelled_rows=int((cells >= 0).all(axis=1).sum()),
-            blank_rows=reasons,
-            labels=count_labels(cells, self.options.labels),
-            by_existing=shares_by(cells, self.options.labels, self.table.existing),
-            host=self.server.host,
-            knows_price=self.server.knows_price,
-            spent_before=self.budget.spent_before,
-            keeps_answers=self.store.path is not None,
-            served=self.store.served(self.options.model),
-            totals=self.store.totals(),
-            started_at=self.started_at,
-            figures=figures,
-        )
+    def plotted(self, cells: Cells) -> pd.DataFrame:
+        """The requested rows' labels, and what they are broken down by."""
+        import pandas as pd
+
+        by, values = self.options.by_column, self.table.by_values
+        groups = {} if by is None else {by: values}
+        return pd.DataFrame(label_columns(cells, self.options.labels) | groups)[self.requested]
+
+    def finish(self, cells: Cells) -> Cells:
+        """Bring the report up to date with the table and the store."""
+        by_model = (self.table.given < 0) & (self.from_examples < 0) & (cells >= 0)
+        of_cells, origins = self.store.origins(self.prompt, self.table)
+        self.report.note_cells(self.table, cells, self.requested)
+        self.report.note_origins(of_cells[self.table.key_indexes] * by_model, origins)
+        self.report.totals = self.store.totals()
+        return cells
+
+    def write_record(self) -> None:
+        """Write the run's record beside the output."""
+        if self.options.output_filepath is None:
+            return
+        hashes = {"input": self.table.content} | ({"gold": self.gold.table.content} if self.gold else {})
+        record = {f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in hashes.items()}
+        with self.files.replacing(self.options.written["record"]) as file:
+            record |= without_nan(run_record(self.report))
+            file.write(json.dumps(record, ensure_ascii=False, indent=2).encode() + b"\n")
 
 
 SAVE_SECONDS = 60.0
-IN_A_JOB = "in a Batch API job that has not been collected"
 
 
-def fit_to_table(options: Options, table: Table, requested: npt.NDArray[np.bool_]) -> Options:
+def fit_to_table(options: Options, table: Table, requested: BoolArray) -> Options:
     """The options with "auto" resolved, by the length of the texts and the number of rows."""
     if options.start_index >= max(1, len(table)):
         raise InputError(
@@ -620,6 +772,8 @@ def fit_to_table(options: Options, table: Table, requested: npt.NDArray[np.bool_
 # millions of them: a byte each, and no loop in Python.
 
 Cells: TypeAlias = "npt.NDArray[np.int8]"
+BoolArray: TypeAlias = "npt.NDArray[np.bool_]"
+IntArray: TypeAlias = "npt.NDArray[np.integer[Any]]"
 BLANK = -1  # below 0: a cell that is neither 1 nor 0, and is written as a blank
 IN_JOB = -2  # a blank whose answer is pending in a Batch API job
 
@@ -630,15 +784,13 @@ def blank_cells(rows: int, labels: int) -> Cells:
     return np.full((rows, labels), BLANK, np.int8)
 
 
-def parse_cell(text: str, label: str, place: str) -> int:
-    """The value of a cell of a file."""
-    value = {"0": 0, "1": 1, "": BLANK}.get(text.strip())
-    if value is None:
-        raise InputError(
-            f"{place}: the column {label!r} holds something other than 0, 1 or blank, so it is not a label column of "
-            "this program: choose a different name for the new label."
-        )
-    return value
+# What a cell of a file may hold: also what pandas writes for columns of floats, or of truth values.
+CELL_VALUES = {"": BLANK, "0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+
+
+def parse_cell(text: str) -> int | None:
+    """The value of a cell of a file; None if it is not one."""
+    return CELL_VALUES.get(text.strip().lower())
 
 
 def merge(below: Cells, above: Cells) -> Cells:
@@ -699,6 +851,7 @@ def labelled_frame(frame: pd.DataFrame, cells: Cells, report: Report) -> pd.Data
 # its cells stay in memory.
 
 KEY_BYTES = 16
+FRAME = "the DataFrame"  # as messages call it
 
 
 def digest(*parts: object) -> bytes:
@@ -719,11 +872,14 @@ def make_row(text: str, label: str | None) -> Row:
 
 
 class Columns(NamedTuple):
-    """The columns of a table that are read: the text's, the existing label's, and those of labels that it has."""
+    """The columns of a table that are read, the labels' as far as it has them."""
 
     text: str
-    label: str | None
+    label: str | None  # the existing one
     labels: Sequence[str]
+    by: str | None = None  # that shares are broken down by
+    text_is: str = "text column"  # as messages call it
+    advice: str = "choose a different name for the new label"  # where a label's column holds something else
 
 
 @dataclass
@@ -731,9 +887,11 @@ class Table:
     """A CSV as it is; a DataFrame's columns as one. Item i of an array is row i's."""
 
     source: str  # as messages call it
+    is_file: bool
     content: bytes
     encoding: str
     delimiter: str
+    header: list[str]
     header_end: int  # a byte's place in the content, as are starts and ends
     starts: array[int]  # of records; what is between two of them are blank lines
     ends: array[int]
@@ -745,10 +903,10 @@ class Table:
     keys: npt.NDArray[np.bytes_]  # of rows, each 16 bytes
     lengths: npt.NDArray[np.int32]  # of texts, in characters; 0: blank, not sent
     given: Cells  # what it holds of the new labels already
-    existing: list[str] | None  # the existing labels, if there is a column of them
+    by_values: list[str] | None  # that shares are broken down by
     distinct: npt.NDArray[np.bytes_] = field(init=False)  # the keys, each once, in order
-    first_rows: npt.NDArray[np.intp] = field(init=False)  # for each distinct key, the number of its first row
-    key_indexes: npt.NDArray[np.intp] = field(init=False)  # for each row, its key's place among the distinct ones
+    first_rows: IntArray = field(init=False)  # for each distinct key, the number of its first row
+    key_indexes: IntArray = field(init=False)  # for each row, its key's place among the distinct ones
 
     def __post_init__(self) -> None:
         import numpy as np
@@ -761,7 +919,7 @@ class Table:
     def key(self, number: int) -> bytes:
         return self.keys[number : number + 1].tobytes()
 
-    def find(self, keys: bytes) -> npt.NDArray[np.intp]:
+    def find(self, keys: bytes) -> IntArray:
         """The indexes among the distinct keys of these concatenated ones; -1 for those that the table does not have."""
         import numpy as np
 
@@ -774,6 +932,15 @@ class Table:
     def record(self, number: int) -> str:
         """A record's raw text, with its line end."""
         return self.content[self.starts[number] : self.ends[number]].decode(self.encoding)
+
+    def line_numbers(self, numbers: Iterable[int]) -> Iterator[int]:
+        """The file's lines at which these rows begin, counted from 1; rows in order. None for a DataFrame."""
+        at, line = 0, 1
+        for number in numbers if self.is_file else ():
+            passed = self.content[at : self.starts[number]].decode(self.encoding)
+            line += passed.count("\n") + passed.count("\r") - passed.count("\r\n")
+            at = self.starts[number]
+            yield line
 
     def rows(self, numbers: Iterable[int] | None = None) -> Iterator[Row]:
         """These rows, or all of them."""
@@ -791,7 +958,7 @@ class Table:
         text = io.BytesIO(b"".join(record.encode() for record in records))
         return pd.read_csv(text, sep=self.delimiter, low_memory=False)
 
-    def write(self, cells: Cells, labels: Sequence[str], path: Path) -> None:
+    def write(self, cells: Cells, labels: Sequence[str], file: IO[bytes]) -> None:
         """The table, byte for byte, with the new fields at each record's end; old label columns are filled in."""
         import numpy as np
 
@@ -805,19 +972,18 @@ class Table:
             values = ("" if row[place] > 1 else str(row[place]) for place in added)  # as bytes, blanks are 254 and 255
             return "".join(self.delimiter + (f'"{value}"' if self.quotes_cells else value) for value in values)
 
-        with replacing(path) as file:
-            names = csv_fields([labels[place] for place in added], self.delimiter, self.quotes_header)
-            header = self.content[: self.header_end].decode(self.encoding)
-            file.write(append(header, names).encode(self.encoding))
-            written = self.header_end
-            for number, start in enumerate(self.starts):
-                raw = self.record(number)
-                if filled[number]:
-                    raw = self._fill_in(raw, cells[number], self.given[number])
-                row = all_cells[number * width : (number + 1) * width]
-                file.write(self.content[written:start] + append(raw, fields(row)).encode(self.encoding))
-                written = self.ends[number]
-            file.write(self.content[written:])
+        names = csv_fields([labels[place] for place in added], self.delimiter, self.quotes_header)
+        header = self.content[: self.header_end].decode(self.encoding)
+        file.write(append(header, names).encode(self.encoding))
+        written = self.header_end
+        for number, start in enumerate(self.starts):
+            raw = self.record(number)
+            if filled[number]:
+                raw = self._fill_in(raw, cells[number], self.given[number])
+            row = all_cells[number * width : (number + 1) * width]
+            file.write(self.content[written:start] + append(raw, fields(row)).encode(self.encoding))
+            written = self.ends[number]
+        file.write(self.content[written:])
 
     def _fill_in(self, raw: str, cells: Cells, given: Cells) -> str:
         """A record with values written into the blank fields of the label columns that it had before."""
@@ -834,7 +1000,7 @@ class Table:
 def read_table(source: Source, columns: Columns) -> Table:
     """Read a CSV, in the first encoding that fits all of it, or a DataFrame."""
     if not isinstance(source, (str, Path)):
-        return parse_csv(frame_content(source, columns), "utf-8", "the DataFrame", columns)
+        return parse_csv(frame_content(source, columns), "utf-8", FRAME, columns)
     try:
         content = Path(source).read_bytes()
     except OSError as error:
@@ -849,16 +1015,16 @@ def read_table(source: Source, columns: Columns) -> Table:
 
 
 def frame_content(df: pd.DataFrame, columns: Columns) -> bytes:
-    """The columns of a DataFrame that are read, as a CSV: what is missing is blank; as labels 1.0 and True are 1."""
+    """The columns of a DataFrame that are read, as a CSV; what is missing is blank."""
     header = [name if isinstance(name, str) else repr(name) for name in df.columns]
-    named = {columns.text: "text"} | ({} if columns.label is None else {columns.label: "label"})
-    named |= {label: "label" for label in columns.labels if label in header and label not in named}
+    named = {columns.text: columns.text_is} | ({} if columns.label is None else {columns.label: "column"})
+    named |= {} if columns.by is None or columns.by in named else {columns.by: "`by` column"}
+    named |= {label: "column" for label in columns.labels if label in header and label not in named}
 
     def values(name: str) -> Iterator[str]:
-        column = df.iloc[:, find_column(header, name, named[name], "the DataFrame")]
-        known = {0: "0", 1: "1"} if name in columns.labels else {}
+        column = df.iloc[:, find_column(header, name, named[name], FRAME)]
         for value, is_missing in zip(column, column.isna(), strict=True):
-            yield "" if is_missing else known.get(value, str(value)) if known else str(value)
+            yield "" if is_missing else str(value)
 
     text = io.StringIO(newline="")
     writer = csv.writer(text, quoting=csv.QUOTE_ALL)
@@ -882,9 +1048,10 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
     header = headers[delimiter]
     if not header:
         raise InputError(f"{source} is empty: a CSV with a header line was expected.")
-    text_at = find_column(header, columns.text, "text", source)
-    label_at = None if columns.label is None else find_column(header, columns.label, "label", source)
-    held_at = [find_column(header, label, "label", source) if label in header else None for label in columns.labels]
+    text_at = find_column(header, columns.text, columns.text_is, source)
+    label_at = None if columns.label is None else find_column(header, columns.label, "column", source)
+    by_at = None if columns.by is None else find_column(header, columns.by, "`by` column", source)
+    held_at = [find_column(header, label, "column", source) if label in header else None for label in columns.labels]
     try:
         "".join(columns.labels).encode(encoding)
     except UnicodeEncodeError:
@@ -894,7 +1061,7 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
 
     keys, lengths, starts, ends, end, header_end = bytearray(), array("i"), array("q"), array("q"), 0, 0
     held = {place: array("b") for place, column in enumerate(held_at) if column is not None}
-    existing: list[str] | None = None if label_at is None else []
+    by_values: list[str] | None = None if by_at is None else []
     raw_header, quotes_cells = "", False
     for fields, raw, line in read_records(itertools.chain(head, lines), delimiter, source):
         start, end = end, end + len(raw.encode(encoding))
@@ -912,23 +1079,30 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
             )
         if not starts:
             quotes_cells = quotes_all(fields, raw, delimiter)
-        text, label = fields[text_at], None if label_at is None else sys.intern(fields[label_at])
+        text, label = fields[text_at], None if label_at is None else fields[label_at]
         keys += digest(text, label)
         lengths.append(len(text) if text.strip() else 0)
-        if existing is not None and label is not None:
-            existing.append(label)
+        if by_values is not None and by_at is not None:
+            by_values.append(sys.intern(fields[by_at]))
         for place, column in held.items():
             cell = fields[held_at[place] or 0]
-            column.append(parse_cell(cell, columns.labels[place], f"{source}, row {len(starts)} (line {line})"))
+            value = parse_cell(cell)
+            if value is None:
+                shown = repr(cell) if re.fullmatch(r"\S{,12}", cell) else f"a text of {len(cell)} characters"
+                raise InputError(
+                    f"{source}, row {len(starts)} (line {line}): the column {columns.labels[place]!r} holds {shown}, "
+                    f"not 1, 0, true, false or blank: {columns.advice}."
+                )
+            column.append(value)
         starts.append(start)
         ends.append(end)
     given = blank_cells(len(starts), len(columns.labels))
     for place, column in held.items():
         given[:, place] = column
     return Table(
-        source, content, encoding, delimiter, header_end, starts, ends, text_at, label_at, tuple(held_at),
-        quotes_all(header, raw_header, delimiter), quotes_cells, np.frombuffer(keys, f"S{KEY_BYTES}"),
-        np.array(lengths), given, existing,
+        source, source != FRAME, content, encoding, delimiter, header, header_end, starts, ends, text_at, label_at,
+        tuple(held_at), quotes_all(header, raw_header, delimiter), quotes_cells, np.frombuffer(keys, f"S{KEY_BYTES}"),
+        np.array(lengths), given, by_values,
     )  # fmt: skip
 
 
@@ -966,9 +1140,11 @@ def read_records(lines: Iterable[str], delimiter: str, source: str) -> Iterator[
 def find_column(header: list[str], name: str, what: str, source: str) -> int:
     if header.count(name) != 1:
         found = "appears more than once in" if name in header else "is not in"
+        names = [repr(each if len(each) <= 40 else each[:40] + "...") for each in header[:20]]
+        more = f" and {len(header) - 20} more" if len(header) > 20 else ""
         raise InputError(
-            f"The {what} column {name!r} {found} the header of {source}, which has "
-            f"{', '.join(map(repr, header))}: choose a column that appears exactly once."
+            f"The {what} {name!r} {found} the header of {source}, which has {', '.join(names)}{more}: choose a column "
+            "that appears exactly once."
         )
     return header.index(name)
 
@@ -993,30 +1169,92 @@ def csv_fields(values: Iterable[str], delimiter: str, quoted: bool) -> str:
     )
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when it is whole, and not before."""
-    target = Path(os.path.realpath(path))
-    draft = target.with_name(target.name + ".tmp")
-    try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    except OSError as error:
-        raise EnrichmentError(
-            f"{path} cannot be written ({error.strerror}): close the program that has it open, or free some space, "
-            "then run the same command; no answer is lost."
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
+class Files:
+    """The files that a run writes, each whole or not at all, and none over what this program did not write."""
+
+    def __init__(self, store: Store, overwrite: bool) -> None:
+        self.store, self.overwrite = store, overwrite
+        self.folder = None if store.path is None else store.path.resolve().parent
+        self.overwritten: set[str] = set()  # digests of what is replaced at the user's wish
+
+    def check(self, written: Mapping[str, Path]) -> None:
+        """Refuse to write a file that is there already, unless it is as this program left it."""
+        for what, path in written.items():
+            found, name = file_digest(path), self._name(path)
+            known = self.store.digests(name)
+            if self.store.draft(name):  # of a run that was killed
+                path.resolve().with_name(self.store.draft(name)).unlink(missing_ok=True)
+            if found and not path.stat().st_mode & stat.S_IWUSR:
+                raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
+            if self.overwrite:
+                self.overwritten.add(found)
+            elif found and found not in known:
+                why = "was changed since it was written" if any(known) else "was not written by a run on this store"
+                raise InputError(
+                    f"The {what} {path} {why}, and would be lost: choose another file, or pass `overwrite`."
+                    + " To keep corrections of cells, make it the input: its cells that are 0 or 1 stand."
+                    * (what == "output")
+                )
+
+    @contextlib.contextmanager
+    def replacing(self, path: Path) -> Iterator[IO[bytes]]:
+        """A file that takes the place of `path` when it is whole, and not before."""
+        target, name = path.resolve(), self._name(path)  # behind a link, the file that it points to
+        draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            found = file_digest(target)
+            if found and found not in {*self.store.digests(name), *self.overwritten}:
+                raise EnrichmentError(
+                    f"{path} was changed while this run went on, and is left as it is: move it away, then run the same "
+                    "command; no answer is lost."
+                )
+            self.store.note_draft(name, draft.name)
+            with open_draft(draft, target) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            # Noted before the move, so that a kill between the two leaves a file that is known.
+            self.store.note_file(name, found, file_digest(draft))
+            draft.replace(target)
+        except OSError as error:
+            raise EnrichmentError(
+                f"{path} cannot be written ({error.strerror}): close the program that has it open, or free some space, "
+                "then run the same command; no answer is lost."
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+    def _name(self, path: Path) -> str:
+        """As the store has it: seen from its own folder, so that both can be moved."""
+        with contextlib.suppress(ValueError):  # on another drive
+            return os.path.relpath(path.resolve(), self.folder)
+        return str(path.resolve())
+
+
+def file_digest(path: Path) -> str:
+    """Of a file's bytes; "" if there is none."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_draft(draft: Path, target: Path) -> IO[bytes]:
+    """A new file, with the target's mode, and its owner where that is allowed."""
+    if not target.exists():
+        return draft.open("xb")
+    before = target.stat()
+    draft.touch(0o600, exist_ok=False)
+    with contextlib.suppress(OSError, AttributeError):
+        os.chown(draft, before.st_uid, before.st_gid)
+    draft.chmod(stat.S_IMODE(before.st_mode))
+    return draft.open("r+b")
 
 
 # --- Batches ----------------------------------------------------------------------------------------------
 #
-# In: a table and what its cells lack. Out: batches, and a plan that says how many rows are sent and why others are not.
+# In: a table and what its cells lack. Out: batches of rows that share a request, and rows drawn for an audit.
 
 BATCH_CHARACTERS = 60_000  # of texts; at worst a token each, which is half of what gpt-4o-mini can take in
 
@@ -1024,11 +1262,11 @@ BATCH_CHARACTERS = 60_000  # of texts; at worst a token each, which is half of w
 class Batch(NamedTuple):
     """Rows that share one request, by their numbers, and for each label whether they lack it."""
 
-    numbers: npt.NDArray[np.intp]
+    numbers: IntArray
     lacks: tuple[bool, ...]
 
 
-def requested_rows(table: Table, start_index: int, limit: int | None) -> npt.NDArray[np.bool_]:
+def requested_rows(table: Table, start_index: int, limit: int | None) -> BoolArray:
     """For each row, whether it is between `start_index` and `limit`."""
     import numpy as np
 
@@ -1036,7 +1274,7 @@ def requested_rows(table: Table, start_index: int, limit: int | None) -> npt.NDA
     return (numbers >= start_index) & (numbers < (math.inf if limit is None else start_index + limit))
 
 
-def make_batches(table: Table, lacking: npt.NDArray[np.bool_], batch_size: int) -> list[Batch]:
+def make_batches(table: Table, lacking: BoolArray, batch_size: int) -> list[Batch]:
     """Batches of rows that lack the same labels, equal rows once, for all that any of them lacks.
 
     They are of equal size, so that one schema, which the server compiles once, serves nearly the whole run. Only where
@@ -1065,45 +1303,7 @@ def make_batches(table: Table, lacking: npt.NDArray[np.bool_], batch_size: int) 
     return batches
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How many of the requested rows are sent, and what is known of the others."""
-
-    requested: int
-    blank_texts: int
-    example_rows: int
-    in_jobs: int  # rows that only wait for open jobs
-    pending: int  # rows to send
-    distinct: int  # of these, counting equal rows once
-    batches: int
-    lacks: tuple[bool, ...] | None  # which labels are sent, if those are the same for all rows
-    audited: int = 0
-
-    @property
-    def reused(self) -> int:
-        """Rows that had their answers already."""
-        return self.requested - self.blank_texts - self.example_rows - self.in_jobs - self.pending
-
-
-def make_plan(
-    table: Table, cells: Cells, requested: npt.NDArray[np.bool_], from_examples: Cells, batches: Sequence[Batch]
-) -> Plan:
-    with_text = requested & (table.lengths > 0)
-    pending = with_text & (cells == BLANK).any(axis=1)
-    lacks = {batch.lacks for batch in batches}
-    return Plan(
-        requested=int(requested.sum()),
-        blank_texts=int((requested & (table.lengths == 0)).sum()),
-        example_rows=int((with_text & (from_examples >= 0).all(axis=1)).sum()),
-        in_jobs=int((with_text & (cells == IN_JOB).any(axis=1) & ~pending).sum()),
-        pending=int(pending.sum()),
-        distinct=sum(len(batch.numbers) for batch in batches),
-        batches=len(batches),
-        lacks=lacks.pop() if len(lacks) == 1 else None,
-    )
-
-
-def draw_rows(table: Table, eligible: npt.NDArray[np.bool_], count: int, seed: int) -> npt.NDArray[np.intp]:
+def draw_rows(table: Table, eligible: BoolArray, count: int, seed: int) -> IntArray:
     """The numbers of distinct rows, drawn so that a larger sample holds the smaller one."""
     import numpy as np
 
@@ -1116,8 +1316,9 @@ def draw_rows(table: Table, eligible: npt.NDArray[np.bool_], count: int, seed: i
 # --- Prompt -----------------------------------------------------------------------------------------------
 #
 # All words that are sent to a model, what decides an answer, and how an answer is read. In: labels, definitions,
-# instructions, examples. Out: questions; and of an attempt's reply each row's answer, or what is wrong with it.
+# instructions, examples. Out: prompts; and of an attempt's reply each row's answer, or what is wrong with it.
 
+WORDING_VERSION = 1  # raise it when these words change: answers to other words do not count
 WORDING = """\
 You label texts for a research dataset. For each text decide, for each label on its own, whether the label applies.
 
@@ -1143,48 +1344,122 @@ class Example(NamedTuple):
     applying: frozenset[str]
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What the model is told besides the texts and the labels' names."""
+class Question(NamedTuple):
+    """Whether one label applies, with all that decides the answer besides the row. These are the store's columns.
 
-    model: str
-    sends_label: bool = False
-    definitions: tuple[tuple[str, str], ...] = ()  # label, definition
-    instructions: str = ""
-    examples: tuple[Example, ...] = ()
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of a text, in which words. With the text it decides the answer.
-
-    `label_keys` stand for it in the store, one per label, so that a label's neighbours are no part of its key.
+    Neither the label's neighbours nor the parameters that a server makes us leave out are part of it.
     """
 
+    label: str
+    definition: str
+    server: str  # host, port and path
     model: str
-    labels: tuple[str, ...]
-    label_keys: tuple[str, ...]
-    system_message: str
-    is_audit: bool = False  # its answers are kept apart
+    instructions: str
+    examples: int  # how many; as texts they are in no store
+    examples_digest: str
+    sends_label: bool  # whether the model is shown the existing label
+    wording: int  # the version of our own words
+    is_audit: bool = False  # asked of each row alone; its answers are kept apart
 
 
-def read_prompt(options: Options) -> Prompt:
+@dataclass(frozen=True)
+class Prompt:
+    """Questions that are asked together, one per label, and the examples that go with them."""
+
+    questions: tuple[Question, ...]
+    examples: tuple[Example, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(question.label for question in self.questions)
+
+    @property
+    def model(self) -> str:
+        return self.questions[0].model
+
+    @functools.cached_property
+    def system_message(self) -> str:
+        names = [json.dumps(label, ensure_ascii=False) for label in self.labels]
+        meanings = [f": {question.definition}" if question.definition else "" for question in self.questions]
+        first = self.questions[0]
+        return WORDING.format(
+            labels="\n".join(f"- {name}{meaning}" for name, meaning in zip(names, meanings, strict=True)),
+            instructions=f"\nThis project's instructions:\n{first.instructions}\n" if first.instructions else "",
+            first_label=names[0],
+            label_shape=LABEL_SHAPE if first.sends_label else "",
+            label_note=LABEL_NOTE if first.sends_label else "",
+            examples=example_words(self.examples, self.labels),
+        ).strip()
+
+    def as_record(self, most_rows: int) -> dict[str, Any]:
+        """What was sent, but for the examples, which are texts, and with the schema of a call of so many rows."""
+        first = self.questions[0]
+        return {
+            "labels": self.labels,
+            "server": first.server,
+            "model": first.model,
+            "system_message_without_examples": replace(self, examples=()).system_message,
+            "examples": first.examples,
+            "response_format": answer_format(self.labels, most_rows, Form.SCHEMA),
+        }
+
+    def about(self, wanted: Iterable[bool]) -> Prompt:
+        """The same for some of the labels."""
+        return replace(self, questions=tuple(compress(self.questions, wanted)))
+
+    def for_audit(self) -> Prompt:
+        return replace(self, questions=tuple(question._replace(is_audit=True) for question in self.questions))
+
+
+def read_prompt(options: Options, server: str) -> Prompt:
     definitions = options.new_labels if isinstance(options.new_labels, Mapping) else {}
     given = options.instructions
     instructions = read_text(given, "instructions file") if isinstance(given, Path) else (given or "").strip()
+    examples = read_examples(options.examples, options.text_column, options.labels)
+
+    def examples_digest(label: str) -> str:
+        """Of the texts, and of which of them have this label: one more label leaves the others' questions alone."""
+        return digest([(example.text, label in example.applying) for example in examples]).hex() if examples else ""
+
     return Prompt(
-        options.model,
-        options.label_column is not None,
-        tuple((label, definition.strip()) for label, definition in definitions.items()),
-        instructions,
-        read_examples(options.examples, options.text_column, options.labels),
-    )
+        tuple(
+            Question(
+                label, definitions.get(label, "").strip(), server, options.model, instructions,
+                len(examples), examples_digest(label), options.label_column is not None, WORDING_VERSION,
+            )
+            for label in options.labels
+        ),
+        examples,
+    )  # fmt: skip
+
+
+def explain_difference(stored: Question, asked: Question) -> str:
+    """Why an answer to one question about a label is no answer to another, in a few words."""
+    names = {
+        "instructions": "had other instructions" if stored.instructions else "had no instructions",
+        "examples_digest": "had other examples" if stored.examples else "had no examples",
+        "definition": f"had another definition of {asked.label!r}",
+        "sends_label": f"were given {'with' if stored.sends_label else 'without'} an existing label",
+        "wording": f"had version {stored.wording} of this program's wording, not {asked.wording}",
+    }
+    reasons = [words for name, words in names.items() if getattr(stored, name) != getattr(asked, name)]
+    places = [
+        f"{one.model} at {one.server}"
+        if stored.model != asked.model and stored.server != asked.server
+        else one.model
+        if stored.model != asked.model
+        else one.server
+        for one in (stored, asked)
+    ]
+    if places[0] != places[1]:
+        reasons.append(f"are from {places[0]}; this run asks {places[1]}")
+    return " and ".join(reasons)
 
 
 def read_examples(source: Source | None, text_column: str, labels: tuple[str, ...]) -> tuple[Example, ...]:
     if source is None:
         return ()
-    table = read_table(source, Columns(text_column, None, labels))
+    table = read_table(source, Columns(text_column, None, labels, advice="fix the cell"))
     if not len(table):
         raise InputError(f"The examples ({table.source}) have no rows: add some, or drop them.")
     rows = list(table.rows())
@@ -1202,9 +1477,7 @@ def read_examples(source: Source | None, text_column: str, labels: tuple[str, ..
             f"The examples ({table.source}) have {size:,} characters, and at most {EXAMPLE_CHARACTERS:,} are sent, a "
             "third of what a call's texts may have: choose fewer or shorter ones."
         )
-    return tuple(
-        Example(row.text, frozenset(itertools.compress(labels, x))) for row, x in zip(rows, given, strict=True)
-    )
+    return tuple(Example(row.text, frozenset(compress(labels, x))) for row, x in zip(rows, given, strict=True))
 
 
 def example_cells(table: Table, examples: Sequence[Example], labels: Sequence[str]) -> Cells:
@@ -1218,29 +1491,6 @@ def example_cells(table: Table, examples: Sequence[Example], labels: Sequence[st
         if row.text in known:
             cells[number] = known[row.text]
     return cells
-
-
-@lru_cache(maxsize=1024)
-def build_question(prompt: Prompt, labels: tuple[str, ...], is_audit: bool = False) -> Question:
-    """Build the question which of these labels apply."""
-    definitions = dict(prompt.definitions)
-    names = {label: json.dumps(label, ensure_ascii=False) for label in labels}
-    meanings = {label: f": {definitions[label]}" if definitions.get(label) else "" for label in labels}
-    message = WORDING.format(
-        labels="\n".join(f"- {names[label]}{meanings[label]}" for label in labels),
-        instructions=f"\nThis project's instructions:\n{prompt.instructions}\n" if prompt.instructions else "",
-        first_label=names[labels[0]],
-        label_shape=LABEL_SHAPE if prompt.sends_label else "",
-        label_note=LABEL_NOTE if prompt.sends_label else "",
-        examples=example_words(prompt.examples, labels),
-    ).strip()
-
-    def key(label: str) -> str:
-        examples = [(example.text, label in example.applying) for example in prompt.examples]
-        said = (WORDING, prompt.sends_label, prompt.model, prompt.instructions, examples, is_audit)
-        return digest(*said, label, definitions.get(label, "")).hex()
-
-    return Question(prompt.model, labels, tuple(map(key, labels)), message, is_audit)
 
 
 def example_words(examples: Sequence[Example], labels: Sequence[str]) -> str:
@@ -1282,7 +1532,7 @@ MISSING = object()
 def read_answers(attempt: Attempt) -> tuple[dict[Row, str], dict[Row, str]]:
     """Each row's answer, or what is wrong with it; rows are found by their id alone, never by order."""
     problem, chosen = (attempt.problem, {}) if attempt.problem else read_message(attempt.body)
-    labels = attempt.request.question.labels
+    labels = attempt.request.prompt.labels
     answers: dict[Row, str] = {}
     problems: dict[Row, str] = {}
     for position, row in enumerate(attempt.request.rows):
@@ -1334,7 +1584,7 @@ def check_applying(applying: Any, labels: Sequence[str]) -> str:
 
 # --- Requests ---------------------------------------------------------------------------------------------
 #
-# In: rows and a question. Out: the JSON body of a call, and its size in tokens.
+# In: rows and a prompt. Out: the JSON body of a call, and its size in tokens.
 
 
 @dataclass(frozen=True)
@@ -1342,18 +1592,18 @@ class Request:
     """A batch's rows and what is asked of them; `failures` are the reasons for which that has failed so far."""
 
     rows: tuple[Row, ...]
-    question: Question
+    prompt: Prompt
     failures: tuple[str, ...] = ()
 
     @property
     def custom_id(self) -> str:
         """Its name in a Batch API job."""
-        return digest(self.question.label_keys, [row.key.hex() for row in self.rows]).hex()
+        return digest(self.prompt.questions, [row.key.hex() for row in self.rows]).hex()
 
     @property
-    def is_sendable(self) -> bool:
-        """False if it came back from the store without its wording or texts, which this run does not have."""
-        return bool(self.question.system_message) and all(row.text for row in self.rows)
+    def has_texts(self) -> bool:
+        """False for an earlier run's job if this run does not ask the same of all these rows: it is not sent again."""
+        return all(row.text for row in self.rows)
 
 
 class Queue:
@@ -1395,18 +1645,32 @@ class Parameters:
     completion_bound: str | None = None  # the name of the parameter that bounds the completion
     reasoning_room: int = 0  # tokens that the bound leaves for reasoning, which counts as completion
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """As a run's record has them."""
+        return {"form": self.form.value, **self.extras, "completion_bound": self.completion_bound}
+
+    def as_json(self) -> str:
+        """As the store keeps it."""
+        return json.dumps({**vars(self), "form": self.form.value})
+
+    @classmethod
+    def from_json(cls, text: str) -> Parameters:
+        found = json.loads(text)
+        return cls(**{**found, "form": Form(found["form"])})
+
 
 def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
     """The request's JSON body."""
     body: dict[str, Any] = {
-        "model": request.question.model,
+        "model": request.prompt.model,
         "messages": [
-            {"role": "system", "content": request.question.system_message},
+            {"role": "system", "content": request.prompt.system_message},
             {"role": "user", "content": user_message(request.rows)},
         ],
     }
     if parameters.form is not Form.TEXT:
-        body["response_format"] = answer_format(request.question.labels, len(request.rows), parameters.form)
+        body["response_format"] = answer_format(request.prompt.labels, len(request.rows), parameters.form)
     body |= parameters.extras
     if parameters.completion_bound is not None:
         body[parameters.completion_bound] = most_answer_tokens(request) + parameters.reasoning_room
@@ -1441,13 +1705,13 @@ def most_answer_tokens(request: Request) -> int:
     A row's answer is `"660":[...],`, 12 bytes with a margin for blanks, and each label has two quotes, a comma and a
     blank besides its name; 50 tokens more are for what a model may write around the object.
     """
-    row = sum(len(label.encode()) + 4 for label in request.question.labels) + 12
+    row = sum(len(label.encode()) + 4 for label in request.prompt.labels) + 12
     return 50 + len(request.rows) * row // 3
 
 
 def usual_answer_tokens(request: Request) -> float:
     """The tokens of an answer if one label in twenty applies: 2.5 for a row's id and brackets, plus those labels."""
-    names = sum(len(label) + 3 for label in request.question.labels)
+    names = sum(len(label) + 3 for label in request.prompt.labels)
     return len(request.rows) * (2.5 + names / 20 * TOKENS_PER_CHARACTER)
 
 
@@ -1455,7 +1719,7 @@ def prompt_characters(request: Request) -> int:
     """About how long the messages are."""
     labels = sum(len(row.label) + len(', "label": ""') for row in request.rows if row.label is not None)
     texts = sum(len(row.text) + ROW_CHARACTERS for row in request.rows)
-    return len(request.question.system_message) + texts + labels
+    return len(request.prompt.system_message) + texts + labels
 
 
 def rate_limit_tokens(request: Request) -> int:
@@ -1648,7 +1912,9 @@ class Server:
         stray = [position for position, sign in enumerate(self.api_key, 1) if not "!" <= sign <= "~"]
         if stray:
             raise InputError(f"The API key has an invalid character at position {stray[0]}: copy it again.")
-        self.host = parts.netloc.rpartition("@")[2]  # without a user or password that the address may hold
+        self.host = parts.netloc.rpartition("@")[2].lower()  # without a user or password that the address may hold
+        port = {"http": ":80", "https": ":443"}[parts.scheme]
+        self.address = self.host.removesuffix(port) + parts.path.rstrip("/")  # what an answer's key has of it
         self.is_local = parts.hostname in {"localhost", "127.0.0.1", "::1"}
         if not self.api_key and not self.host.endswith("openai.com"):
             self.api_key = "none"  # the SDK wants one even if the server does not
@@ -1662,6 +1928,8 @@ class Server:
         self.failing_since = math.inf
         self.failures = 0  # in a row, over all requests
         self.unknown_refusals = 0  # in a row
+        self.served: dict[str, str | int | None] = {}  # model asked for -> model that answered first
+        self.told_of_model = False
 
     # Calls, which may be made in any thread.
 
@@ -1744,12 +2012,12 @@ class Server:
 
     # Judgements, which are made in the main thread.
 
-    def judge(
-        self, response: Response, request: Request, sent_with: Parameters | None, now: float
-    ) -> tuple[Outcome, str]:
+    def judge(self, response: Response, request: Request, sent_with: Parameters, now: float) -> tuple[Outcome, str]:
         """What a response means after all that came before it, and why. FATAL leaves its line in `fatal_error`."""
         outcome, reason = classify(response)
         self.reached |= response.status > 0
+        if outcome is Outcome.ANSWERED:
+            self._note_model(request.prompt.model, look_up(response.body, "model"))
         if outcome in {Outcome.ANSWERED, Outcome.REFUSED}:
             self.succeeded_at, self.failing_since, self.failures, self.unknown_refusals = now, math.inf, 0, 0
             # Room for twice the reasoning seen, so that an answer which it crowded out fits at the next try.
@@ -1765,10 +2033,19 @@ class Server:
             self.fatal_error = self.explain(response, request.rows)
         return outcome, reason
 
-    def _judge_unknown(self, response: Response, reason: str, sent_with: Parameters | None) -> tuple[Outcome, str]:
+    def _note_model(self, asked: str, served: str | int | None) -> None:
+        """Tell once if another model begins to answer: the name that was asked for has moved."""
+        before = self.served.setdefault(asked, served)
+        if served not in {before, None} and not self.told_of_model:
+            self.told_of_model = True
+            self.warn(
+                f"{asked} was answered by {before} and is now by {served}: the run's record counts the rows of each."
+            )
+
+    def _judge_unknown(self, response: Response, reason: str, sent_with: Parameters) -> tuple[Outcome, str]:
         """A refusal for an unknown reason: of a parameter, of these texts, or of everything?"""
         words = f"{error_words(response.body)[1]} {look_up(response.body, 'error', 'param')}"
-        is_new = sent_with in (self.parameters, None) and response.status in {400, 422}
+        is_new = sent_with == self.parameters and response.status in {400, 422}
         lower = fall_back(self.parameters, words) if is_new else None
         if lower:
             self.parameters, name = lower
@@ -2002,21 +2279,16 @@ class Attempt:
     """One request on its way, over as many calls as that takes; a sender yields it when it has landed."""
 
     request: Request
+    parameters: Parameters = field(default_factory=Parameters)  # that it was last sent with
+    tier: str = "standard"  # at which it is billed: genai-prices' "processing"
+    from_job: bool = False
     calls: int = 0
     seconds: float = 0.0  # of its calls, summed
     cost: float | None = None  # US dollars; None: the price or the usage is not known
     unconfirmed_cost: float = 0.0  # at most, of calls without a reply that may have been billed all the same
-    failures: int = 0  # calls that failed on their way or in the server
-    failed_since: float = math.inf
-    # Of the call in flight:
-    parameters: Parameters = field(default_factory=Parameters)
-    departure: Departure = NOT_LEFT
-    set_aside: float = 0.0
-    # When it has landed:
-    body: Mapping[str, Any] = field(default_factory=dict)
-    problem: str = ""  # why there is no completion to be read
+    body: Mapping[str, Any] = field(default_factory=dict)  # of the last reply
+    problem: str = ""  # why there is no completion to be read in it
     is_splittable: bool = True  # whether fewer rows at a time may succeed
-    from_job: bool = False
 
     def returned(self, response: Response, cost: float | None, unconfirmed_cost: float) -> Attempt:
         """The attempt after one more call."""
@@ -2058,31 +2330,6 @@ def next_requests(
     return again, given_up
 
 
-@dataclass
-class Counts:
-    """What a run has done so far; it becomes part of the report."""
-
-    calls: int = 0
-    attempts: int = 0
-    rows: int = 0  # distinct ones that were answered
-    call_seconds: float = 0.0  # the calls' own durations, summed
-    seconds: float = 0.0  # by the clock on the wall
-    usage: Usage = field(default_factory=Usage)
-    cost: float = 0.0  # US dollars, as is unconfirmed_cost
-    unconfirmed_cost: float = 0.0
-    failed: dict[bytes, str] = field(default_factory=dict)  # row key -> reason
-
-    def add(self, attempt: Attempt, answered: int, given_up: Mapping[Row, str]) -> None:
-        self.calls += attempt.calls
-        self.attempts += 1
-        self.rows += answered
-        self.call_seconds += attempt.seconds
-        self.usage = Usage(*map(sum, zip(self.usage, read_usage(attempt.body) or Usage(), strict=True)))
-        self.cost += attempt.cost or 0.0
-        self.unconfirmed_cost += attempt.unconfirmed_cost
-        self.failed.update((row.key, reason) for row, reason in given_up.items())
-
-
 # --- Budget -----------------------------------------------------------------------------------------------
 #
 # In: a cap and amounts of US dollars. Out: whether a call may leave. Runs on the same store and open jobs count too.
@@ -2091,28 +2338,32 @@ class Counts:
 class Budget:
     """What may be spent: the most that a call can cost is set aside before it leaves, and settled when it is back."""
 
-    def __init__(self, cap: float | None, spent: float, set_aside: float, note: Callable[[float], None]) -> None:
-        self.cap = cap
-        self.spent = self.spent_before = spent  # by all runs on this store
-        self.set_aside = set_aside  # by jobs of earlier runs, to begin with
-        self.in_flight = self.noted = 0.0
-        self.note = note  # keeps what calls in flight may cost, so that it counts if the program is killed
+    def __init__(self, cap: float | None, store: Store) -> None:
+        self.cap, self.store = cap, store
+        self.spent, self.set_aside, self.reached = store.money()
+        self.spent_before = self.spent  # by all runs on this store; what is set aside is for jobs of theirs
+        self.in_flight = self.noted = 0.0  # noted in the store, so that it counts if the program is killed
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether an earlier run has ended at this cap: the same command again is to spend nothing more."""
+        return self.cap is not None and self.cap <= self.reached
 
     def reserve(self, amount: float, in_flight: bool = False) -> bool:
         """Set an amount aside, if it fits; what is in flight is noted, and only as it rises, so that this is rare."""
-        if self.cap is not None and self.spent + self.set_aside + amount > self.cap:
+        if self.cap is not None and (self.is_reached or self.spent + self.set_aside + amount > self.cap):
             return False
         self.set_aside += amount
         self.in_flight += amount if in_flight else 0.0
         if self.in_flight > self.noted:
             self.noted = self.in_flight
-            self.note(self.noted)
+            self.store.note_in_flight(self.noted)
         return True
 
     def close(self) -> None:
         """No call will come back any more: what is still in flight counts as spent."""
         if self.noted:
-            self.note(self.in_flight)
+            self.store.note_in_flight(self.in_flight)
             self.noted = self.in_flight
 
     def settle(self, reserved: float, cost: float, in_flight: bool = False) -> None:
@@ -2123,11 +2374,12 @@ class Budget:
 
     def exceeded(self, amount: float) -> BudgetExceeded:
         """For a call that may cost this amount."""
-        return BudgetExceeded(
-            f"The next call may cost up to {dollars(amount)}, which could exceed `max_cost` {self.cap:g} (spent: "
-            f"{dollars(self.spent)}, set aside: {dollars(self.set_aside)}): raise it and run the same command to "
-            "continue."
-        )
+        spent = f"(spent: {dollars(self.spent)}, set aside: {dollars(self.set_aside)})"
+        why = f"The next call may cost up to {dollars(amount)}, which could exceed `max_cost` {self.cap:g} {spent}"
+        if self.is_reached:
+            why = f"An earlier run on this store has ended at `max_cost` {self.cap:g} or a higher one {spent}"
+        self.store.note_cap(self.cap or 0.0)
+        return BudgetExceeded(f"{why}: raise it and run the same command to continue.")
 
 
 def estimate_cost(requests: Iterable[Request], rates: tuple[float, float] | None, server: Server) -> list[str]:
@@ -2142,7 +2394,9 @@ def estimate_cost(requests: Iterable[Request], rates: tuple[float, float] | None
     each = Usage(prompt=round(prompt / max(1, count)), completion=round(completion / max(1, count)))
     prices = {sender: server.price(each, server.model, sender.tier) for sender in (ThreadSender, JobSender)}
     live, in_jobs = (None if price is None else dollars(price * count) for price in prices.values())
-    cost = UNKNOWN_PRICE.format(server.model) if live is None else f"about {live}, with `use_batch_api` {in_jobs}"
+    note = f" ({OPENAI_WOULD_BILL})" if server.is_local and server.user_price is None else ""
+    cost = f"about {live}, with `use_batch_api` {in_jobs}{note}"
+    cost = UNKNOWN_PRICE.format(server.model) if live is None else cost
     return [
         f"Estimated tokens (from {basis}): {round(prompt):,} in, {round(completion):,} out",
         f"Estimated cost: {cost}",
@@ -2160,7 +2414,7 @@ def estimate_cost(requests: Iterable[Request], rates: tuple[float, float] | None
 class Sender:
     """What a sender may use, and by class attributes all in which one differs from another."""
 
-    tier: ClassVar[str] = "standard"  # at which its calls are billed: genai-prices' "processing"
+    tier: ClassVar[str] = "standard"  # at which its calls are billed
     policy: ClassVar[RetryPolicy] = RetryPolicy(in_halves=True, most_failures=sys.maxsize)
     calls_server: ClassVar[bool] = True  # else it needs no key and no connection
     collects_jobs: ClassVar[bool] = False  # whether it has something to do while jobs are open, though no request is
@@ -2182,6 +2436,18 @@ class Sender:
 
 
 @dataclass
+class Flight:
+    """An attempt in flight, or waiting to be retried, with what its retries go by."""
+
+    attempt: Attempt
+    failures: int = 0  # calls that failed on their way or in the server
+    failed_since: float = math.inf
+    # Of its last call:
+    departure: Departure = NOT_LEFT
+    set_aside: float = 0.0  # US dollars
+
+
+@dataclass
 class ThreadSender(Sender):
     """Makes chat calls, at most `max_workers` at once.
 
@@ -2198,9 +2464,9 @@ class ThreadSender(Sender):
         workers = int(self.options.max_workers)
         self.pace = Pace(workers)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="enrich")
-        self.completed: queue.SimpleQueue[tuple[Attempt, Response | Exception]] = queue.SimpleQueue()
+        self.completed: queue.SimpleQueue[tuple[Flight, Response | Exception]] = queue.SimpleQueue()
         self.in_flight = 0
-        self.waiting: list[tuple[float, int, Attempt]] = []  # a heap, by the time at which a retry is due
+        self.waiting: list[tuple[float, int, Flight]] = []  # a heap, by the time at which a retry is due
         self.order = itertools.count()  # settles ties in the heap
         self.error: EnrichmentError | None = None
 
@@ -2209,17 +2475,17 @@ class ThreadSender(Sender):
             while self.in_flight or (self.is_running and (self.waiting or requests.peek())):
                 pause = self._launch(requests)
                 try:
-                    attempt, response = self.completed.get(timeout=pause)
+                    flight, response = self.completed.get(timeout=pause)
                 except queue.Empty:
                     continue
                 if isinstance(response, Exception):
                     raise response
-                landed = self._take_in(attempt, response)
+                landed = self._take_in(flight, response)
                 if landed:
                     self._launch(requests)  # before the caller takes its time over the attempt
                     yield landed
-            for _, _, attempt in self.waiting:  # their calls were made, so they are recorded
-                yield replace(attempt, body={}, problem="not answered before the stop", is_splittable=False)
+            for _, _, flight in self.waiting:  # their calls were made, so they are recorded
+                yield replace(flight.attempt, body={}, problem="not answered before the stop", is_splittable=False)
         finally:
             self.pool.shutdown(wait=False, cancel_futures=True)
         if self.error:
@@ -2236,7 +2502,7 @@ class ThreadSender(Sender):
         while self.is_running and self.in_flight < int(self.pace.slots) and (self.waiting or requests.peek()):
             now = self.clock()
             is_retry = bool(self.waiting) and self.waiting[0][0] <= now
-            request = self.waiting[0][2].request if is_retry else requests.peek()
+            request = self.waiting[0][2].attempt.request if is_retry else requests.peek()
             if request is None:
                 return min(0.5, self.waiting[0][0] - now)
             tokens = rate_limit_tokens(request)
@@ -2247,70 +2513,72 @@ class ThreadSender(Sender):
             if not self.budget.reserve(amount, in_flight=True):
                 self.error = None if self.in_flight else self.budget.exceeded(amount)
                 return 0.5
-            departure = self.pace.leave(tokens, now)
-            attempt = heapq.heappop(self.waiting)[2] if is_retry else Attempt(requests.pop())
-            attempt = replace(attempt, parameters=self.server.parameters, departure=departure, set_aside=amount)
-            self.pool.submit(self._call, attempt)
+            flight = heapq.heappop(self.waiting)[2] if is_retry else Flight(Attempt(requests.pop(), tier=self.tier))
+            flight.attempt = replace(flight.attempt, parameters=self.server.parameters)
+            flight.departure, flight.set_aside = self.pace.leave(tokens, now), amount
+            self.pool.submit(self._call, flight)
             self.in_flight += 1
         return 0.5
 
-    def _call(self, attempt: Attempt) -> None:
+    def _call(self, flight: Flight) -> None:
         """In a worker: all that one does."""
         response: Response | Exception
         try:
-            response = self.server.call("/chat/completions", build_body(attempt.request, attempt.parameters))
+            body = build_body(flight.attempt.request, flight.attempt.parameters)
+            response = self.server.call("/chat/completions", body)
         except Exception as error:  # a bug is raised in the main thread
             response = error
-        self.completed.put((attempt, response))
+        self.completed.put((flight, response))
 
-    def _take_in(self, attempt: Attempt, response: Response) -> Attempt | None:
+    def _take_in(self, flight: Flight, response: Response) -> Attempt | None:
         """The attempt if it has landed, or None if it is to be sent again, later."""
-        now = self.clock()
+        now, request = self.clock(), flight.attempt.request
         self.in_flight -= 1
-        self.pace.observe(response.headers, attempt.departure, now)
+        self.pace.observe(response.headers, flight.departure, now)
         cost = self.server.cost(response, self.tier)
         unconfirmed = 0.0
         if cost is None and response.may_be_billed and self.server.knows_price:
-            unconfirmed = self.server.worst_cost(attempt.request, self.tier)
-        self.budget.settle(attempt.set_aside, unconfirmed if cost is None else cost, in_flight=True)
-        attempt = attempt.returned(response, cost, unconfirmed)
-        outcome, reason = self.server.judge(response, attempt.request, attempt.parameters, now)
+            unconfirmed = self.server.worst_cost(request, self.tier)
+        self.budget.settle(flight.set_aside, unconfirmed if cost is None else cost, in_flight=True)
+        flight.attempt = flight.attempt.returned(response, cost, unconfirmed)
+        outcome, reason = self.server.judge(response, request, flight.attempt.parameters, now)
         if outcome in {Outcome.ANSWERED, Outcome.REFUSED}:
             self.pace.succeed()
-            return replace(attempt, problem=reason)
+            return replace(flight.attempt, problem=reason)
         if outcome is Outcome.TRANSIENT:
-            return self._retry(attempt, response, reason, now)
+            return self._retry(flight, response, reason, now)
         if outcome is Outcome.LIMITED:
             known = self.pace.resume_at
-            self.pace.refuse(requested_wait(response.headers), attempt.departure, now)
+            self.pace.refuse(requested_wait(response.headers), flight.departure, now)
             if self.pace.resume_at > max(now + 30, known + 1):  # shorter waits, and those said before, are not news
                 self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.")
         if outcome is Outcome.FATAL:
             self.error = self.error or self.server.fatal_error
-        self._send_again(attempt, now)  # after an error it only waits to be recorded
+        self._send_again(flight, now)  # after an error it only waits to be recorded
         return None
 
-    def _send_again(self, attempt: Attempt, due: float) -> None:
-        heapq.heappush(self.waiting, (due, next(self.order), attempt))
+    def _send_again(self, flight: Flight, due: float) -> None:
+        heapq.heappush(self.waiting, (due, next(self.order), flight))
 
-    def _retry(self, attempt: Attempt, response: Response, reason: str, now: float) -> Attempt | None:
+    def _retry(self, flight: Flight, response: Response, reason: str, now: float) -> Attempt | None:
         """Retry after a pause, until the retries are used up or the server proves to be gone."""
         server = self.server
-        attempt = replace(attempt, failures=attempt.failures + 1, failed_since=min(attempt.failed_since, now))
+        flight.failures += 1
+        flight.failed_since = min(flight.failed_since, now)
         # A few failures may be chance even if no retries are allowed.
-        is_gone = server.succeeded_at < attempt.failed_since and server.failures >= max(5, self.options.max_retries + 1)
+        is_gone = server.succeeded_at < flight.failed_since and server.failures >= max(5, self.options.max_retries + 1)
         if not server.reached and now - server.failing_since > UNREACHABLE_SECONDS:
             self._give_up(f"No answer from {server.host}: {reason}. Check the address and the network")
-        elif attempt.failures <= self.options.max_retries:
-            pause = requested_wait(response.headers) or backoff(attempt.failures, self.pace.jitter())
-            self._send_again(attempt, now + pause)
+        elif flight.failures <= self.options.max_retries:
+            pause = requested_wait(response.headers) or backoff(flight.failures, self.pace.jitter())
+            self._send_again(flight, now + pause)
             return None
         elif is_gone:
             self._give_up(f"{server.host} fails every request ({reason}, {server.failures} in a row). Try later")
         else:
-            problem = f"the server failed on it {attempt.failures} times ({reason})"
-            return replace(attempt, problem=problem, is_splittable=False)
-        self._send_again(attempt, math.inf)
+            problem = f"the server failed on it {flight.failures} times ({reason})"
+            return replace(flight.attempt, problem=problem, is_splittable=False)
+        self._send_again(flight, math.inf)
         return None
 
     def _give_up(self, line: str) -> None:
@@ -2329,12 +2597,13 @@ class Job:
     """A Batch API job of ours, from before it is created until its last attempt is in the store."""
 
     tag: str  # by which it is found among the account's jobs, in its metadata
+    server: str  # its address
+    parameters: Parameters
     uploaded_at: float = 0.0  # seconds since 1970, by the provider's clock
     attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
     set_aside: float = 0.0  # US dollars
     number: int = 0  # in the store
     batch_id: str | None = None
-    parameters: Parameters | None = None  # None: an earlier run's
 
 
 @dataclass
@@ -2378,6 +2647,9 @@ class JobSender(Sender):
     def _resume(self) -> None:
         """Take up the jobs of earlier runs. What never reached the provider goes into the next one."""
         for job in self.store.open_jobs():
+            if job.server != self.server.address:
+                self.warn(f"Job {job.batch_id} is open at {job.server}: pass that as `base_url` to collect it.")
+                continue
             for name, attempt in job.attempts.items():
                 job.attempts[name] = replace(attempt, request=self.restore(attempt.request))
             if job.batch_id is None:
@@ -2387,7 +2659,7 @@ class JobSender(Sender):
             if job.batch_id is None:
                 self.store.forget_job(job)
                 self.budget.settle(job.set_aside, 0.0)
-                self.waiting.extend(attempt for attempt in job.attempts.values() if attempt.request.is_sendable)
+                self.waiting.extend(attempt for attempt in job.attempts.values() if attempt.request.has_texts)
                 continue
             self.jobs.append(job)
             self.warn(f"Job {job.batch_id} of an earlier run is resumed: {len(job.attempts)} requests.")
@@ -2406,7 +2678,7 @@ class JobSender(Sender):
 
     def _pack(self, requests: Queue, file: IO[bytes]) -> Job:
         """Write requests to a job's file, as many as it may hold, and take them from the queue."""
-        job = Job(uuid.uuid4().hex, parameters=self.server.parameters)
+        job = Job(uuid.uuid4().hex, self.server.address, self.server.parameters)
         while len(job.attempts) < self.most_requests:
             request = self.waiting[0].request if self.waiting else requests.peek()
             if request is None:
@@ -2419,8 +2691,8 @@ class JobSender(Sender):
                 break
             file.write(encoded)
             job.set_aside += amount
-            attempt = self.waiting.popleft() if self.waiting else Attempt(requests.pop(), from_job=True)
-            job.attempts[request.custom_id] = attempt
+            attempt = self.waiting.popleft() if self.waiting else Attempt(requests.pop(), tier=self.tier, from_job=True)
+            job.attempts[request.custom_id] = replace(attempt, parameters=job.parameters)
         return job
 
     def _start(self, job: Job, file: IO[bytes]) -> None:
@@ -2536,10 +2808,10 @@ class JobSender(Sender):
                 yield from self._take_in(job, line)
         left = list(job.attempts.values())
         for attempt in left:
-            if not attempt.request.is_sendable:
+            if not attempt.request.has_texts:
                 yield replace(attempt, problem="its Batch API job ended before it was done", is_splittable=False)
         self.store.forget_job(job)
-        self.waiting.extend(attempt for attempt in left if attempt.request.is_sendable)
+        self.waiting.extend(attempt for attempt in left if attempt.request.has_texts)
         if left and len(left) == before:
             status = batch.get("status")
             raise ProviderError(f"Job {job.batch_id} ended as {status} with nothing done: try live calls instead.")
@@ -2547,7 +2819,7 @@ class JobSender(Sender):
     def _take_back(self, job: Job, batch: dict[str, Any]) -> None:
         """A job that was refused as a whole: because the account's queue is full, or for good."""
         self.store.forget_job(job)
-        attempts = [attempt for attempt in job.attempts.values() if attempt.request.is_sendable]
+        attempts = [attempt for attempt in job.attempts.values() if attempt.request.has_texts]
         self.waiting.extendleft(reversed(attempts))
         errors = batch["errors"].get("data") if isinstance(batch.get("errors"), dict) else None
         words = "; ".join(f"{look_up(error, 'message')} ({look_up(error, 'code')})" for error in errors or ())
@@ -2573,14 +2845,14 @@ class JobSender(Sender):
         request = attempt.request
         outcome, reason = self.server.judge(response, request, job.parameters, time.monotonic())
         is_broken = outcome in {Outcome.TRANSIENT, Outcome.LIMITED}
-        if is_broken and request.is_sendable and len(request.failures) + 1 < self.policy.most_failures:
+        if is_broken and request.has_texts and len(request.failures) + 1 < self.policy.most_failures:
             failed = replace(request, failures=(*request.failures, reason))
             self.waiting.append(replace(attempt, request=failed))
-        elif outcome is Outcome.RESEND and request.is_sendable:
+        elif outcome is Outcome.RESEND and request.has_texts:
             self.waiting.append(attempt)
         else:
             is_about_texts = outcome in {Outcome.ANSWERED, Outcome.REFUSED}
-            yield replace(attempt, problem=reason, is_splittable=is_about_texts and request.is_sendable)
+            yield replace(attempt, problem=reason, is_splittable=is_about_texts and request.has_texts)
 
 
 def read_lines(content: bytes) -> list[dict[str, Any]]:
@@ -2600,55 +2872,65 @@ def read_lines(content: bytes) -> list[dict[str, Any]]:
 # cells, what was spent. It holds no text and no key, only digests, labels and figures.
 
 STORE_ID = 0x656E7263  # "enrc", in SQLite's application_id
-STORE_VERSION = 2
+STORE_VERSION = 3
 
-CREATE = """
-CREATE TABLE questions (id INTEGER PRIMARY KEY, model TEXT, labels TEXT, is_audit INTEGER, label_keys TEXT UNIQUE);
+CREATE = f"""
+CREATE TABLE questions (id INTEGER PRIMARY KEY, {", ".join(Question._fields)});
 CREATE TABLE attempts (
-    id INTEGER PRIMARY KEY, ended_at TEXT, seconds REAL, calls INTEGER, question INTEGER, requested INTEGER,
-    model_served TEXT, system_fingerprint TEXT, prompt_characters INTEGER, prompt_tokens INTEGER,
-    cached_tokens INTEGER, written_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER,
-    cost REAL, unconfirmed_cost REAL, outcome TEXT, row_keys BLOB, answers TEXT
+    id INTEGER PRIMARY KEY, ended_at TEXT, seconds REAL, calls INTEGER, questions TEXT, model TEXT, tier TEXT,
+    parameters TEXT, requested INTEGER, model_served TEXT, system_fingerprint TEXT, prompt_characters INTEGER,
+    prompt_tokens INTEGER, cached_tokens INTEGER, written_tokens INTEGER, completion_tokens INTEGER,
+    reasoning_tokens INTEGER, cost REAL, unconfirmed_cost REAL, outcome TEXT, row_keys BLOB, answers TEXT
 );
-CREATE TABLE jobs (id INTEGER PRIMARY KEY, tag TEXT, uploaded_at REAL, set_aside REAL, batch_id TEXT);
-CREATE TABLE job_requests (custom_id TEXT PRIMARY KEY, job INTEGER, question INTEGER, row_keys BLOB, failures TEXT);
-CREATE TABLE runs (id INTEGER PRIMARY KEY, started_at TEXT, in_flight_cost REAL);
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY, tag TEXT, server TEXT, parameters TEXT, uploaded_at REAL, set_aside REAL, batch_id TEXT
+);
+CREATE TABLE job_requests (custom_id TEXT PRIMARY KEY, job INTEGER, questions TEXT, row_keys BLOB, failures TEXT);
+CREATE TABLE files (path TEXT PRIMARY KEY, found TEXT, written TEXT, draft TEXT);
+CREATE TABLE runs (id INTEGER PRIMARY KEY, started_at TEXT, in_flight_cost REAL, reached_cap REAL);
 """
-FIND_QUESTION = "SELECT id FROM questions WHERE label_keys = ?"
-ADD_QUESTION = "INSERT INTO questions (model, labels, is_audit, label_keys) VALUES (?, ?, ?, ?)"
-ALL_QUESTIONS = "SELECT id, label_keys FROM questions"
-ADD_ATTEMPT = f"INSERT INTO attempts VALUES (NULL{', ?' * 18})"
+FIND_QUESTION = (
+    f"SELECT id FROM questions WHERE ({', '.join(Question._fields)}) = ({', '.join('?' * len(Question._fields))})"
+)
+ADD_QUESTION = f"INSERT INTO questions VALUES (NULL{', ?' * len(Question._fields)})"
+ALL_QUESTIONS = "SELECT * FROM questions"
+ADD_ATTEMPT = f"INSERT INTO attempts VALUES (NULL{', ?' * 21})"
 # The newest last, so that it counts.
-ALL_ANSWERS = "SELECT question, row_keys, answers FROM attempts WHERE answers != '' ORDER BY id"
+ALL_ANSWERS = "SELECT id, questions, row_keys, answers FROM attempts WHERE answers != '' ORDER BY id"
+OPEN_ROWS = "SELECT 0, questions, row_keys, '' FROM job_requests"
 MONEY = """
 SELECT (SELECT coalesce(sum(cost), 0) + coalesce(sum(unconfirmed_cost), 0) FROM attempts)
     + (SELECT coalesce(sum(in_flight_cost), 0) FROM runs),
-    (SELECT coalesce(sum(set_aside), 0) FROM jobs WHERE id IN (SELECT job FROM job_requests))
+    (SELECT coalesce(sum(set_aside), 0) FROM jobs WHERE id IN (SELECT job FROM job_requests)),
+    (SELECT coalesce(max(reached_cap), -1) FROM runs)
 """
 RATES = """
-SELECT 1.0 * sum(prompt_tokens) / sum(prompt_characters), 1.0 * sum(completion_tokens) / sum(requested)
-FROM attempts JOIN questions ON questions.id = question
+SELECT 1.0 * sum(prompt_tokens) / sum(prompt_characters), 1.0 * sum(completion_tokens) / sum(requested) FROM attempts
 WHERE model = ? AND outcome = 'answered' AND prompt_tokens > 0 AND prompt_characters > 0
 """
-SERVED = """
-SELECT model_served, system_fingerprint, count(*) FROM attempts JOIN questions ON questions.id = question
-WHERE model = ? AND model_served IS NOT NULL GROUP BY 1, 2 ORDER BY 3 DESC
-"""
+LAST_ATTEMPT = "SELECT coalesce(max(id), 0) FROM attempts"
+SENT = "SELECT id, requested, questions, parameters, tier, model_served, system_fingerprint FROM attempts ORDER BY id"
 TOTALS = """
 SELECT sum(calls), sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens), sum(reasoning_tokens), sum(cost)
 FROM attempts
 """
-ADD_RUN = "INSERT INTO runs (started_at, in_flight_cost) VALUES (?, 0)"
-NOTE_RUN = "UPDATE runs SET in_flight_cost = ? WHERE id = ?"
-ADD_JOB = "INSERT INTO jobs (tag, uploaded_at, set_aside) VALUES (?, ?, ?)"
-NOTE_JOB = "UPDATE jobs SET batch_id = ? WHERE id = ?"
-OPEN_JOBS = "SELECT id, tag, uploaded_at, set_aside, batch_id FROM jobs WHERE id IN (SELECT job FROM job_requests)"
-ADD_REQUEST = "INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?)"
-OPEN_REQUESTS = """
-SELECT custom_id, job, row_keys, failures, model, labels, is_audit, label_keys
-FROM job_requests JOIN questions ON questions.id = question
+FIND_FILE = "SELECT found, written, draft FROM files WHERE path = ?"
+NOTE_FILE = """
+INSERT INTO files (path, found, written) VALUES (?, ?, ?)
+ON CONFLICT (path) DO UPDATE SET found = excluded.found, written = excluded.written
 """
-OPEN_ROWS = "SELECT question, row_keys, '' FROM job_requests"
+NOTE_DRAFT = "INSERT INTO files (path, draft) VALUES (?, ?) ON CONFLICT (path) DO UPDATE SET draft = excluded.draft"
+ADD_RUN = "INSERT INTO runs (started_at) VALUES (?)"
+NOTE_IN_FLIGHT = "UPDATE runs SET in_flight_cost = ? WHERE id = ?"
+NOTE_CAP = "UPDATE runs SET reached_cap = ? WHERE id = ?"
+ADD_JOB = "INSERT INTO jobs (tag, server, parameters, uploaded_at, set_aside) VALUES (?, ?, ?, ?, ?)"
+NOTE_JOB = "UPDATE jobs SET batch_id = ? WHERE id = ?"
+OPEN_JOBS = """
+SELECT id, tag, server, parameters, uploaded_at, set_aside, batch_id FROM jobs
+WHERE id IN (SELECT job FROM job_requests)
+"""
+ADD_REQUEST = "INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?)"
+OPEN_REQUESTS = "SELECT custom_id, job, questions, row_keys, failures FROM job_requests"
 END_REQUEST = "DELETE FROM job_requests WHERE custom_id = ?"
 FORGET_JOB = "DELETE FROM job_requests WHERE job = ?"
 
@@ -2657,12 +2939,23 @@ def now_text() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+class Origin(NamedTuple):
+    """What attempts have sent and what has answered them, where they are alike in that."""
+
+    questions: tuple[Question, ...]
+    most_rows: int  # in a call
+    parameters: str  # as JSON
+    tier: str
+    model_served: str | None
+    system_fingerprint: str | None
+
+
 class Store:
     """Every answer that came back, in one SQLite file.
 
-    An answer is a string of 0 and 1, one per label of its question, in the question's order; an attempt has the keys
-    and the answers of its rows one after the other. An attempt is one transaction, so that a run that is killed loses
-    what was in flight and no more.
+    A question is about one label, an attempt has the numbers of those that it asked. A row's answer is a string of 0
+    and 1, in their order; an attempt has the keys and the answers of its rows one after the other. An attempt is one
+    transaction, so that a run that is killed loses what was in flight and no more.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -2718,45 +3011,103 @@ class Store:
                 "kept."
             ) from None
 
-    def known(self, question: Question, table: Table, answers: bool = True) -> Cells:
+    def known(self, prompt: Prompt, table: Table, answers: bool = True) -> Cells:
         """The cells of the table's distinct rows: the newest answer, whatever was asked with it, else IN_JOB.
 
         Without `answers` only what open jobs have been asked.
         """
-        cells = blank_cells(len(table.first_rows), len(question.labels))
-        with self._translate_errors():
-            keys = {number: keys.split() for number, keys in self.db.execute(ALL_QUESTIONS)}
-            wanted = {key: place for place, key in enumerate(question.label_keys)}
-            # For each question that shares labels with this one: their places in this one, and their places in it.
-            shared = {
-                number: [(wanted[key], place) for place, key in enumerate(its_keys) if key in wanted]
-                for number, its_keys in keys.items()
-                if not wanted.keys().isdisjoint(its_keys)
-            }
-            found = itertools.chain(
-                self.db.execute(OPEN_ROWS), self.db.execute(ALL_ANSWERS) if answers else ()
-            )  # in this order, so that an answer replaces IN_JOB, and a newer one an older one
-            for number, row_keys, texts in found:
-                places = table.find(row_keys)
-                values = answer_cells(texts, len(keys[number])) if texts else None
-                for ours, theirs in shared.get(number, ()):
-                    cells[places[places >= 0], ours] = IN_JOB if values is None else values[places >= 0, theirs]
+        cells = blank_cells(len(table.first_rows), len(prompt.questions))
+        # In this order, so that an answer replaces IN_JOB, and a newer one an older one.
+        for statement in (OPEN_ROWS, ALL_ANSWERS)[: 1 + answers]:
+            for _, places, ours, values in self._matches(statement, prompt, table):
+                cells[places, ours] = IN_JOB if values is None else values
         return cells
+
+    def _matches(
+        self, statement: str, prompt: Prompt, table: Table
+    ) -> Iterator[tuple[int, IntArray, int, npt.NDArray[np.int8] | None]]:
+        """What was asked of these rows and questions, oldest first: attempt, rows' places, question's place, cells."""
+        asked = {question: place for place, question in enumerate(prompt.questions)}
+        for attempt, questions, row_keys, answers in self._asked(statement):
+            shared = [(asked[question], theirs) for theirs, question in enumerate(questions) if question in asked]
+            if not shared:
+                continue
+            places = table.find(row_keys)
+            cells = answer_cells(answers, len(questions))[places >= 0] if answers else None
+            for ours, theirs in shared:
+                yield attempt, places[places >= 0], ours, None if cells is None else cells[:, theirs]
+
+    def _asked(self, statement: str) -> Iterator[tuple[int, tuple[Question, ...], bytes, str]]:
+        """Of each attempt its number, questions, row keys and answers."""
+        with self._translate_errors():
+            stored = self._questions()
+            for attempt, numbers, row_keys, answers in self.db.execute(statement):
+                yield attempt, tuple(stored[number] for number in numbers.split()), row_keys, answers
+
+    def _questions(self) -> dict[str, Question]:
+        """The questions by their numbers; SQLite has no truth values of its own."""
+        return {
+            str(number): Question._make([*values, bool(sends_label), wording, bool(is_audit)])
+            for number, *values, sends_label, wording, is_audit in self.db.execute(ALL_QUESTIONS)
+        }
+
+    def stale(self, prompt: Prompt, table: Table, batches: Sequence[Batch]) -> list[str]:
+        """Why earlier answers about the rows and labels of these batches do not count, a line for each reason."""
+        asked = {question.label: (place, question) for place, question in enumerate(prompt.questions)}
+        wanted = blank_cells(len(table.first_rows), len(asked)) == 0
+        for batch in batches:
+            wanted[table.key_indexes[batch.numbers]] = batch.lacks
+        counts: Counter[tuple[str, str]] = Counter()
+        for _, questions, row_keys, _ in self._asked(ALL_ANSWERS) if batches else ():
+            places = table.find(row_keys)
+            for question in questions:
+                place, ours = asked.get(question.label, (0, question))
+                reason = "" if question.is_audit else explain_difference(question, ours)
+                # An existing label is part of a row's key, so rows are matched only if both have one, or neither.
+                is_matched = question.sends_label == ours.sends_label
+                rows = wanted[places[places >= 0], place].sum() if is_matched else len(places)
+                counts[reason, question.label] += int(rows) if reason else 0
+        most: dict[str, int] = {}  # of the labels, since an answer is about several
+        for (reason, _), count in counts.items():
+            most[reason] = max(count, most.get(reason, 0))
+        return [f"{count:,} stored answers {reason}" for reason, count in most.items() if count]
+
+    def origins(self, prompt: Prompt, table: Table) -> tuple[IntArray, list[Origin]]:
+        """Where answers come from: for each distinct row and label an index into a list, 0 where there is none."""
+        import numpy as np
+
+        found: dict[tuple[str, ...], int] = {}
+        most_rows: Counter[int] = Counter()
+        with self._translate_errors():
+            stored = self._questions()
+            indexes = np.zeros(1 + self._one(LAST_ATTEMPT)[0], np.int32)  # by attempt
+            for attempt, rows, *kind in self.db.execute(SENT):
+                index = indexes[attempt] = found.setdefault(tuple(kind), 1 + len(found))
+                most_rows[index] = max(rows, most_rows[index])
+        of_cells = np.zeros((len(table.first_rows), len(prompt.questions)), np.int32)
+        for attempt, places, ours, _ in self._matches(ALL_ANSWERS, prompt, table):
+            of_cells[places, ours] = indexes[attempt]
+        return of_cells, [
+            Origin(tuple(stored[number] for number in numbers.split()), most_rows[index], *rest)
+            for (numbers, *rest), index in found.items()
+        ]
 
     def record(self, attempt: Attempt, answers: Mapping[Row, str]) -> None:
         """Keep what came of an attempt."""
         request, body, usage = attempt.request, attempt.body, read_usage(attempt.body)
         with self._translate_errors():
-            question = self._question_number(request.question)
             values = (
                 now_text(),
                 attempt.seconds,
                 attempt.calls,
-                question,
+                self._question_numbers(request.prompt),
+                request.prompt.model,
+                attempt.tier,
+                attempt.parameters.as_json(),
                 len(request.rows),
                 look_up(body, "model"),
                 look_up(body, "system_fingerprint"),
-                prompt_characters(request) if request.is_sendable else None,
+                prompt_characters(request) if request.has_texts else None,
                 *(
                     (usage.prompt, usage.cached, usage.written, usage.completion, usage.reasoning)
                     if usage
@@ -2772,23 +3123,23 @@ class Store:
             if attempt.from_job:
                 self.db.execute(END_REQUEST, (request.custom_id,))
 
-    def _question_number(self, question: Question) -> int:
-        keys = " ".join(question.label_keys)
-        found = self.db.execute(FIND_QUESTION, (keys,)).fetchone()
-        if found:
-            return int(found[0])
-        values = (question.model, json.dumps(question.labels, ensure_ascii=False), question.is_audit, keys)
-        return int(self.db.execute(ADD_QUESTION, values).lastrowid or 0)
+    def _question_numbers(self, prompt: Prompt) -> str:
+        """The numbers of a prompt's questions, which get one where they have none."""
+        numbers = []
+        for question in prompt.questions:
+            found = self.db.execute(FIND_QUESTION, question).fetchone()
+            numbers.append(found[0] if found else self.db.execute(ADD_QUESTION, question).lastrowid)
+        return " ".join(map(str, numbers))
 
     def plan_job(self, job: Job) -> None:
         """Keep a job before it is created, and give it its number."""
         with self._translate_errors():
-            job.number = int(self.db.execute(ADD_JOB, (job.tag, job.uploaded_at, job.set_aside)).lastrowid or 0)
+            values = (job.tag, job.server, job.parameters.as_json(), job.uploaded_at, job.set_aside)
+            job.number = int(self.db.execute(ADD_JOB, values).lastrowid or 0)
             for name, attempt in job.attempts.items():
                 request = attempt.request
                 keys, failures = b"".join(row.key for row in request.rows), json.dumps(request.failures)
-                asked = self._question_number(request.question)
-                self.db.execute(ADD_REQUEST, (name, job.number, asked, keys, failures))
+                self.db.execute(ADD_REQUEST, (name, job.number, self._question_numbers(request.prompt), keys, failures))
 
     def note_job(self, job: Job) -> None:
         """Keep what the provider calls it, once it is created."""
@@ -2803,33 +3154,63 @@ class Store:
     def open_jobs(self) -> list[Job]:
         """The jobs that have not been collected; their rows have no text here."""
         with self._translate_errors():
+            stored = self._questions()
             jobs = {
-                number: Job(tag, uploaded_at, {}, set_aside, number, batch_id=batch_id)
-                for number, tag, uploaded_at, set_aside, batch_id in self.db.execute(OPEN_JOBS)
+                number: Job(tag, server, Parameters.from_json(parameters), uploaded_at, {}, set_aside, number, batch_id)
+                for number, tag, server, parameters, uploaded_at, set_aside, batch_id in self.db.execute(OPEN_JOBS)
             }
-            for name, job, row_keys, failures, model, labels, is_audit, keys in self.db.execute(OPEN_REQUESTS):
-                question = Question(model, tuple(json.loads(labels)), tuple(keys.split()), "", bool(is_audit))
+            for name, number, numbers, row_keys, failures in self.db.execute(OPEN_REQUESTS):
+                job = jobs[number]
                 starts = range(0, len(row_keys), KEY_BYTES)
                 rows = tuple(Row(row_keys[start : start + KEY_BYTES], "", None) for start in starts)
-                request = Request(rows, question, tuple(json.loads(failures)))
-                jobs[job].attempts[name] = Attempt(request, from_job=True)
+                prompt = Prompt(tuple(stored[number] for number in numbers.split()))
+                request = Request(rows, prompt, tuple(json.loads(failures)))
+                job.attempts[name] = Attempt(request, parameters=job.parameters, tier=JobSender.tier, from_job=True)
         return list(jobs.values())
 
     def note_in_flight(self, cost: float) -> None:
         """Keep the most that this run's calls in flight may cost, in US dollars; it counts if the run is killed."""
+        self._note_of_run(NOTE_IN_FLIGHT, cost)
+
+    def note_cap(self, cap: float) -> None:
+        """Keep that this run has ended at its cap."""
+        self._note_of_run(NOTE_CAP, cap)
+
+    def _note_of_run(self, statement: str, amount: float) -> None:
         with self._translate_errors():
             if self.run is None:
                 self.run = self.db.execute(ADD_RUN, (now_text(),)).lastrowid
-            self.db.execute(NOTE_RUN, (cost, self.run))
+            self.db.execute(statement, (amount, self.run))
+
+    def _file(self, path: str) -> tuple[str, str, str]:
+        with self._translate_errors():
+            return self.db.execute(FIND_FILE, (path,)).fetchone() or ("", "", "")
+
+    def digests(self, path: str) -> tuple[str, str]:
+        """Of what was found where a file was written last, and of what was written in its place."""
+        return self._file(path)[:2]
+
+    def draft(self, path: str) -> str:
+        """The name of the file that was made last to be moved into its place."""
+        return self._file(path)[2]
+
+    def note_file(self, path: str, found: str, written: str) -> None:
+        with self._translate_errors():
+            self.db.execute(NOTE_FILE, (path, found, written))
+
+    def note_draft(self, path: str, draft: str) -> None:
+        with self._translate_errors():
+            self.db.execute(NOTE_DRAFT, (path, draft))
 
     def _one(self, statement: str, *values: object) -> tuple[Any, ...]:
         with self._translate_errors():
             return tuple(self.db.execute(statement, values).fetchone())
 
-    def money(self) -> tuple[float, float]:
-        """US dollars: what all runs have cost, with what was in flight when one was killed; what open jobs may cost."""
-        spent, set_aside = self._one(MONEY)
-        return spent, set_aside
+    def money(self) -> tuple[float, float, float]:
+        """US dollars: what all runs have cost, with what was in flight when one was killed; what open jobs may cost;
+        the highest cap that a run has ended at, -1 if none has."""
+        spent, set_aside, reached = self._one(MONEY)
+        return spent, set_aside, reached
 
     def token_rates(self, model: str) -> tuple[float, float] | None:
         """Of this model's attempts so far, the prompt's tokens per character and the completion's tokens per row."""
@@ -2841,17 +3222,13 @@ class Store:
         names = ("calls", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "dollars")
         return dict(zip(names, self._one(TOTALS), strict=True))
 
-    def served(self, model: str) -> list[dict[str, Any]]:
-        """Which models and system fingerprints have answered for a model, and how often."""
-        with self._translate_errors():
-            found = self.db.execute(SERVED, (model,)).fetchall()
-        return [{"model": name, "system_fingerprint": mark, "replies": count} for name, mark, count in found]
-
 
 def open_store(options: Options, needs_key: bool) -> Store:
     """The store of the run. None is created where it could not be used: for a dry run, or without a key."""
     path = options.store_path
     if path is None or not path.exists():
+        with Store(None) as empty:
+            Files(empty, options.overwrite).check(options.written)
         if options.dry_run:
             return Store(None)
         if path is not None and needs_key:
@@ -2924,18 +3301,18 @@ def count_confusion(first: Any, second: Any) -> Confusion:
     return Confusion(*map(int, counts))
 
 
-def shares_by(cells: Cells, labels: Sequence[str], existing: Sequence[str] | None) -> dict[str, dict[str, float]]:
-    """Each label's share among the most frequent values of the existing one: label -> value -> share."""
+def shares_by(cells: Cells, labels: Sequence[str], by_values: Sequence[str] | None) -> dict[str, dict[str, float]]:
+    """Each label's share among the most frequent values of another column: label -> value -> share."""
     import numpy as np
 
     shares: dict[str, dict[str, float]] = {label: {} for label in labels}
-    values, columns = np.array(existing or [], dtype=object), zip(labels, cells.T, strict=True)
-    rows_of = {value: values == value for value, _ in Counter(existing or ()).most_common(SHOWN_VALUES)}
+    values, columns = np.array(by_values or [], dtype=object), zip(labels, cells.T, strict=True)
+    rows_of = {value: values == value for value, _ in Counter(by_values or ()).most_common(SHOWN_VALUES)}
     for label, column in columns:
         for value, rows in rows_of.items():
             ones, zeros, _ = count_labels(column[rows, None], [label])[label]
             shares[label][value] = ratio(ones, ones + zeros)
-    return shares if existing else {}
+    return shares if by_values else {}
 
 
 def measure_audit(labels: Sequence[str], numbers: Any, labelled: Cells, audited: Cells) -> dict[str, Any]:
@@ -2993,102 +3370,232 @@ def evaluate_labels(predicted: pd.DataFrame, gold: pd.DataFrame, labels: Sequenc
 
 
 class Gold(NamedTuple):
-    """Labels made by people, and the keys by which the table's rows are matched with them."""
+    """Labels made by people."""
 
-    keys: pd.Index[Any]  # of the table's rows
-    people: pd.DataFrame  # label columns, indexed by their keys
+    table: Table  # in which they are the cells that are given
+    keys: list[str]  # of its rows
+    numbers: IntArray  # the rows of the labelled table that have these keys, -1 where there is none
+    not_compared: list[str]  # columns that match no label
 
 
 def read_gold(options: Options, table: Table) -> Gold | None:
+    """Read people's labels, and match them with rows of the table."""
     if options.gold is None:
         return None
     import pandas as pd
 
     key = options.gold_key or options.text_column
-    keyed = table if options.gold_key is None else read_table(options.input_filepath, Columns(key, None, ()))
-    gold = read_table(options.gold, Columns(key, None, options.labels))
+    columns = Columns(key, None, options.labels, text_is="gold key (`gold_key`)", advice="fix the cell")
+    gold = read_table(options.gold, columns)
     if not (gold.given >= 0).any():
-        raise InputError(f"The gold labels ({gold.source}) have no 0 or 1 in a column of any label.")
-    keys, gold_keys = (pd.Index([row.text for row in source.rows()]) for source in (keyed, gold))
-    return Gold(keys, pd.DataFrame(label_columns(gold.given, options.labels), gold_keys))
+        raise InputError(
+            f"The gold labels ({gold.source}) have no 0 or 1 in a column of any label. They have the columns "
+            f"{', '.join(map(repr, gold.header))}; the labels are {', '.join(map(repr, options.labels))}."
+        )
+    keyed = table if options.gold_key is None else read_table(options.input_filepath, columns._replace(labels=()))
+    index, people = (pd.Index([row.text for row in source.rows()]) for source in (keyed, gold))
+    unique = "pass `gold_key` and a column that is unique"
+    if people.has_duplicates:
+        twice = (people == people[people.duplicated()][0]).nonzero()[0][:2].tolist()
+        where = " and ".join(
+            f"row {row} (line {line})" for row, line in zip(twice, gold.line_numbers(twice), strict=False)
+        )
+        raise InputError(
+            f"The gold labels ({gold.source}) have the same {key!r} in {where or twice}: remove one, or {unique}."
+        )
+    given: dict[Any, Any] = dict(enumerate(table.given.T))
+    rows = pd.DataFrame({"number": range(len(index)), "key": table.key_indexes, **given}, index)[index.isin(people)]
+    if rows.drop(columns="number").groupby(level=0).nunique().gt(1).any(axis=None):
+        raise InputError(f"Different rows of {table.source} have the same {key!r} as a gold row: {unique}.")
+    numbers = rows["number"][~rows.index.duplicated()].reindex(people, fill_value=-1).to_numpy()
+    return Gold(gold, list(people), numbers, [name for name in gold.header if name not in {key, *options.labels}])
 
 
-def compare_with_gold(gold: Gold, cells: Cells, options: Options) -> dict[str, Any]:
-    """The figures of the labels that people gave, and how many of their rows could not be compared, by reason."""
+class Disagreement(NamedTuple):
+    """A cell that people have given another value."""
+
+    row: int
+    key: str
+    label: str
+    model: int
+    people: int
+
+
+def compare_with_gold(gold: Gold, cells: Cells, labels: Sequence[str]) -> tuple[dict[str, Any], list[Disagreement]]:
+    """The figures of the labels that people gave, with how many of their rows could not be compared, by reason."""
     import pandas as pd
 
-    keys, people = gold
-    predicted = pd.DataFrame(label_columns(cells, options.labels), keys)
-    repeated = predicted[keys.duplicated(keep=False)]
-    if repeated.groupby(level=0).nunique(dropna=False).gt(1).any(axis=None):
-        named = "text" if options.gold_key is None else options.gold_key
-        raise InputError(
-            f"Rows with the same {named!r} have different labels, so they cannot be matched with the gold labels: "
-            "pass `gold_key` and a column that is unique."
-        )
-    predicted = predicted[~keys.duplicated()]
-    figures = evaluate_labels(predicted, people, [label for label in options.labels if people[label].notna().any()])
-    found = predicted.reindex(people.index[people.index.isin(predicted.index)])
-    unlabelled = int(found.isna().any(axis=1).sum())
+    matched = (gold.numbers >= 0).nonzero()[0]
+    model, people = cells[gold.numbers[matched]], gold.table.given[matched]
+    compared = [label for label, column in zip(labels, gold.table.given.T, strict=True) if (column >= 0).any()]
+    predicted, right = (pd.DataFrame(label_columns(each, labels)) for each in (model, people))
+    figures = evaluate_labels(predicted, right, compared)
+    differ = (model >= 0) & (people >= 0) & (model != people)
+    disagreements = [
+        Disagreement(int(gold.numbers[matched[at]]), gold.keys[matched[at]], labels[place], *pair)
+        for at, place in zip(*differ.nonzero(), strict=True)
+        for pair in [(int(model[at, place]), int(people[at, place]))]
+    ]
     return {
         "gold": figures.astype(object).where(figures.notna(), math.nan).to_dict("index"),
-        "gold_unmatched": {"not in the table": len(people) - len(found), "not labelled": unlabelled},
-    }
+        "gold_unmatched": {
+            "not in the table": len(gold.keys) - len(matched),
+            "not labelled": int((model < 0).any(axis=1).sum()),
+        },
+        "gold_columns_not_compared": gold.not_compared,
+    }, sorted(disagreements, key=lambda disagreement: disagreement.row)
 
 
 # --- Report -----------------------------------------------------------------------------------------------
 #
-# In: a record that was filled once. Out: lines, JSON and attributes; nothing is counted or decided here.
+# A record that its own methods fill as the run goes; then lines, JSON and attributes, which only render it. All of it
+# is about the rows that were requested, unless it says otherwise.
 
 SHOWN_BLANK_ROWS = 20
-SHOWN_VALUES = 10  # of an existing label, and of rows that differ
+SHOWN_VALUES = 10  # of the column that shares are broken down by, and of rows that differ
 UNKNOWN_PRICE = "unknown: no price of {!r} is known (pass `price`)"
+OPENAI_WOULD_BILL = "what OpenAI would bill"  # said of a server on this machine
+IN_A_JOB = "in a Batch API job that has not been collected"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
-    """What a run has to tell."""
+    """What a run has to tell. Money is in US dollars; unless it says otherwise, a number is one of rows."""
 
     options: Options
-    plan: Plan
-    counts: Counts
-    rows: int
-    labelled_rows: int
-    blank_rows: dict[int, str]  # row number -> reason, of requested rows that have a text
-    labels: dict[str, LabelCount]
-    by_existing: dict[str, dict[str, float]]  # label -> existing label -> share
     host: str
     knows_price: bool
-    spent_before: float  # US dollars, by earlier runs on this store
-    keeps_answers: bool
-    served: list[dict[str, Any]]
-    totals: dict[str, Any]  # of all runs on this store
-    started_at: datetime
-    figures: dict[str, Any]  # "audit", "gold" and "gold_unmatched", if requested
+    is_local: bool  # whether the server is on this machine, and so bills nothing
+    table_rows: int
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    # What there was to do.
+    requested: int = 0
+    blank_texts: int = 0
+    example_rows: int = 0
+    in_jobs: int = 0  # that only wait for open jobs
+    pending: int = 0  # to send
+    distinct: int = 0  # of these, counting equal ones once
+    batches: int = 0  # how many of them
+    lacks: tuple[bool, ...] | None = None  # which labels are sent, if those are the same for all rows
+    audited: int = 0  # to send for the audit
+    # What was done.
+    calls: int = 0
+    attempts: int = 0
+    answered: int = 0  # counting equal ones once
+    call_seconds: float = 0.0  # the calls' own durations, summed
+    seconds: float = 0.0  # by the clock on the wall
+    usage: Usage = field(default_factory=Usage)
+    cost: float = 0.0
+    unconfirmed_cost: float = 0.0
+    failed: dict[bytes, str] = field(default_factory=dict)  # row key -> reason
+    # How the table is now.
+    labelled_rows: int = 0
+    blank_rows: dict[int, str] = field(default_factory=dict)  # row number -> reason, of those that have a text
+    lines: dict[int, int] = field(default_factory=dict)  # row number -> line of the file, of the blank rows
+    labels: dict[str, LabelCount] = field(default_factory=dict)
+    table_labels: dict[str, LabelCount] = field(default_factory=dict)  # the same of all rows of the table
+    shares: dict[str, dict[str, float]] = field(default_factory=dict)  # label -> value of the `by` column -> share
+    # What the store adds, and quality.
+    keeps_answers: bool = True
+    spent_before: float = 0.0  # by earlier runs on this store
+    totals: dict[str, Any] = field(default_factory=dict)  # of all runs on this store
+    origins: dict[str, Any] = field(default_factory=dict)  # of the cells
+    figures: dict[str, Any] = field(default_factory=dict)  # "audit", "gold" and "gold_unmatched", if requested
+
+    def note_plan(
+        self, table: Table, cells: Cells, requested: BoolArray, from_examples: Cells, batches: Sequence[Batch]
+    ) -> None:
+        with_text = requested & (table.lengths > 0)
+        pending = with_text & (cells == BLANK).any(axis=1)
+        lacks = {batch.lacks for batch in batches}
+        self.requested = int(requested.sum())
+        self.blank_texts = int((requested & (table.lengths == 0)).sum())
+        self.example_rows = int((with_text & (from_examples >= 0).all(axis=1)).sum())
+        self.in_jobs = int((with_text & (cells == IN_JOB).any(axis=1) & ~pending).sum())
+        self.pending = int(pending.sum())
+        self.distinct = sum(len(batch.numbers) for batch in batches)
+        self.batches = len(batches)
+        self.lacks = lacks.pop() if len(lacks) == 1 else None
+
+    def add(self, attempt: Attempt, answered: int, given_up: Mapping[Row, str]) -> None:
+        self.calls += attempt.calls
+        self.attempts += 1
+        self.answered += answered
+        self.call_seconds += attempt.seconds
+        self.usage = Usage(*map(sum, zip(self.usage, read_usage(attempt.body) or Usage(), strict=True)))
+        self.cost += attempt.cost or 0.0
+        self.unconfirmed_cost += attempt.unconfirmed_cost
+        self.failed.update((row.key, reason) for row, reason in given_up.items())
+
+    def note_cells(self, table: Table, cells: Cells, requested: BoolArray) -> None:
+        labels = self.options.labels
+        blank = requested & (table.lengths > 0) & (cells < 0).any(axis=1)
+        waiting = (cells == IN_JOB).any(axis=1)
+        self.blank_rows = {
+            number: IN_A_JOB if waiting[number] else self.failed.get(table.key(number), "not answered yet")
+            for number in blank.nonzero()[0].tolist()
+        }
+        self.lines = dict(zip(self.blank_rows, table.line_numbers(self.blank_rows), strict=False))
+        self.labelled_rows = int((requested & (cells >= 0).all(axis=1)).sum())
+        self.labels = count_labels(cells[requested], labels)
+        self.table_labels = count_labels(cells, labels)
+        self.shares = shares_by(
+            cells[requested], labels, table.by_values and list(compress(table.by_values, requested))
+        )
+
+    def note_origins(self, of_cells: IntArray, origins: Sequence[Origin]) -> None:
+        """From an index into `origins`, counted from 1, for each cell of the table that a model gave; else 0."""
+        has = [(of_cells == index).any(axis=1) for index in range(1, 1 + len(origins))]
+
+        def rows_by(kind: Callable[[Origin], Any]) -> dict[Any, int]:
+            """For each kind of origin the number of rows that have a cell from one."""
+            rows: dict[Any, Any] = {}
+            for origin, has_cell in zip(origins, has, strict=True):
+                rows[kind(origin)] = rows.get(kind(origin), False) | has_cell
+            return {key: int(found.sum()) for key, found in rows.items() if found.any()}
+
+        most = {questions: max(x.most_rows for x in origins if x.questions == questions) for questions, *_ in origins}
+        served = rows_by(lambda origin: (origin.model_served, origin.system_fingerprint))
+        sent_with = rows_by(lambda origin: (*Parameters.from_json(origin.parameters).shown.items(), origin.tier))
+        self.origins = {
+            "prompts": [
+                {"rows": rows, **Prompt(questions).as_record(most[questions])}
+                for questions, rows in rows_by(lambda origin: origin.questions).items()
+            ],
+            "served": [
+                {"rows": rows, "model": model, "system_fingerprint": mark} for (model, mark), rows in served.items()
+            ],
+            "sent_with": [{"rows": rows, **dict(pairs), "tier": tier} for (*pairs, tier), rows in sent_with.items()],
+        }
 
     @property
-    def cost(self) -> float | None:
-        return self.counts.cost if self.knows_price else None
+    def reused(self) -> int:
+        """Rows that had their answers already."""
+        return self.requested - self.blank_texts - self.example_rows - self.in_jobs - self.pending
 
     def attributes(self) -> dict[str, Any]:
         """For a frame's `attrs`."""
         return {
-            "rows": self.rows,
+            "rows": self.table_rows,
+            "requested_rows": self.requested,
             "labelled_rows": self.labelled_rows,
             "blank_rows": self.blank_rows,
-            "reused_rows": self.plan.reused,
-            "example_rows": self.plan.example_rows,
-            "calls": self.counts.calls,
-            "tokens": self.counts.usage._asdict(),
-            "cost": self.cost,
-            "seconds": self.counts.seconds,
+            "reused_rows": self.reused,
+            "example_rows": self.example_rows,
+            "calls": self.calls,
+            "tokens": self.usage._asdict(),
+            "cost": self.cost if self.knows_price else None,
+            "seconds": self.seconds,
             **self.figures,
         }
 
 
 def opening_lines(options: Options, sender: type[Sender]) -> list[str]:
     existing = [] if options.label_column is None else [f"Label column: {options.label_column!r}"]
+    before, day, after = DEFAULT_MODELS
+    is_new = options.model == OPTIONS["model"].default == after
     return [
+        *([f"Model: {after}, the default since {day}, on which {before} was shut down"] if is_new else []),
         f"Text column: {options.text_column!r}",
         *existing,
         f"New labels to add: {list(options.labels)}",
@@ -3098,27 +3605,30 @@ def opening_lines(options: Options, sender: type[Sender]) -> list[str]:
     ]
 
 
-def plan_lines(plan: Plan, options: Options, sender: type[Sender]) -> list[str]:
+def plan_lines(report: Report, stale: Sequence[str], sender: type[Sender]) -> list[str]:
+    """What there is to do; `stale` says why earlier answers do not count."""
+    options = report.options
     numbers = {
-        "Rows already labelled (not sent again)": plan.reused,
-        "Rows in open Batch API jobs (not sent again)": plan.in_jobs,
-        "Rows equal to an example (labelled from it, not sent)": plan.example_rows,
-        "Rows with a blank text (not sent, left blank)": plan.blank_texts,
-        "Duplicate rows (sent once)": plan.pending - plan.distinct if plan.lacks else 0,
+        "Rows already labelled (not sent again)": report.reused,
+        "Rows in open Batch API jobs (not sent again)": report.in_jobs,
+        "Rows equal to an example (labelled from it, not sent)": report.example_rows,
+        "Rows with a blank text (not sent, left blank)": report.blank_texts,
+        "Duplicate rows (sent once)": report.pending - report.distinct if report.lacks else 0,
     }
     lines = [f"Starting parallel enrichment from row {options.start_index}..."]
     lines += [f"{what}: {number}" for what, number in numbers.items() if number]
-    if plan.lacks and not all(plan.lacks):
-        lines.append(f"Labels to send (the others are known): {list(itertools.compress(options.labels, plan.lacks))}")
-    if not plan.batches and sender.collects_jobs and plan.in_jobs:
+    lines += stale
+    if report.lacks and not all(report.lacks):
+        lines.append(f"Labels to send (the others are known): {list(compress(options.labels, report.lacks))}")
+    if not report.batches and sender.collects_jobs and report.in_jobs:
         return [*lines, "Collecting those jobs..."]
-    if not plan.batches:
+    if not report.batches:
         return [*lines, "Nothing to send: no API call is made"]
     return [
         *lines,
-        f"Total batches to process: {plan.batches}",
-        sender.start_line.format(at_once=min(plan.batches, int(options.max_workers))),
-        f"This will make {plan.batches} API calls instead of {plan.pending} (single-row processing)",
+        f"Total batches to process: {report.batches}",
+        sender.start_line.format(at_once=min(report.batches, int(options.max_workers))),
+        f"This will make {report.batches} API calls instead of {report.pending} (single-row processing)",
         "",
     ]
 
@@ -3132,7 +3642,6 @@ def request_lines(request: Request, parameters: Parameters) -> list[str]:
 
 
 def closing_lines(report: Report) -> list[str]:
-    counts = report.counts
     failed = {number: reason for number, reason in report.blank_rows.items() if reason != IN_A_JOB}
     waiting = len(report.blank_rows) - len(failed)
     lines = [""]
@@ -3140,20 +3649,21 @@ def closing_lines(report: Report) -> list[str]:
         lines.append(f"✗ Rows in Batch API jobs (the same command with `use_batch_api` collects them): {waiting}")
     if failed:
         lines.append(f"✗ Enrichment finished, rows left blank (sent again by the next run): {len(failed)}")
-        lines += [f"  row {number}: {reason}" for number, reason in itertools.islice(failed.items(), SHOWN_BLANK_ROWS)]
+    for number, reason in itertools.islice(failed.items(), SHOWN_BLANK_ROWS):
+        lines.append(f"  row {number}{f' (line {report.lines[number]})' if report.lines else ''}: {reason}")
     if len(failed) > SHOWN_BLANK_ROWS:
         lines.append(f"  and {len(failed) - SHOWN_BLANK_ROWS} more")
     if not report.blank_rows:
         lines.append("✓ Enrichment complete!" if report.labelled_rows else "✗ No row was labelled: none has a text")
     if report.options.output_filepath is not None:
         lines.append(f"✓ Enriched dataset saved to {report.options.output_filepath}")
-    saved = report.plan.pending - len(report.blank_rows) + report.plan.audited - counts.calls
-    lines.append(f"✓ Total API calls made: {counts.calls}" + (f" (saved {saved} API calls!)" if saved > 0 else ""))
-    speedup = round(counts.call_seconds / counts.seconds, 1) if counts.calls else 0
+    saved = report.pending - len(report.blank_rows) + report.audited - report.calls
+    lines.append(f"✓ Total API calls made: {report.calls}" + (f" (saved {saved} API calls!)" if saved > 0 else ""))
+    speedup = round(report.call_seconds / report.seconds, 1) if report.calls else 0
     if speedup >= 1:
         lines.append(f"✓ Speedup from parallelization: ~{speedup:g}x faster")
-    if counts.calls:
-        lines += [f"✓ Tokens: {usage_words(counts.usage)}", f"✓ Cost: {cost_words(report)}"]
+    if report.calls:
+        lines += [f"✓ Tokens: {usage_words(report.usage)}", f"✓ Cost: {cost_words(report)}"]
     return [*lines, "", "=== Summary ===", *summary_lines(report), *table_lines(report)]
 
 
@@ -3164,16 +3674,17 @@ def usage_words(usage: Usage) -> str:
 
 
 def cost_words(report: Report) -> str:
-    counts, cap = report.counts, report.options.max_cost
+    options = report.options
     if not report.knows_price:
-        return UNKNOWN_PRICE.format(report.options.model)
-    words = dollars(counts.cost)
-    if counts.unconfirmed_cost:
-        words += f", and at most {dollars(counts.unconfirmed_cost)} for calls that ended without a reply"
-    total = report.spent_before + counts.cost + counts.unconfirmed_cost
-    others = [f"all runs on this store: {dollars(total)}"] if report.spent_before else []
-    others += [] if cap is None else [f"left of `max_cost`: {dollars(max(0.0, cap - total))}"]
-    return words + (f" ({', '.join(others)})" if others else "")
+        return UNKNOWN_PRICE.format(options.model)
+    words = dollars(report.cost)
+    if report.unconfirmed_cost:
+        words += f", and at most {dollars(report.unconfirmed_cost)} for calls that ended without a reply"
+    total = report.spent_before + report.cost + report.unconfirmed_cost
+    notes = [OPENAI_WOULD_BILL] if report.is_local and options.price is None else []
+    notes += [f"all runs on this store: {dollars(total)}"] if report.spent_before else []
+    notes += [] if options.max_cost is None else [f"left of `max_cost`: {dollars(max(0.0, options.max_cost - total))}"]
+    return words + (f" ({', '.join(notes)})" if notes else "")
 
 
 def dollars(amount: float) -> str:
@@ -3194,18 +3705,21 @@ def summary_lines(report: Report) -> Iterator[str]:
 def table_lines(report: Report) -> list[str]:
     """The tables below the summary."""
     lines: list[str] = []
-    if report.by_existing:
-        rows = [[label, *map(percent, shares.values())] for label, shares in report.by_existing.items()]
-        values = [value or "(blank)" for value in next(iter(report.by_existing.values()))]
-        lines += ["", f"=== Share of each label by {report.options.label_column!r} ===", *align(["", *values], rows)]
+    if report.shares:
+        by = report.options.by_column
+        shown = " (shown to the model)" if by == report.options.label_column else ""
+        rows = [[label, *map(percent, shares.values())] for label, shares in report.shares.items()]
+        values = [value or "(blank)" for value in next(iter(report.shares.values()))]
+        lines += ["", f"=== Share of each label by {by!r}{shown} ===", *align(["", *values], rows)]
     if "audit" in report.figures:
-        head = ["", "rows", "agree", "95 % interval", "Cohen's kappa", "rows that differ (from 0)"]
+        head = ["", "rows", "agree", "95 % interval", "Cohen's kappa", "rows that differ (line)"]
         rows = []
         for label, figures in report.figures["audit"].items():
             agreement, interval = percent(figures["agreement"]), " to ".join(map(percent, figures["agreement_95"]))
-            numbers = figures["rows_that_differ"]
+            numbers, its_lines = figures["rows_that_differ"], figures["lines_that_differ"]
+            pairs = itertools.zip_longest(numbers[:SHOWN_VALUES], its_lines[:SHOWN_VALUES], fillvalue="-")
             more = f" and {len(numbers) - SHOWN_VALUES} more" if len(numbers) > SHOWN_VALUES else ""
-            shown = ", ".join(map(str, numbers[:SHOWN_VALUES])) + more
+            shown = ", ".join(f"{row} ({line})" for row, line in pairs) + more
             rows.append([label, str(figures["rows"]), agreement, interval, decimal(figures["kappa"]), shown])
         lines += ["", "=== Audit: re-queried, each row alone ===", *align(head, rows)]
     if "gold" in report.figures:
@@ -3217,6 +3731,10 @@ def table_lines(report: Report) -> list[str]:
         lines += ["", "=== Comparison with people ===", *align(head, rows)]
         unmatched = report.figures["gold_unmatched"].items()
         lines += [f"Gold rows that are {what}: {count}" for what, count in unmatched if count]
+        others = report.figures["gold_columns_not_compared"]
+        lines += [f"Gold columns that match no label (not compared): {', '.join(others)}"] if others else []
+        if report.options.output_filepath is not None:
+            lines.append(f"Where the model and people differ: {report.options.written['disagreements']}")
     return lines
 
 
@@ -3238,14 +3756,17 @@ def align(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def unfinished_line(report: Report) -> str:
     """How far a run got that ended early, what the rest would cost, and how to continue."""
-    options, counts = report.options, report.counts
-    rest = report.plan.distinct - counts.rows - len(counts.failed)
+    options = report.options
+    rest = report.distinct - report.answered - len(report.failed)
     money = ""
-    if counts.rows and report.knows_price and rest > 0:
-        money = f", the rest would cost about {dollars(counts.cost / counts.rows * rest)}"
-    labelled = f"{report.labelled_rows} of {report.rows} rows"
+    if report.answered and report.knows_price and rest > 0:
+        money = f", the rest would cost about {dollars(report.cost / report.answered * rest)}"
+    labelled = f"{report.labelled_rows} of {report.requested} rows"
     if not report.keeps_answers:
-        return f"Stopped: {labelled} were labelled{money}. Pass `store_filepath` to keep answers."
+        return (
+            f"Stopped: {labelled} were labelled{money}. Only this exception's `frame` has them: pass `store_filepath` "
+            "to keep answers."
+        )
     place = f" and saved to {options.output_filepath}" if options.output_filepath else ""
     jobs = " Batch API jobs continue without it." if IN_A_JOB in report.blank_rows.values() else ""
     again = "The same command without `fresh`" if options.fresh else "The same command"
@@ -3255,55 +3776,51 @@ def unfinished_line(report: Report) -> str:
 PLAIN = {bool, int, float, str, tuple, list, type(None)}
 
 
-def write_record(report: Report, prompt: Prompt, table: Table) -> None:
-    """Write what a paper's appendix needs, and what reproduces the run, beside the output; without key or text."""
-    options, counts = report.options, report.counts
-    if options.output_filepath is None:
-        return
-    hidden = {"api_key", "base_url", "new_labels"}
-    parameters = {name: value for name, value in vars(options).items() if name not in hidden}
+def run_record(report: Report) -> dict[str, Any]:
+    """What a paper's appendix needs, and what reproduces the run; without key or text."""
+    options = report.options
+    parameters = {
+        name: value for name, value in vars(options).items() if name not in {"api_key", "base_url", "new_labels"}
+    }
     parameters |= {name: str(value) for name, value in parameters.items() if isinstance(value, Path)}
-    question = build_question(prompt, options.labels)
-    form = answer_format(options.labels, int(options.batch_size), Form.SCHEMA)
-    record = {
+    return {
         "parameters": {name: value if type(value) in PLAIN else "a DataFrame" for name, value in parameters.items()},
-        "labels": dict(prompt.definitions) or list(options.labels),
+        "labels": dict(options.new_labels) if isinstance(options.new_labels, Mapping) else list(options.labels),
         "server": report.host,
         "versions": {
             "enrich_dataset": __version__,
             "python": ".".join(map(str, sys.version_info[:3])),
             **{name: importlib.metadata.version(name) for name in ("openai", "pandas")},
         },
-        "input": {"sha256": hashlib.sha256(table.content).hexdigest(), "rows": report.rows},
-        "question": {
-            # The examples are texts, so they are part of the hash alone.
-            "system_message_without_examples": build_question(
-                replace(prompt, examples=()), options.labels
-            ).system_message,
-            "examples": len(prompt.examples),
-            "response_format": form,
-            "sha256": hashlib.sha256((question.system_message + json.dumps(form)).encode()).hexdigest(),
+        "rows": {
+            "table": report.table_rows,
+            "requested": report.requested,
+            "without_text": report.blank_texts,
+            "from_examples": report.example_rows,
+            "labelled": report.labelled_rows,
         },
-        "served": report.served,
+        **report.origins,
         "this_run": {
             "started_at": report.started_at.isoformat(timespec="seconds"),
             "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds_of_calls": round(counts.seconds, 3),
-            "calls": counts.calls,
-            "retries": counts.calls - counts.attempts,
-            "tokens": counts.usage._asdict(),
-            "dollars": report.cost,
-            "dollars_unconfirmed_at_most": counts.unconfirmed_cost if report.knows_price else None,
-            "reused_rows": report.plan.reused,
-            "example_rows": report.plan.example_rows,
+            "seconds_of_calls": round(report.seconds, 3),
+            "calls": report.calls,
+            "retries": report.calls - report.attempts,
+            "tokens": report.usage._asdict(),
+            "dollars": report.cost if report.knows_price else None,
+            "dollars_unconfirmed_at_most": report.unconfirmed_cost if report.knows_price else None,
+            "reused_rows": report.reused,
         },
         "all_runs_on_this_store": report.totals,
         "counts": {label: count._asdict() for label, count in report.labels.items()},
-        "blank_rows": report.blank_rows,
+        "counts_of_the_whole_table": {label: count._asdict() for label, count in report.table_labels.items()},
+        "shares_by": {"column": options.by_column, "shares": report.shares} if report.shares else None,
+        "blank_rows": [
+            {"row": number, "line": report.lines.get(number), "reason": reason}
+            for number, reason in report.blank_rows.items()
+        ],
         **report.figures,
     }
-    with replacing(Path(f"{options.output_filepath}.run.json")) as file:
-        file.write(json.dumps(without_nan(record), ensure_ascii=False, indent=2).encode() + b"\n")
 
 
 def without_nan(value: Any) -> Any:
@@ -3355,6 +3872,16 @@ def plot_labels(df: pd.DataFrame, labels: Sequence[str], by: str | None = None) 
     return figure
 
 
+def check_plot(path: Path) -> None:
+    """Refuse, before anything is sent, a picture that could not be drawn."""
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise InputError(f"The plot {path} must end in a kind of picture that can be drawn: .{', .'.join(kinds)}.")
+
+
 def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
@@ -3400,19 +3927,6 @@ def draw_together(axes: Axes, df: pd.DataFrame, labels: Sequence[str]) -> None:
     axes.set_xticks(range(len(labels)), [label.replace("$", r"\$") for label in labels], rotation=90)
     axes.set_title("Of the rows with the label on the left, % with the one below", fontsize="medium")
     axes.figure.colorbar(image, ax=axes, format=lambda value, _: f"{value:.0%}", shrink=0.6)
-
-
-def save_plot(
-    path: Path, cells: Cells, labels: Sequence[str], label_column: str | None, existing: Sequence[str] | None
-) -> None:
-    import pandas as pd
-
-    by = {} if label_column is None else {label_column: existing}
-    figure = plot_labels(pd.DataFrame(label_columns(cells, labels) | by), labels, label_column)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise EnrichmentError(f"The plot {path} cannot be written ({error}): choose another file.") from None
 
 
 # --- Console ----------------------------------------------------------------------------------------------
@@ -3465,7 +3979,7 @@ class Progress:
 
     def __init__(self, bar: tqdm[NoReturn]) -> None:
         self.bar = bar
-        self.done = 0
+        self.done = self.rows = 0
 
     def expect(self, more: int) -> None:
         """More requests are to be answered."""
@@ -3476,14 +3990,15 @@ class Progress:
         self.bar.n = self.done + count
         self.bar.refresh()
 
-    def landed(self, counts: Counts, again: int, knows_price: bool) -> None:
-        """One more has landed, and some are sent again because of it."""
+    def landed(self, report: Report, rows: int, again: int) -> None:
+        """One more has landed and answered so many rows; some requests are sent again because of it."""
         self.done += 1
+        self.rows += rows
         self.expect(again)
         elapsed = self.bar.format_dict["elapsed"]
-        note = [f"{counts.rows / elapsed:.0f} rows/s"] if elapsed else []
-        note += [f"{len(counts.failed)} failed"] if counts.failed else []
-        note += [dollars(counts.cost)] if knows_price else []
+        note = [f"{self.rows / elapsed:.0f} rows/s"] if elapsed else []
+        note += [f"{len(report.failed)} failed"] if report.failed else []
+        note += [dollars(report.cost)] if report.knows_price else []
         self.bar.set_postfix_str(", ".join(note), refresh=False)
         self.bar.n = self.done
         self.bar.update(0)
@@ -3542,16 +4057,29 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"Error: {message} (--help lists the options)\n")
 
 
+EPILOG = """\
+example:
+  python enrich_dataset.py --input HatefulData.csv --output HatefulData_enriched.csv --text-column text \\
+      --labels racist sexist homophobic --batch-size 10 --max-workers 3
+
+Exit codes: 0 labelled; 1 the run could not continue; 2 wrong arguments or input; 3 finished, some rows are blank;
+130 interrupted.
+"""
+
+
 def build_parser() -> Parser:
     parser = Parser(
         prog="enrich_dataset.py",
         description="Fill 0/1 label columns of a CSV of texts with OpenAI chat calls.",
-        epilog="Exit codes: 0 labelled; 1 the run could not continue; 2 wrong arguments or input; "
-        "3 finished, some rows are blank; 130 interrupted.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    keys = parser.add_mutually_exclusive_group()
+    headings = [declared.metadata["heading"] for declared in OPTIONS.values()]
+    groups = {heading: parser.add_argument_group(heading) for heading in dict.fromkeys(filter(None, headings))}
+    keys, group = groups[SERVER].add_mutually_exclusive_group(), groups[FILES]
     for name, declared in OPTIONS.items():
         about, kind = declared.metadata, str(declared.type)
+        group = groups.get(about["heading"], group)
         default = None if declared.default is dataclasses.MISSING else declared.default
         shown = "" if default is None or kind == "bool" else f" (default: {default})"
         settings = {"dest": name, "default": default, "help": about["help"] + shown}
@@ -3560,11 +4088,12 @@ def build_parser() -> Parser:
         else:
             converter, metavar = argument_kind(kind)
             settings |= {"type": converter, "metavar": metavar, **about["argument"]}
-        (keys if name == "api_key" else parser).add_argument(flag_of(name), **settings)
+        (keys if name == "api_key" else group).add_argument(flag_of(name), **settings)
     keys.add_argument("--api-key-file", metavar="FILE", help="a file that holds the key")
-    add = parser.add_argument
-    add("--codebook", metavar="FILE", help="definitions: a JSON object, or a CSV with the columns label,definition")
-    add("--version", action="version", version=f"enrich_dataset {__version__}")
+    groups["better labels"].add_argument(
+        "--codebook", metavar="FILE", help="definitions: a JSON object, or a CSV with the columns label,definition"
+    )
+    parser.add_argument("--version", action="version", version=f"enrich_dataset {__version__}")
     return parser
 
 
@@ -3586,34 +4115,36 @@ def choose_labels(names: Sequence[str] | None, codebook: str | None) -> Sequence
     """The labels of the command line, with their definitions if there is a codebook."""
     if codebook is None and names is None:
         raise InputError("No labels were given: pass --labels NAME ..., or --codebook FILE.")
+    definitions = {} if codebook is None else read_codebook(Path(codebook))
+    for name in names or ():
+        if "," in name and name not in definitions:
+            raise InputError(f"The label {name!r} has a comma in it: separate labels by spaces.")
     if codebook is None:
         return names or ()
-    definitions = read_codebook(Path(codebook))
-    check_labels(names or list(definitions))
     missing = [name for name in names or () if name not in definitions]
     if missing:
         known = ", ".join(map(repr, definitions))
         raise InputError(f"The label {missing[0]!r} is not in {codebook}, which has {known}.")
+    check_labels(names or definitions)
     return {name: definitions[name] for name in names or definitions}
 
 
 def read_codebook(path: Path) -> dict[str, str]:
-    """Label -> definition."""
-    expected = "a JSON object of texts, or a CSV with the columns label,definition, was expected"
-    text = read_text(path, "codebook")
-    if text.lstrip().startswith("{"):
-        try:
-            pairs = json.loads(text, object_pairs_hook=list)
-        except ValueError as error:
-            raise InputError(f"The codebook {path} is not valid JSON ({error}): {expected}.") from None
-    else:
-        lines = csv.DictReader(io.StringIO(text, newline=""))
-        if not {"label", "definition"} <= set(lines.fieldnames or ()):
-            raise InputError(f"The codebook {path} does not have the required columns: {expected}.")
-        pairs = [(line["label"], line["definition"] or "") for line in lines]
-    check_labels([label for label, _ in pairs])
-    if not all(isinstance(definition, str) for _, definition in pairs):
-        raise InputError(f"The codebook {path} has a definition that is not text: {expected}.")
+    """Label -> definition, from a JSON object or a CSV."""
+    try:
+        is_json = path.read_bytes().lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{")
+        pairs: list[tuple[str, Any]] = (
+            json.loads(read_text(path, "codebook"), object_pairs_hook=list) if is_json else []
+        )
+    except OSError:
+        raise InputError(f"The codebook {path} cannot be read: check the path.") from None
+    except ValueError as error:
+        raise InputError(f"The codebook {path} is not valid JSON ({error}): fix it, or write a CSV.") from None
+    if not is_json:
+        table = read_table(path, Columns("label", "definition", (), text_is="column"))
+        pairs = [(row.text, row.label) for row in table.rows()]
+    check_labels([name for name, _ in pairs])
+    check_labels(dict(pairs))
     return dict(pairs)
 
 
@@ -3635,7 +4166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if key_file is not None:
             arguments["api_key"] = read_text(Path(key_file), "key file")
         options = Options(**arguments)
-        _, _, report = label_file(options, Console(options.quiet, as_flags=True))
+        read_here = {"codebook": codebook, "key file": key_file}
+        check_apart(options.all_written, {what: Path(path) for what, path in read_here.items() if path is not None})
+        _, _, report = label_table(options, Console(options.quiet, as_flags=True))
     except EnrichmentError as error:
         show(f"Error: {name_options(error.message, as_flags=True)}", sys.stderr)
         return error.exit_code

@@ -58,11 +58,12 @@ def dense_body(texts: Sequence[str]) -> dict[str, Any]:
 
 def sparse_bodies(path: Path) -> list[dict[str, Any]]:
     """This program's own requests, for a client that does nothing but send them."""
-    question = module.build_question(module.Prompt("gpt-4o-mini"), tuple(LABELS))
+    options = module.Options(path, None, "text", None, LABELS)
+    prompt = module.read_prompt(options, "a-server")
     rows = [module.make_row(text, None) for text in dict.fromkeys(read_texts(path))]
     parameters = module.first_parameters("gpt-4o-mini", must_be_bounded=False)
     batches = (tuple(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
-    return [module.build_body(module.Request(batch, question), parameters) for batch in batches]
+    return [module.build_body(module.Request(batch, prompt), parameters) for batch in batches]
 
 
 def read_texts(path: Path) -> list[str]:

@@ -28,6 +28,7 @@ hypothesis.settings.register_profile("long", max_examples=1_000_000, deadline=No
 
 ROOT = Path(__file__).parent.parent
 LABELS = ["praising_violence", "personal_attacks", "sexual_harassment"]
+MODEL = "gpt-4o-mini"  # named, so that the day on which the default changes changes no test
 WORDS = ["violence", "praise", "person", "attack", "sexual", "harass", "weather", "cake", "tram", "holiday"]
 
 
@@ -69,6 +70,11 @@ def read_cells(path: Path, labels: Sequence[str] = LABELS) -> list[list[str]]:
         return [[row[label] for label in labels] for row in csv.DictReader(file)]
 
 
+def prompt_of(labels: Sequence[str] = LABELS, model: str = "m", **options: Any) -> module.Prompt:
+    """The prompt of these options, at no server."""
+    return module.read_prompt(module.frame_options(pd.DataFrame(), "text", labels, model=model, **options), "a-server")
+
+
 class Job:
     """A table of texts in a folder of its own, and the ways to have it labelled."""
 
@@ -85,12 +91,12 @@ class Job:
         return self
 
     def enrich(self, labels: Sequence[str] = LABELS, **options: Any) -> pd.DataFrame:
-        options = {"base_url": self.server.url, "quiet": True} | options
+        options = {"base_url": self.server.url, "quiet": True, "model": MODEL} | options
         return module.enrich_dataset(self.input, self.output, "text", None, labels, **options)
 
     def arguments(self, *more: str) -> list[str]:
         paths = ["--input", str(self.input), "--output", str(self.output), "--text-column", "text"]
-        return [*paths, "--labels", *LABELS, *more]
+        return [*paths, "--model", MODEL, "--labels", *LABELS, *more]
 
     def command(self, *more: str) -> int:
         return module.main(self.arguments("--base-url", self.server.url, *more))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
-from conftest import LABELS, ROOT, Job, make_texts
+from conftest import LABELS, ROOT, Job, expected, make_texts
 
 import enrich_dataset as module
 
@@ -33,7 +37,7 @@ This will make 4 API calls instead of 38 (single-row processing)
 ✓ Total API calls made: 4 (saved 34 API calls!)
 ✓ Speedup from parallelization: ~#x faster
 ✓ Tokens: # in, # out
-✓ Cost: $#
+✓ Cost: $# (what OpenAI would bill)
 
 === Summary ===
 praising_violence: 13/38 (34.2%)
@@ -139,16 +143,31 @@ WRONG = {
     "model": (["--model", " "], "--model is blank"),
     "label twice": (["--labels", "a", "b", "a"], "The label 'a' appears more than once"),
     "label blank": (["--labels", "a", " "], "A label must be a name of printable characters, not ' '"),
+    "label with commas": (
+        ["--labels", "racist,sexist"],
+        "The label 'racist,sexist' has a comma in it: separate labels by spaces.",
+    ),
+    "label with a comma": (["--labels", "racist,", "sexist"], "separate labels by spaces"),
+    "label with blanks": (["--labels", "racist "], "The label 'racist ' begins or ends with a blank"),
+    "labels that differ in case": (
+        ["--labels", "racist", "Racist"],
+        "The labels 'racist' and 'Racist' differ only in case",
+    ),
+    "label is the text column": (["--labels", "text"], "'text' is a column that is read, and cannot be a new label"),
+    "by": (["--by", "source"], "The --by column 'source' is not in the header"),
     "label with newline": (["--labels", "a\nb"], "printable"),
     "text column": (["--text-column", "texts"], "which has 'id', 'text'"),
-    "label column": (["--label-column", "label"], "The label column 'label' is not in the header"),
-    "label is the id": (["--labels", "id"], "holds something other than 0, 1"),
+    "label column": (["--label-column", "label"], "The column 'label' is not in the header"),
+    "label is the id": (
+        ["--labels", "id"],
+        "the column 'id' holds '2', not 1, 0, true, false or blank: choose a different name",
+    ),
     "input": (["--input", "nowhere.csv"], "There is no file nowhere.csv"),
     "output folder": (["--output", "nowhere/out.csv"], "There is no folder nowhere"),
     "output is a folder": (["--output", "."], "is a folder"),
     "output is input": (["--output", "in.csv"], "The output is the input itself"),
     "store is input": (["--store", "in.csv"], "The store is the input itself"),
-    "store is output": (["--store", "out.csv"], "The store and the output are the same file"),
+    "store is output": (["--store", "out.csv"], "The output is the store itself"),
     "url": (["--base-url", "localhost:8000/v1"], "--base-url must begin with http://"),
     "key": (["--api-key", "sk-ab\u00a0c"], "invalid character at position 6"),
     "two keys": (["--api-key", "a", "--api-key-file", "b"], "not allowed with"),
@@ -178,6 +197,77 @@ def test_what_is_wrong_is_one_line_exit_2_and_nothing_written(
     assert "sk-ab" not in errors
     assert [path.name for path in Path().iterdir()] == ["in.csv"]
     assert job.server.calls == []
+
+
+def test_in_python_a_label_may_hold_commas_joiners_and_odd_blanks_and_labels_be_any_sequence(job: Job) -> None:
+    labels = ["attacks, of any kind", "\u0645\u06cc\u200c\u062e", "\U0001f468\u200d\U0001f469", "a\u00a0b"]
+    job.write(["an attack"])
+    for given in (labels, pd.Series(labels), pd.Index(labels), np.array(labels), (label for label in labels)):
+        frame = job.enrich(given)  # type: ignore[arg-type]
+        assert list(frame[labels].iloc[0]) == [1, 0, 0, 0]
+    assert len(job.server.calls) == 1
+
+
+def test_help_is_grouped_and_ends_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    shown = capsys.readouterr().out
+    headings = re.findall(r"^([a-zA-Z ]+):$", shown, re.MULTILINE)
+    assert headings == [
+        "options", "input and output", "model and server", "speed", "cost", "better labels", "checking labels",
+        "Batch API", "example",
+    ]  # fmt: skip
+    assert "  python enrich_dataset.py --input HatefulData.csv" in shown.partition("example:\n")[2]
+
+
+def test_the_default_model_changes_on_the_day_on_which_the_old_one_ends(job: Job) -> None:
+    assert module.default_model(date(2027, 1, 13)) == "gpt-4o-mini"
+    assert module.default_model(date(2027, 1, 14)) == "gpt-6-luna"
+    job.write(["cake"]).enrich()
+    arguments = [word for word in job.arguments("--base-url", job.server.url) if word not in {"--model", "gpt-4o-mini"}]
+    code = "import datetime, sys\nday = datetime.date(2027, 1, 14)\n"
+    code += "datetime.date = type('date', (datetime.date,), {'today': staticmethod(lambda: day)})\n"
+    code += f"import enrich_dataset\nsys.exit(enrich_dataset.main({arguments!r}))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Model: gpt-6-luna, the default since 2027-01-14, on which gpt-4o-mini was shut down\n" in run.stdout
+    assert "1 stored answers are from gpt-4o-mini; this run asks gpt-6-luna\n" in run.stdout
+    assert job.server.calls[-1].body["model"] == "gpt-6-luna"
+
+
+@pytest.mark.parametrize("window", [{"limit": 20}, {"start_index": 30}])
+def test_counts_are_about_the_rows_requested(
+    job: Job, window: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.write(make_texts(50)).enrich(quiet=True, limit=40)
+    frame = job.enrich(quiet=False, **window)
+    printed = capsys.readouterr().out
+    requested = slice(window.get("start_index", 0), window.get("start_index", 0) + 20)
+    ones = sum(cells[0] == "1" for cells in expected(job.texts)[requested])
+    assert f"praising_violence: {ones}/20 " in printed
+    assert frame.attrs["enrichment"]["requested_rows"] == frame.attrs["enrichment"]["labelled_rows"] == 20
+
+
+def test_a_stopped_run_counts_the_rows_requested(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.server.script.extend([None, (401, {}, {})])
+    assert job.write(make_texts(50)).command("--limit", "20", "--max-workers", "1") == 1
+    assert "Stopped: 10 of 20 rows are labelled" in capsys.readouterr().err
+
+
+def test_shares_are_broken_down_by_a_column_that_is_never_sent(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.input.write_text("text,party,label\nviolence,left,x\ncake,left,x\ntram,right,x\n")
+    assert job.command("--by", "party") == 0
+    printed = capsys.readouterr().out
+    table = printed.partition("=== Share of each label by 'party' ===\n")[2].splitlines()
+    assert table[0].split() == ["left", "right"]
+    assert table[1].split() == ["praising_violence", "50.0%", "0.0%"]
+    assert "left" not in json.dumps(job.server.calls[0].body)
+    record = json.loads(Path(f"{job.output}.run.json").read_text())["shares_by"]
+    assert record == {"column": "party", "shares": record["shares"]}
+    assert record["shares"]["praising_violence"] == {"left": 0.5, "right": 0.0}
+    assert job.command("--by", "party", "--label-column", "label") == 0
+    assert "by 'party' ===" in capsys.readouterr().out
+    assert job.command("--label-column", "label") == 0
+    assert "=== Share of each label by 'label' (shown to the model) ===" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -245,9 +335,9 @@ def test_no_traceback_and_no_text_reaches_the_user_of_a_bug(
     monkeypatch.setattr(module, "WORDING", "{a_bug}")
     assert job.write(["my secret"]).command("--labels", "a label of this test alone") == 1
     errors = capsys.readouterr().err
-    first, *frames = errors.splitlines()
-    assert first == "Error: unexpected KeyError; please report these lines. What came back is kept."
-    assert re.fullmatch(r"  enrich_dataset\.py, line \d+, in build_question", frames[-1])
+    first, *frames = errors.partition("Error: ")[2].splitlines()
+    assert first == "unexpected KeyError; please report these lines. What came back is kept."
+    assert re.fullmatch(r"  enrich_dataset\.py, line \d+, in system_message", frames[-1])
     assert re.fullmatch(r"  enrich_dataset\.py, line \d+, in main", frames[0])
     assert "secret" not in errors
     assert "Traceback" not in errors

@@ -32,7 +32,7 @@ class TestAfter:
         assert told["tokens"]["prompt"] == sum(call.prompt_tokens for call in job.server.calls)
         assert told["tokens"]["completion"] == sum(call.completion_tokens for call in job.server.calls)
         printed, errors = capsys.readouterr()
-        assert f"Cost: {module.dollars(told['cost'])}\n" in printed
+        assert f"Cost: {module.dollars(told['cost'])} (what OpenAI would bill)\n" in printed
         assert f"Tokens: {told['tokens']['prompt']:,} in, {told['tokens']['completion']:,} out\n" in printed
         assert re.search(rf"6/6 .* rows/s, \{module.dollars(told['cost'])}\]", errors)
 
@@ -63,7 +63,7 @@ class TestAfter:
         job.write(make_texts(20)).enrich(limit=10)
         job.enrich(quiet=False)
         total = module.dollars(price(job.server.calls))
-        assert f"(all runs on this store: {total})" in capsys.readouterr().out
+        assert f"(what OpenAI would bill, all runs on this store: {total})" in capsys.readouterr().out
 
     def test_rows_that_were_known_are_counted_as_reused(self, job: Job) -> None:
         job.write([*make_texts(20), ""]).enrich(limit=5)
@@ -142,6 +142,18 @@ class TestBefore:
         assert "another" not in printed
         assert printed.index("Estimated cost: about $0.0000") > printed.index("strict")
 
+    def test_a_dry_run_counts_the_audit_and_says_whose_dollars_they_are(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert job.write(make_texts(20)).command("--dry-run", "--audit", "5") == 0
+        printed = capsys.readouterr().out
+        assert "Rows that the audit would send, each alone: 5\n" in printed
+        assert re.search(
+            r"Estimated cost: about \$[\d.]+, with --batch-api \$[\d.]+ \(what OpenAI would bill\)\n", printed
+        )
+        assert job.command("--dry-run", "--base-url", "https://api.openai.com/v1") == 0
+        assert "what OpenAI would bill" not in capsys.readouterr().out
+
     def test_the_estimate_of_an_unknown_model_has_no_price(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         assert job.write(["cake"]).command("--dry-run", "--model", "llama3.2") == 0
         assert "Estimated cost: unknown: no price of 'llama3.2' is known (pass --price)" in capsys.readouterr().out
@@ -155,7 +167,7 @@ class TestCap:
         whole, calls = price(job.server.calls), len(job.server.calls)
         job.server.calls.clear()
         with pytest.raises(module.BudgetExceeded, match=r"could exceed max_cost 0\.0"):
-            job.enrich(max_cost=whole / 3, quiet=False)
+            job.enrich(max_cost=whole / 3, quiet=False, overwrite=True)
         spent = price(job.server.calls)
         assert whole / 6 < spent <= whole / 3
         told = capsys.readouterr().err
@@ -177,7 +189,7 @@ class TestCap:
         assert spent < price(job.server.calls) <= spent * 1.8
         job.enrich(max_cost=1.0, quiet=False)
         total = price(job.server.calls)
-        told = f"(all runs on this store: {module.dollars(total)}, left of max_cost: {module.dollars(1 - total)})"
+        told = f"all runs on this store: {module.dollars(total)}, left of max_cost: {module.dollars(1 - total)})"
         assert told in capsys.readouterr().out
         job.check()
 
@@ -210,6 +222,25 @@ class TestCap:
         assert process.returncode == 130
         with module.Store(job.store) as store:
             assert store.money()[0] > 2 * price([Call(0, 0, 200, "", (), (), {}, 400, 60)])
+
+    def test_with_the_cap_reached_the_same_command_spends_nothing_more(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.server.reasoning = 50  # for which room is learned, so that a second run would reckon with less
+        arguments = ("--max-cost", "0.006", "--model", "o9-unheard-of", "--price", "1", "1")
+        assert job.write(make_texts(200)).command(*arguments) == 1
+        calls = len(job.server.calls)
+        assert calls > 0
+        for _ in range(2):
+            capsys.readouterr()
+            assert job.command(*arguments) == 1
+            assert (
+                "An earlier run on this store has ended at --max-cost 0.006 or a higher one (spent: $"
+                in capsys.readouterr().err
+            )
+        assert len(job.server.calls) == calls
+        assert job.command(*arguments, "--max-cost", "3") == 0
+        job.check()
 
     def test_the_command_ends_with_one(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         assert job.write(["cake"]).command("--max-cost", "0.000001") == 1

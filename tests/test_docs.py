@@ -42,6 +42,9 @@ def test_the_flag_table_is_the_parsers() -> None:
         if parameter:
             assert texts[flag] == module.OPTIONS[parameter].metadata["help"]
         value = parser.get_default(action.dest)
+        if parameter == "model":
+            before, day, after = module.DEFAULT_MODELS
+            value = f"{before}`, from {day} on `{after}"
         assert default == ("" if value is None or value is argparse.SUPPRESS else str(value))
     assert {parameter for parameter, _ in rows.values()} - {""} == set(parameters)
 

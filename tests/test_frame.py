@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from conftest import LABELS, expected, make_texts
 from stand_in_server import StandIn
 
-from enrich_dataset import InputError, ProviderError, enrich_dataframe, enrich_dataset
+from enrich_dataset import BudgetExceeded, InputError, ProviderError, enrich_dataframe, enrich_dataset
 
 
 def enrich(df: pd.DataFrame, server: StandIn, **options: Any) -> pd.DataFrame:
@@ -75,7 +77,44 @@ def test_a_run_without_a_store_that_ends_early_says_how_to_keep_its_answers(
     server.key = "another"
     with pytest.raises(ProviderError):
         enrich(pd.DataFrame({"text": ["cake"]}), server, quiet=False)
-    assert "Stopped: 0 of 1 rows were labelled. Pass store_filepath to keep answers." in capsys.readouterr().err
+    assert (
+        "Stopped: 0 of 1 rows were labelled. Only this exception's `frame` has them: pass store_filepath to keep answers."
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_run_that_ends_early_hands_over_what_was_labelled(server: StandIn, tmp_path: Path, kept: bool) -> None:
+    texts = make_texts(200)
+    options: dict[str, Any] = {"store_filepath": tmp_path / "answers"} if kept else {}
+    with pytest.raises(BudgetExceeded) as capped:
+        enrich(pd.DataFrame({"text": texts}), server, max_cost=0.002, **options)
+    assert capped.value.frame is not None
+    labelled = int(capped.value.frame[LABELS[0]].notna().sum())
+    assert 0 < labelled == sum(len(call.texts) for call in server.calls) < 200
+    assert cells(capped.value.frame)[:labelled] == expected(texts)[:labelled]
+    assert ("Only this exception's `frame` has them: pass store_filepath" in str(capped.value)) is not kept
+
+
+def test_an_interrupt_hands_over_what_was_labelled_and_has_a_text(server: StandIn) -> None:
+    admit = server.admit
+    server.admit = lambda tokens: (len(server.calls) == 2 and os.kill(os.getpid(), signal.SIGINT)) or admit(tokens)  # type: ignore[method-assign,func-returns-value,return-value]
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped: \d+ of 100 rows were labelled") as stopped:
+        enrich(pd.DataFrame({"text": make_texts(100)}), server, max_workers=1)
+    assert 10 <= stopped.value.frame[LABELS[0]].notna().sum() < 100  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("thing", "words"),
+    [
+        (pd.Series(["cake"]), "takes a DataFrame as `df`, not a Series: make one of it"),
+        (["cake"], "takes a DataFrame as `df`, not a list: make one of it"),
+        (Path("in.csv"), "not a PosixPath: for a CSV there is enrich_dataset"),
+    ],
+)
+def test_what_is_no_frame_is_refused(server: StandIn, thing: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        enrich(thing, server)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +145,7 @@ def test_an_unknown_option_is_refused(server: StandIn) -> None:
 
 
 def test_a_table_of_the_other_kind_is_refused_by_name(server: StandIn, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"takes a DataFrame, not a str: a CSV is for enrich_dataset"):
+    with pytest.raises(InputError, match=r"takes a DataFrame as `df`, not a str: for a CSV there is enrich_dataset"):
         enrich_dataframe("in.csv", "text", LABELS, base_url=server.url)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"input_filepath must be a path: label a DataFrame by enrich_dataframe"):
         df = pd.DataFrame({"text": ["cake"]})

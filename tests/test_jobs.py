@@ -376,7 +376,7 @@ class TestCap:
         whole = price(job.server.calls) / 2
         job.server.calls.clear()
         with pytest.raises(module.BudgetExceeded):
-            job.enrich(**FAST, max_cost=whole / 3)
+            job.enrich(**FAST, max_cost=whole / 3, overwrite=True)
         assert whole / 8 < price(job.server.calls) / 2 <= whole / 3
         job.enrich(**FAST, max_cost=whole * 9)
         job.check()

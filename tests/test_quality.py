@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,10 +76,10 @@ class TestCodebook:
         [
             ('{"a": "b"}', ["--labels", "c"], "The label 'c' is not in"),
             ('{"a": "b", "a": "c"}', [], "The label 'a' appears more than once"),
-            ('{"a": 1}', [], "has a definition that is not text"),
+            ('{"a": 1}', [], "The definition of 'a' must be a text that is not empty"),
             ('{"a": ', [], "is not valid JSON"),
-            ("name,meaning\na,b\n", [], "does not have the required columns"),
-            ("", [], "does not have the required columns"),
+            ("name,meaning\na,b\n", [], "The column 'label' is not in the header of"),
+            ("", [], "is empty: a CSV with a header line was expected"),
             ("label,definition\n", [], "No labels were given"),
             (None, [], "cannot be read"),
         ],
@@ -93,12 +94,31 @@ class TestCodebook:
         assert module.main([*given, "--codebook", str(path), *arguments]) == 2
         assert words in capsys.readouterr().err
 
+    def test_an_unquoted_comma_is_refused_and_other_delimiters_are_read(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = job.input.with_name("codebook.csv")
+        path.write_text("label,definition\nracist,attacks people, because of race\n")
+        given = ["--input", str(job.input), "--output", str(job.output), "--text-column", "text", "--quiet"]
+        given += ["--codebook", str(path), "--base-url", job.server.url]
+        job.write(["cake"])
+        assert module.main(given) == 2
+        line = f"Error: {path}, line 2: this record has 3 fields, the header has 2: fix the row, or quote the field"
+        assert capsys.readouterr().err.startswith(line)
+        assert job.server.calls == []
+        path.write_bytes("label;definition\nracist;attacks people, because of racé\n".encode("cp1252"))
+        assert module.main(given) == 0
+        assert '- "racist": attacks people, because of racé\n' in system_message(job)
+        path.write_text("label,definition\nracist, \n")
+        assert module.main(given) == 2
+        assert "The definition of 'racist' must be a text that is not empty" in capsys.readouterr().err
+
     def test_without_labels_and_codebook_there_is_nothing_to_do(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert module.main(["--input", "a", "--output", "b", "--text-column", "c"]) == 2
         assert "pass --labels NAME ..., or --codebook FILE." in capsys.readouterr().err
 
     def test_definitions_are_texts(self, job: Job) -> None:
-        with pytest.raises(module.InputError, match="A codebook's definitions must be texts"):
+        with pytest.raises(module.InputError, match="The definition of 'a' must be a text"):
             job.write(["cake"]).enrich({"a": 1})  # type: ignore[dict-item]
 
 
@@ -204,6 +224,13 @@ class TestAudit:
         told = figures(job.enrich(audit=20))["audit"]
         assert job.cells == [["1"] * 3] * 20
         assert all(values["agreement"] < 1 for values in told.values())
+
+    def test_its_bar_shows_its_own_rows_per_second(self, job: Job) -> None:
+        job.server.first_token = 0.1
+        process = job.write(make_texts(300)).process("--batch-size", "100", "--audit", "6", "--max-workers", "1")
+        _, errors = process.communicate(timeout=60)
+        (rate,) = re.findall(r"6/6 \[.*?, (\d+) rows/s", errors)
+        assert 3 <= int(rate) <= 12
 
     def test_cells_that_the_input_gives_are_not_audited(self, job: Job) -> None:
         job.input.write_text(f"text,{LABELS[0]}\nviolence,0\ntram,\n")
@@ -332,11 +359,60 @@ class TestGold:
         with pytest.raises(module.InputError, match="pass gold_key and a column that is unique"):
             job.enrich(gold=gold)
 
+    def test_different_rows_of_one_key_are_refused_before_anything_is_sent(self, job: Job) -> None:
+        job.input.write_text("text,label\ncake,a\ncake,b\n")
+        gold = pd.DataFrame({"text": ["cake"], LABELS[0]: [1]})
+        with pytest.raises(module.InputError, match=r"Different rows of .* have the same 'text' as a gold row"):
+            module.enrich_dataset(job.input, job.output, "text", "label", LABELS, gold=gold, base_url=job.server.url)
+        assert job.server.calls == []
+
+    def test_what_pandas_writes_is_understood_and_anything_else_is_named(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = job.input.with_name("gold.csv")
+        path.write_text(f"text,{LABELS[0]},{LABELS[1]}\nviolence,1.0,True\ncake,0.0,FALSE\ntram,,\n")
+        told = figures(job.write(["violence", "cake"]).enrich(gold=path))
+        assert told["gold"][LABELS[1]]["support"] == 1
+        path.write_text(f"text,{LABELS[0]}\nviolence,1\ncake,yes\n")
+        assert job.command("--gold", str(path)) == 2
+        line = f"{path}, row 1 (line 3): the column '{LABELS[0]}' holds 'yes', not 1, 0, true, false or blank: fix the cell.\n"
+        assert line in capsys.readouterr().err
+
+    def test_columns_that_match_no_label_are_named(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        path = job.input.with_name("gold.csv")
+        path.write_text(f"text,{LABELS[0].title()},{LABELS[1]},note\ncake,1,0,fine\n")
+        assert job.write(["cake"]).command("--gold", str(path)) == 0
+        line = f"Gold columns that match no label (not compared): {LABELS[0].title()}, note\n"
+        assert line in capsys.readouterr().out
+
+    def test_a_key_that_occurs_twice_is_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        path = job.input.with_name("gold.csv")
+        path.write_text(f"id,{LABELS[0]}\n0,1\n1,1\n0,0\n")
+        assert job.write(["cake", "tram"]).command("--gold", str(path), "--gold-key", "id") == 2
+        errors = capsys.readouterr().err
+        assert "have the same 'id' in row 0 (line 2) and row 2 (line 4): remove one, or pass --gold-key" in errors
+        assert job.server.calls == []
+
+    def test_disagreements_are_listed_without_texts(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        path = job.input.with_name("gold.csv")
+        path.write_text(f"id,{LABELS[0]},{LABELS[1]}\n2,1,0\n0,0,1\n")
+        job.write(["violence", "two\nlines", "attack"])
+        assert job.command("--gold", str(path), "--gold-key", "id") == 0
+        listed = Path(f"{job.output}.disagreements.csv")
+        assert f"Where the model and people differ: {listed}\n" in capsys.readouterr().out
+        assert listed.read_text().split() == [
+            "row,line,key,label,model,people", "0,2,0,praising_violence,1,0", "0,2,0,personal_attacks,0,1",
+            "2,5,2,praising_violence,0,1", "2,5,2,personal_attacks,1,0",
+        ]  # fmt: skip
+        path.write_text(f"text,{LABELS[0]}\nviolence,0\n")
+        assert job.command("--gold", str(path)) == 0
+        assert listed.read_text().split()[1:] == ["0,2,,praising_violence,1,0"]
+
     @pytest.mark.parametrize(
         ("gold", "options", "words"),
         [
             (pd.DataFrame({"text": ["cake"], "other": [1]}), {}, "have no 0 or 1 in a column of any label"),
-            (pd.DataFrame({"words": ["cake"]}), {}, "The text column 'text' is not in the header"),
+            (pd.DataFrame({"words": ["cake"]}), {}, r"The gold key \(gold_key\) 'text' is not in the header"),
             (None, {"gold_key": "id"}, "gold_key needs gold labels"),
             (pd.DataFrame({"id": [1]}), {"gold_key": "nr"}, "'nr' is not in the header"),
         ],
@@ -362,7 +438,11 @@ class TestFigures:
         job.input.write_text("text,label\nviolence,hate\ncake,hate\ntram,nothate\nholiday,\n")
         arguments = job.arguments("--label-column", "label", "--base-url", job.server.url)
         assert module.main(arguments) == 0
-        table = capsys.readouterr().out.partition("=== Share of each label by 'label' ===\n")[2].splitlines()
+        table = (
+            capsys.readouterr()
+            .out.partition("=== Share of each label by 'label' (shown to the model) ===\n")[2]
+            .splitlines()
+        )
         assert table[0].split() == ["hate", "nothate", "(blank)"]
         assert table[1].split() == ["praising_violence", "50.0%", "0.0%", "0.0%"]
 
@@ -379,26 +459,74 @@ class TestRecord:
         record = json.loads(written)
         assert record["labels"] == CODEBOOK
         assert record["parameters"]["seed"] == 4
-        assert record["input"] == {"sha256": hashlib.sha256(job.input.read_bytes()).hexdigest(), "rows": 30}
+        assert record["input_sha256"] == hashlib.sha256(job.input.read_bytes()).hexdigest()
+        assert record["rows"]["table"] == record["rows"]["labelled"] == 30
         assert set(record["versions"]) == {"enrich_dataset", "python", "openai", "pandas"}
         assert record["served"] == [
-            {"model": "gpt-4o-mini-2024-07-18", "system_fingerprint": "fp_stand_in", "replies": 8}
+            {"rows": 30, "model": "gpt-4o-mini-2024-07-18", "system_fingerprint": "fp_stand_in"}
         ]
-        assert "what praising_violence means" in record["question"]["system_message_without_examples"]
-        assert record["question"]["response_format"]["json_schema"]["strict"] is True
+        (prompt,) = record["prompts"]
+        assert "what praising_violence means" in prompt["system_message_without_examples"]
+        assert prompt["response_format"] == job.server.calls[0].body["response_format"]
+        assert (prompt["rows"], prompt["examples"]) == (30, 1)
         assert record["this_run"]["calls"] == 8
         assert record["this_run"]["dollars"] > 0
         assert record["all_runs_on_this_store"]["calls"] == 8
         assert record["counts"][LABELS[0]]["ones"] + record["counts"][LABELS[0]]["zeros"] == 30
-        assert record["blank_rows"] == {}
+        assert record["blank_rows"] == []
         assert record["audit"][LABELS[0]]["rows"] == 5
 
     def test_blank_rows_stand_in_it_with_their_reasons(self, job: Job) -> None:
         job.write(["cake", "poison-refusal", ""]).enrich()
         record = json.loads(Path(f"{job.output}.run.json").read_text())
-        assert record["blank_rows"] == {"1": "the model refused to answer"}
+        assert record["blank_rows"] == [{"row": 1, "line": 3, "reason": "the model refused to answer"}]
         assert record["counts"][LABELS[0]] == {"ones": 0, "zeros": 1, "blank": 2}
         assert record["this_run"]["retries"] == 0
+
+    def test_it_names_every_prompt_that_gave_a_cell_with_its_rows_and_no_other(self, job: Job) -> None:
+        job.write(make_texts(30)).enrich(LABELS[:2], limit=20)
+        job.enrich(LABELS)
+        record = json.loads(Path(f"{job.output}.run.json").read_text())
+        prompts = {tuple(prompt["labels"]): prompt for prompt in record["prompts"]}
+        assert {labels: prompt["rows"] for labels, prompt in prompts.items()} == {
+            tuple(LABELS[:2]): 20, (LABELS[2],): 20, tuple(LABELS): 10,
+        }  # fmt: skip
+        sent = {call.body["messages"][0]["content"] for call in job.server.calls}
+        assert {prompt["system_message_without_examples"] for prompt in prompts.values()} == sent
+        job.enrich(LABELS[:2])
+        record = json.loads(Path(f"{job.output}.run.json").read_text())
+        assert [prompt["labels"] for prompt in record["prompts"]] == [LABELS[:2], LABELS]
+        assert record["served"][0]["rows"] == 30
+
+    def test_it_has_the_parameters_that_were_really_sent_and_the_models_that_answered(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.write(make_texts(40)).enrich(limit=10)
+        job.server.refuses = {"temperature"}
+        completion = {"choices": [{"message": {"content": '{"660": []}'}}], "model": "gpt-4o-mini-2026-12-01"}
+        job.server.script.extend([None, None, (200, {}, completion)])
+        job.enrich(limit=30, quiet=False, max_workers=1, batch_size=1)
+        job.enrich(use_batch_api=True, poll_interval=0.05)
+        record = json.loads(Path(f"{job.output}.run.json").read_text())
+        assert [(part["rows"], part.get("temperature"), part["tier"]) for part in record["sent_with"]] == [
+            (10, 0.0, "standard"), (20, None, "standard"), (10, None, "batch"),
+        ]  # fmt: skip
+        assert {part["form"] for part in record["sent_with"]} == {"a strict schema"}
+        assert {part["model"]: part["rows"] for part in record["served"]} == {
+            "gpt-4o-mini-2024-07-18": 39, "gpt-4o-mini-2026-12-01": 1,
+        }  # fmt: skip
+        told = "gpt-4o-mini was answered by gpt-4o-mini-2024-07-18 and is now by gpt-4o-mini-2026-12-01"
+        assert capsys.readouterr().err.count(told) == 1
+
+    def test_it_tells_the_requested_rows_from_those_of_the_table_and_hashes_what_was_read(self, job: Job) -> None:
+        gold = job.input.with_name("gold.csv")
+        gold.write_text(f"text,{LABELS[0]}\ncake,1\n")
+        job.write(["cake", "", "tram", "holiday"]).enrich(limit=2, gold=gold)
+        record = json.loads(Path(f"{job.output}.run.json").read_text())
+        assert record["rows"] == {"table": 4, "requested": 2, "without_text": 1, "from_examples": 0, "labelled": 1}
+        assert record["counts"][LABELS[0]]["blank"] == 1
+        assert record["counts_of_the_whole_table"][LABELS[0]]["blank"] == 3
+        assert record["gold_sha256"] == hashlib.sha256(gold.read_bytes()).hexdigest()
 
     def test_two_runs_alike_write_the_same_but_for_times_and_calls(self, job: Job) -> None:
         records = []
@@ -443,12 +571,12 @@ class TestPlot:
         assert job.write(make_texts(30)).command("--plot", str(path), "--label-column", "id") == 0
         assert path.read_bytes().startswith(b"\x89PNG")
 
-    def test_a_picture_that_cannot_be_written_is_told_and_nothing_is_lost(
+    def test_a_kind_of_picture_that_cannot_be_drawn_is_refused_before_anything_is_sent(
         self, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert job.write(["cake"]).command("--plot", str(job.output.with_suffix(".nonsense"))) == 1
-        assert "cannot be written" in capsys.readouterr().err
-        job.check()
+        assert job.write(["cake"]).command("--plot", str(job.output.with_suffix(".nonsense"))) == 2
+        assert "out.nonsense must end in a kind of picture that can be drawn: ." in capsys.readouterr().err
+        assert job.server.calls == []
 
     def test_where_it_cannot_go_is_told_before_anything_is_sent(self, job: Job) -> None:
         with pytest.raises(module.InputError, match=r"There is no folder .* for the plot"):

@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 import pytest
-from conftest import LABELS, Job, make_texts
+from conftest import LABELS, Job, make_texts, prompt_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 import enrich_dataset as module
 
-QUESTION = module.build_question(module.Prompt("m", False), tuple(LABELS))
+PROMPT = prompt_of()
 ROWS = tuple(module.make_row(text, None) for text in ("a", "b", "c"))
 A, B, C = "660", "149", "538"
 FIRST, SECOND, THIRD = LABELS
@@ -20,7 +20,7 @@ FIRST, SECOND, THIRD = LABELS
 
 def attempt(content: Any, **choice: Any) -> module.Attempt:
     body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"} | choice]}
-    return module.Attempt(module.Request(ROWS, QUESTION), body=body)
+    return module.Attempt(module.Request(ROWS, PROMPT), body=body)
 
 
 def read(content: Any, **choice: Any) -> tuple[dict[str, str], dict[str, str]]:
@@ -105,7 +105,7 @@ def test_any_reply_gives_each_row_an_answer_or_a_reason(content: Any) -> None:
 def test_splitting_asks_for_each_problem_once_and_ends(count: int, data: st.DataObject) -> None:
     rows = tuple(module.make_row(str(number), None) for number in range(count))
     poisoned = data.draw(st.sets(st.sampled_from(rows), min_size=1))
-    open_requests, failed, calls = [module.Request(rows, QUESTION)], {}, 0
+    open_requests, failed, calls = [module.Request(rows, PROMPT)], {}, 0
     while open_requests:
         request = open_requests.pop()
         calls += 1
@@ -161,9 +161,9 @@ def test_a_poisoned_row_stays_blank_alone_and_is_named(job: Job, capsys: pytest.
     job.check(blank_rows=[3, 17, 31])
     printed = capsys.readouterr().out
     assert "rows left blank (sent again by the next run): 3\n" in printed
-    assert "  row 3: stopped by the provider's content filter\n" in printed
-    assert "  row 17: the model refused to answer\n" in printed
-    assert "  row 31: the answer was not valid JSON\n" in printed
+    assert "  row 3 (line 5): stopped by the provider's content filter\n" in printed
+    assert "  row 17 (line 19): the model refused to answer\n" in printed
+    assert "  row 31 (line 33): the answer was not valid JSON\n" in printed
 
 
 @pytest.mark.parametrize("fault", ["400-filter", "400-context", "length", "missing", "foreign", "doubled", "unknown"])

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import LABELS, Job, make_texts
+from conftest import LABELS, Job, make_texts, prompt_of
 from hypothesis import given
 from hypothesis import strategies as st
 from stand_in_server import check_body
 
 import enrich_dataset as module
 
-QUESTION = module.build_question(module.Prompt("gpt-4o-mini", False), tuple(LABELS))
+PROMPT = prompt_of(model="gpt-4o-mini")
 
 
 def request(texts: list[str], label: str | None = None) -> module.Request:
-    return module.Request(tuple(module.make_row(text, label) for text in texts), QUESTION)
+    return module.Request(tuple(module.make_row(text, label) for text in texts), PROMPT)
 
 
 @given(counts=st.lists(st.integers(1, 40), max_size=4), batch_size=st.integers(1, 500))
@@ -78,12 +78,12 @@ def test_equal_batches_share_one_schema(job: Job) -> None:
 
 
 def test_an_existing_label_is_sent_and_explained_only_where_there_is_one() -> None:
-    with_label = module.build_question(module.Prompt("m", True), tuple(LABELS))
+    with_label = prompt_of(label_column="label")
     assert '"label": "hate"' in module.user_message(request(["a"], "hate").rows)
     assert "given as context only" in with_label.system_message
     assert '"label"' not in module.user_message(request(["a"]).rows)
-    assert "given as context only" not in QUESTION.system_message
-    assert set(QUESTION.label_keys).isdisjoint(with_label.label_keys)
+    assert "given as context only" not in PROMPT.system_message
+    assert set(PROMPT.questions).isdisjoint(with_label.questions)
 
 
 @given(st.text(st.characters(), max_size=20))

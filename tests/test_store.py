@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import stat
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import LABELS, Job, make_texts
+from conftest import LABELS, Job, make_texts, prompt_of
+from stand_in_server import StandIn
 
 import enrich_dataset as module
 
-QUESTION = module.build_question(module.Prompt("m", False), tuple(LABELS))
+PROMPT = prompt_of()
 ROW = module.make_row("cake", None)
 
 
@@ -20,13 +22,12 @@ TABLE = module.read_table(pd.DataFrame({"text": ["cake", "tram"]}), module.Colum
 
 
 def attempt(labels: tuple[str, ...] = tuple(LABELS)) -> module.Attempt:
-    question = module.build_question(module.Prompt("m"), labels)
-    return module.Attempt(module.Request((ROW,), question), body={"model": "m-1"})
+    return module.Attempt(module.Request((ROW,), prompt_of(labels)), body={"model": "m-1"})
 
 
 def known(store: module.Store) -> list[list[int]]:
     """The cells of TABLE, by what the store has."""
-    return store.known(QUESTION, TABLE)[TABLE.key_indexes].tolist()
+    return store.known(PROMPT, TABLE)[TABLE.key_indexes].tolist()
 
 
 class TestFresh:
@@ -115,3 +116,80 @@ class TestFailing:
                 store.record(attempt(), many)
         job.enrich()
         assert len(job.server.calls) == 2
+
+
+SECOND = {
+    "server": ({}, "are from {server}; this run asks {other}"),
+    "model": ({"model": "gpt-6-luna"}, "are from gpt-4o-mini; this run asks gpt-6-luna"),
+    "definition": ({"labels": {LABELS[0]: "a meaning"}}, "had another definition of 'praising_violence'"),
+    "instructions": ({"instructions": "Be strict."}, "had no instructions"),
+    "examples": ({"examples": pd.DataFrame([["tram", 0, 0, 0]], columns=["text", *LABELS])}, "had no examples"),
+    "label column": ({"label_column": "id"}, "were given without an existing label"),
+}
+
+
+class TestOtherQuestions:
+    @pytest.mark.parametrize("name", SECOND)
+    def test_why_earlier_answers_do_not_count_is_said_before_anything_is_paid(
+        self, job: Job, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        options, words = SECOND[name]
+        options = {"labels": LABELS, "model": "gpt-4o-mini", "label_column": None} | options
+        job.write(make_texts(20)).enrich()
+        with StandIn() as other:
+            url = other.url if name == "server" else job.server.url
+            labels, label_column = options.pop("labels"), options.pop("label_column")
+            module.enrich_dataset(job.input, job.output, "text", label_column, labels, base_url=url, **options)
+            asked = [text for call in other.calls for text in call.texts] or job.asked[20:]
+            words = words.format(server=job.server.url[7:], other=other.url[7:])
+        assert sorted(asked) == sorted(job.texts)
+        printed = capsys.readouterr().out
+        assert f"20 stored answers {words}\nTotal batches to process: " in printed
+        assert "Rows already labelled" not in printed
+
+    def test_several_reasons_are_one_line(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.write(make_texts(20)).enrich(instructions="Be strict.")
+        with StandIn() as other:
+            job.enrich(base_url=other.url, model="gpt-6-luna", quiet=False)
+            here, there = job.server.url[7:], other.url[7:]
+        line = f"20 stored answers had other instructions and are from gpt-4o-mini at {here}; this run asks gpt-6-luna at {there}\n"
+        assert line in capsys.readouterr().out
+
+    def test_nothing_is_said_where_all_answers_count(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.write(make_texts(20)).enrich(limit=10)
+        job.enrich(audit=3, quiet=False)
+        job.write(make_texts(30)).enrich(quiet=False)
+        assert "stored answers" not in capsys.readouterr().out
+
+    def test_a_fallback_of_the_server_changes_no_question(self, job: Job) -> None:
+        job.server.refuses = {"json_schema", "json_object", "temperature"}
+        job.write(make_texts(20)).enrich()
+        job.server.refuses = set()
+        job.server.calls.clear()
+        job.enrich()
+        assert job.server.calls == []
+
+    def test_the_same_server_is_known_by_any_way_to_write_it(self) -> None:
+        urls = ("https://user:pass@API.openai.com/v1", "https://api.openai.com:443/v1/")
+        frame = pd.DataFrame({"text": []})
+        servers = [module.Server(module.frame_options(frame, "text", ["a"], base_url=url), print) for url in urls]
+        assert {server.address for server in servers} == {"api.openai.com/v1"}
+
+    def test_what_decides_an_answer_stands_in_plain_columns_and_examples_as_number_and_digest(self, job: Job) -> None:
+        examples = pd.DataFrame([["a secret example", 0, 0, 0]], columns=["text", *LABELS])
+        job.write(["cake"]).enrich(dict.fromkeys(LABELS, "a meaning"), instructions="Be strict.", examples=examples)
+        with sqlite3.connect(job.store) as db:
+            columns = [name for _, name, *_ in db.execute("PRAGMA table_info(questions)")]
+            rows = [dict(zip(columns, row, strict=True)) for row in db.execute("SELECT * FROM questions")]
+        db.close()
+        assert [row["label"] for row in rows] == LABELS
+        assert {row["definition"] for row in rows} == {"a meaning"}
+        assert {(row["server"], row["model"]) for row in rows} == {(job.server.url[7:], "gpt-4o-mini")}
+        assert {(row["instructions"], row["examples"]) for row in rows} == {("Be strict.", 1)}
+        assert b"secret" not in job.store.read_bytes()
+
+    def test_other_words_of_ours_have_another_version(self) -> None:
+        words = module.WORDING + module.LABEL_SHAPE + module.LABEL_NOTE
+        versions = {1: "a040b77f3f04374a"}
+        found = {module.WORDING_VERSION: hashlib.sha256(words.encode()).hexdigest()[:16]}
+        assert found == versions, "the wording changed: raise WORDING_VERSION, and note the new digest here"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 import pandas as pd
 import pytest
 from conftest import LABELS, ROOT, Job, expected, make_texts
@@ -39,6 +41,9 @@ def test_a_second_run_makes_no_call(job: Job) -> None:
 
 def test_a_second_run_needs_no_key(job: Job) -> None:
     job.write(make_texts(3)).enrich()
+    with sqlite3.connect(job.store) as db:  # as if OpenAI had answered, whose server is the one that wants a key
+        db.execute("UPDATE questions SET server = 'api.openai.com/v1'")
+    db.close()
     job.enrich(base_url=None)
     job.check()
 
@@ -186,16 +191,17 @@ def test_a_csv_that_cannot_be_written_meanwhile_does_not_end_the_job(
 ) -> None:
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
     job.server.first_token = 0.02
-    draft = job.output.with_name("out.csv.tmp")
-    draft.mkdir()
     admit = job.server.admit
 
-    def free_the_draft(tokens: int) -> tuple[dict[str, str], str]:
-        if len(job.server.calls) == 4 and draft.exists():
-            draft.rmdir()
+    def block_and_free(tokens: int) -> tuple[dict[str, str], str]:
+        if len(job.server.calls) == 2:
+            job.output.unlink()
+            job.output.mkdir()
+        if len(job.server.calls) == 5:
+            job.output.rmdir()
         return admit(tokens)
 
-    job.server.admit = free_the_draft  # type: ignore[method-assign]
+    job.server.admit = block_and_free  # type: ignore[method-assign]
     job.write(make_texts(80)).enrich(max_workers=1, quiet=False)
     assert "Not saved yet: " in capsys.readouterr().err
     job.check()

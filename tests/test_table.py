@@ -89,7 +89,7 @@ REFUSED = {
     "utf-16-cut": (b"\xff\xfet\0e\0x\0t\0\n\0a", "is not text in UTF-8"),
     "not-a-label-column": (
         b"text,praise\na,1\nb,maybe\n",
-        r"row 1 \(line 3\): the column 'praise' holds something other than 0, 1",
+        r"row 1 \(line 3\): the column 'praise' holds 'maybe', not 1, 0",
     ),
     "doubled-label-column": (b"text,praise,praise\na,1,1\n", "'praise' appears more than once"),
 }
@@ -121,20 +121,31 @@ def test_no_text_is_in_a_refusal(enrich_bytes: Callable[..., bytes]) -> None:
 def test_a_failed_write_leaves_the_old_output_whole(tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
     output.write_text("old")
-    with pytest.raises(RuntimeError), module.replacing(output) as file:
-        file.write(b"half of the new")
-        raise RuntimeError
+    with module.Store(None) as store:
+        files = module.Files(store, overwrite=True)
+        files.check({"output": output})
+        with pytest.raises(RuntimeError), files.replacing(output) as file:
+            file.write(b"half of the new")
+            raise RuntimeError
     assert output.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
 
 
-def test_an_output_that_cannot_be_written_loses_nothing(enrich_bytes: Callable[..., bytes], tmp_path: Path) -> None:
-    draft = tmp_path / "out.csv.tmp"
-    draft.mkdir()
+def test_an_output_that_cannot_be_written_loses_nothing(
+    enrich_bytes: Callable[..., bytes], tmp_path: Path, server: StandIn
+) -> None:
+    output, admit = tmp_path / "out.csv", server.admit
+
+    def take_its_place(tokens: int) -> tuple[dict[str, str], str]:
+        output.mkdir()
+        return admit(tokens)
+
+    server.admit = take_its_place  # type: ignore[method-assign]
     with pytest.raises(module.EnrichmentError, match=r"cannot be written .*no answer is lost"):
         enrich_bytes(b"text\npraise\n")
-    draft.rmdir()
-    assert enrich_bytes(b"text\npraise\n", base_url=None) == b"text,praise\npraise,1\n"
+    output.rmdir()
+    assert enrich_bytes(b"text\npraise\n") == b"text,praise\npraise,1\n"
+    assert len(server.calls) == 1
 
 
 def test_an_output_behind_a_link_is_written_where_the_link_points(
@@ -233,7 +244,8 @@ def test_any_bytes_are_refused_in_one_line_or_kept_with_fields_added(
         return
     cells = module.merge(module.blank_cells(len(table), 2), table.given)
     cells[cells[:, 0] == module.BLANK, 0] = 1
-    table.write(cells, ["x", "b"], output)
+    with output.open("wb") as file:
+        table.write(cells, ["x", "b"], file)
     again = module.read_table(output, module.Columns("text", None, ["x", "b"]))
     assert texts_of(again) == texts_of(table)
     assert again.given.tolist() == cells.tolist()

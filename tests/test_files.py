@@ -1,0 +1,187 @@
+"""The files that a run writes: none of the user's is overwritten, each is whole, and keeps its mode."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+from conftest import LABELS, Job, make_texts
+
+import enrich_dataset as module
+
+
+def refused(job: Job, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line of a command that sent and changed nothing."""
+    before = {path: path.read_bytes() for path in job.input.parent.rglob("*") if path.is_file()}
+    calls = len(job.server.calls)
+    capsys.readouterr()
+    assert job.command(*arguments) == 2
+    assert {path: path.read_bytes() for path in job.input.parent.rglob("*") if path.is_file()} == before
+    assert len(job.server.calls) == calls
+    line = capsys.readouterr().err
+    assert line.startswith("Error: ")
+    assert line.count("\n") == 1
+    return line
+
+
+class TestOverwriting:
+    @pytest.mark.parametrize("name", ["out.csv", "out.csv.run.json", "out.csv.disagreements.csv", "plot.png"])
+    def test_a_file_that_the_program_did_not_write_is_kept(
+        self, job: Job, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.write(["cake"])
+        gold = job.input.with_name("gold.csv")
+        gold.write_text(f"text,{LABELS[0]}\ncake,1\n")
+        (job.input.parent / name).write_text("precious")
+        arguments = ["--gold", str(gold), "--plot", str(job.input.with_name("plot.png"))]
+        line = refused(job, capsys, *arguments)
+        assert f"{name} was not written by a run on this store, and would be lost" in line
+        assert "or pass --overwrite." in line
+        assert job.command("--overwrite", *arguments) == 0
+        assert (job.input.parent / name).read_bytes() != b"precious"
+
+    def test_corrections_by_hand_are_kept_and_become_the_input(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.write(["cake", "violence"]).enrich()
+        corrected = job.output.read_text().replace("0,0,0", "0,1,0")
+        job.output.write_text(corrected)
+        line = refused(job, capsys)
+        assert "was changed since it was written, and would be lost" in line
+        assert "make it the input: its cells that are 0 or 1 stand." in line
+        other = job.output.with_name("other.csv")
+        module.enrich_dataset(job.output, other, "text", None, LABELS, base_url=job.server.url, quiet=True)
+        assert other.read_text() == corrected
+
+    def test_a_dry_run_says_so_too_and_allows_nothing_for_later(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.write(["cake"]).enrich()
+        job.output.write_text("mine")
+        refused(job, capsys, "--dry-run")
+        assert job.command("--dry-run", "--overwrite") == 0
+        refused(job, capsys)
+
+    def test_what_is_changed_while_the_run_goes_on_is_kept(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.write(make_texts(10)).enrich(limit=5)
+        admit = job.server.admit
+        job.server.admit = lambda tokens: job.output.write_text("mine") and admit(tokens)  # type: ignore[method-assign,func-returns-value]
+        assert job.command() == 1
+        assert "was changed while this run went on, and is left as it is" in capsys.readouterr().err
+        assert job.output.read_text() == "mine"
+        job.output.unlink()
+        assert job.command() == 0
+        assert len(job.asked) == 10
+        job.check()
+
+    def test_a_kill_between_the_note_and_the_move_is_no_change_of_the_users(
+        self, job: Job, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for limit in (2, 4, 6):
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "replace", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+                patch.setattr(Path, "unlink", lambda *_, **__: None)
+                with pytest.raises(KeyboardInterrupt):
+                    job.write(make_texts(10)).enrich(limit=limit)
+        job.enrich()
+        job.check()
+        assert not [path for path in job.output.parent.iterdir() if path.suffix == ".tmp"][3:]
+
+    def test_folders_can_be_moved_and_outputs_share_a_store(self, job: Job, tmp_path: Path) -> None:
+        job.write(make_texts(5)).enrich()
+        module.enrich_dataset(
+            job.input, tmp_path / "second.csv", "text", None, LABELS[:1], store_filepath=job.store, quiet=True,
+            base_url=job.server.url, model="gpt-4o-mini",
+        )  # fmt: skip
+        moved = tmp_path / "moved"
+        moved.mkdir()
+        for path in (job.input, job.output, job.store, Path(f"{job.output}.run.json")):
+            path.rename(moved / path.name)
+        again = Job(moved, job.server).write([*make_texts(5), "cake"])
+        again.enrich()
+        again.check()
+        assert len(job.asked) == 6
+
+
+class TestRefused:
+    @pytest.mark.parametrize("name", ["out.xlsx", "out.parquet", "out.JSONL"])
+    def test_an_output_of_another_kind(self, job: Job, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        line = refused(job.write(["cake"]), capsys, "--output", str(job.output.with_name(name)))
+        assert f"{name} would hold a CSV: end it in .csv" in line
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("table.xlsx", "convert it with pandas.read_excel("),
+            ("table.jsonl", ".jsonl', lines=True).to_csv("),
+            ("table.parquet", "table.csv', index=False)."),
+        ],
+    )
+    def test_an_input_of_another_kind(
+        self, job: Job, name: str, words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        table = job.input.with_name(name)
+        table.write_text('{"text": "my own words"}')
+        line = refused(job.write(["cake"]), capsys, "--input", str(table))
+        assert "is not a CSV: convert it" in line
+        assert words in line
+        assert "my own words" not in line
+
+    def test_a_read_only_output(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.write(["cake"]).enrich()
+        job.output.chmod(0o444)
+        assert "out.csv is read-only: " in refused(job, capsys, "--overwrite")
+
+    @pytest.mark.parametrize("other", ["--gold", "--examples", "--instructions"])
+    def test_a_file_that_is_read_as_something_else(
+        self, job: Job, other: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = job.write(["cake"]).input.with_name("used.csv")
+        path.write_text(f"text,{','.join(LABELS)}\ncake,1,0,0\n")
+        line = refused(job, capsys, other, str(path), "--output", str(path))
+        assert f"The output is the {other[2:]} itself" in line
+        link = path.with_name("link.csv")
+        link.hardlink_to(path)
+        refused(job, capsys, other, str(path), "--output", str(link))
+
+    @pytest.mark.parametrize("flag", ["--codebook", "--api-key-file"])
+    def test_the_codebook_and_the_key_file(self, job: Job, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+        path = job.write(["cake"]).input.with_name("used.csv")
+        path.write_text("label,definition\n" + "".join(f"{label},something\n" for label in LABELS))
+        assert "itself" in refused(job, capsys, flag, str(path), "--output", str(path), "--overwrite")
+
+    def test_a_device_or_a_pipe(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        pipe = job.write(["cake"]).input.with_name("pipe")
+        os.mkfifo(pipe)
+        for path in ("/dev/null", str(pipe)):
+            assert "is a device or a pipe: choose a file." in refused(job, capsys, "--output", path)
+
+
+class TestDrafts:
+    def test_the_mode_is_kept(self, job: Job) -> None:
+        job.write(make_texts(5)).enrich(limit=2)
+        job.output.chmod(0o600)
+        job.enrich()
+        assert stat.S_IMODE(job.output.stat().st_mode) == 0o600
+
+    def test_a_users_own_file_of_a_like_name_is_left_alone(self, job: Job) -> None:
+        precious = job.output.with_name("out.csv.tmp")
+        precious.write_text("precious")
+        job.write(["cake"]).enrich()
+        assert precious.read_text() == "precious"
+
+    def test_what_a_killed_run_left_is_removed_by_the_next(self, job: Job) -> None:
+        job.server.first_token = 0.2
+        job.write(make_texts(20)).enrich(limit=10)
+        with module.Store(job.store) as store:
+            store.note_draft("out.csv", ".out.csv.0123.tmp")
+        draft = job.output.with_name(".out.csv.0123.tmp")
+        draft.write_text("half")
+        job.enrich()
+        assert not draft.exists()
+        assert sorted(path.name for path in job.output.parent.iterdir()) == [
+            "in.csv", "out.csv", "out.csv.answers.sqlite3", "out.csv.run.json",
+        ]  # fmt: skip
