@@ -39,6 +39,7 @@ import io
 import itertools
 import json
 import math
+import numbers
 import os
 import queue
 import random
@@ -58,7 +59,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import Enum, auto
 from functools import lru_cache, partial
@@ -238,6 +239,9 @@ class Options:
         False, "send jobs to OpenAI's Batch API: half the price, within a day", flag="--batch-api", heading="Batch API"
     )
     no_wait: bool = option(False, "submit jobs, collect what has ended, and leave; the next run collects the rest")
+    forget_jobs: bool = option(
+        False, "give up all open jobs, so that their rows are sent again (and may be paid twice)"
+    )
     poll_interval: float = option(60.0, "seconds between checks of the jobs", (0.01, 86_400), metavar="SECONDS")
 
     def __post_init__(self) -> None:
@@ -250,14 +254,17 @@ class Options:
                 and not is_left_out
                 and not ("auto" in str(declared.type) and value == "auto")
             ):
-                for number in value if isinstance(value, (tuple, list)) else (value,):
-                    check_number(number, declared)
+                are_several = isinstance(value, (tuple, list))
+                plain = tuple(check_number(number, declared) for number in (value if are_several else (value,)))
+                object.__setattr__(self, declared.name, plain if are_several else plain[0])
         if self.price is not None and len(self.price) != 2:
             raise InputError("`price` must be two numbers: dollars per million prompt and completion tokens.")
         if not self.model.strip():
             raise InputError("`model` is blank: pass a name, such as gpt-4o-mini.")
         if self.no_wait and not self.use_batch_api:
             raise InputError("`no_wait` is for Batch API jobs: drop it, or send jobs.")
+        if self.no_wait and self.store_path is None:
+            raise InputError("`no_wait` needs a store, or nobody could collect what was paid: pass `store_filepath`.")
         if self.gold_key is not None and self.gold is None:
             raise InputError("`gold_key` needs gold labels: pass `gold`, or drop it.")
         if not isinstance(self.new_labels, (str, Mapping)):  # an array or a generator will do
@@ -376,13 +383,15 @@ def name_options(message: str, as_flags: bool) -> str:
     return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), message)
 
 
-def check_number(value: Any, declared: dataclasses.Field[Any]) -> None:
+def check_number(value: Any, declared: dataclasses.Field[Any]) -> int | float:
+    """A number in its limits, as Python's own, which numpy's are not."""
     whole, (low, high) = "int" in str(declared.type), declared.metadata["limits"]
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
         raise InputError(f"`{declared.name}` must be a {'whole ' if whole else ''}number, not {value!r}.")
     if not low <= value <= high:
         limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         raise InputError(f"`{declared.name}` must be {limits}, not {value}.")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # joiners and odd blanks are letters' own
@@ -531,14 +540,19 @@ class Run:
         self.gold = read_gold(options, table)
         self.from_examples = example_cells(table, self.prompt.examples, options.labels)
         self.report = Report(options, server.host, server.knows_price, server.is_local, len(table))
+        self.unstored: tuple[Prompt, dict[Row, str]] | None = None  # an answer that the store could not take
         self.save_at = time.monotonic() + SAVE_SECONDS
 
     def label(self) -> Cells:
         options, report, say = self.options, self.report, self.console.say
         say(*opening_lines(options, self.sender))
-        with open_store(options, needs_key=self.sender.calls_server and not self.server.api_key) as self.store:
+        with open_store(options, self.server.prepare if self.sender.calls_server else None) as self.store:
             self.files = Files(self.store, options.overwrite)
             self.files.check(options.written)
+            if options.forget_jobs and not options.dry_run:
+                for job in self.store.open_jobs():
+                    self.console.warn(f"Job {job.batch_id} is given up: {len(job.attempts)} requests.")
+                self.store.give_up_jobs()
             self.budget = Budget(options.max_cost, self.store)
             report.spent_before, report.keeps_answers = self.budget.spent, self.store.path is not None
 
@@ -576,6 +590,9 @@ class Run:
     def known_cells(self, fresh: bool = False) -> Cells:
         """All that is known: what the table holds, else its example, else the newest answer, else an open job."""
         known = self.store.known(self.prompt, self.table, answers=not fresh)
+        if self.unstored:
+            prompt, answers = self.unstored
+            known = merge(known, place_answers(self.table, self.prompt, prompt, answers))
         return merge(merge(known[self.table.key_indexes], self.from_examples), self.table.given)
 
     def requests(self, batches: Iterable[Batch]) -> Iterator[Request]:
@@ -599,11 +616,11 @@ class Run:
                 self.answer(Queue(requests), sender, progress)
             except (Exception, Stopped) as error:
                 self.report.seconds += time.monotonic() - started
-                cells = self.finish(self.save_if_possible())
-                with contextlib.suppress(EnrichmentError):  # such as the one that the CSV met, which has been told
+                with contextlib.suppress(EnrichmentError):  # from a disk or a store that fails, as has been told
+                    cells = self.finish(self.save_if_possible())
+                    self.console.warn(unfinished_line(self.report))
+                    self.hand_over(error, cells)
                     self.write_record()
-                self.console.warn(unfinished_line(self.report))
-                self.hand_over(error, cells)
                 raise
             finally:
                 self.budget.close()
@@ -627,26 +644,28 @@ class Run:
             for attempt in attempts:
                 answers, problems = read_answers(attempt)
                 again, given_up = next_requests(attempt, problems, sender.policy)
+                self.unstored = attempt.request.prompt, answers
                 self.store.record(attempt, answers)
+                self.unstored = None
                 requests.put_first(again)
                 self.report.add(attempt, len(answers), given_up)
                 progress.landed(self.report, len(answers), len(again))
                 self.save_now_and_then()
 
     def restore(self, request: Request) -> Request:
-        """An earlier run's request with its texts, if this run asks the same of all its rows."""
-        asked = {*self.prompt.questions, *self.prompt.for_audit().questions}
-        places = self.table.find(b"".join(row.key for row in request.rows))
-        if not asked.issuperset(request.prompt.questions) or (places < 0).any():
+        """An earlier run's request with the texts that are still here, if this run asks the same of them."""
+        if not {*self.prompt.questions, *self.prompt.for_audit().questions}.issuperset(request.prompt.questions):
             return request
-        prompt = replace(request.prompt, examples=self.prompt.examples)
-        return replace(request, rows=tuple(self.table.rows(self.table.first_rows[places])), prompt=prompt)
+        places = self.table.find(b"".join(row.key for row in request.rows))
+        found = self.table.rows(self.table.first_rows[places[places >= 0]])
+        rows = tuple(row if place < 0 else next(found) for row, place in zip(request.rows, places, strict=True))
+        return replace(request, rows=rows, prompt=replace(request.prompt, examples=self.prompt.examples))
 
     def save(self) -> Cells:
         """Write the CSV from the store."""
         cells = self.known_cells()
         if self.options.output_filepath is not None:
-            with self.files.replacing(Path(self.options.output_filepath)) as file:
+            with self.files.replacing(Path(self.options.output_filepath), even_unnoted=True) as file:
                 self.table.write(cells, self.options.labels, file)
         return cells
 
@@ -734,7 +753,17 @@ class Run:
         self.report.note_cells(self.table, cells, self.requested)
         self.report.note_origins(of_cells[self.table.key_indexes] * by_model, origins)
         self.report.totals = self.store.totals()
+        self.report.rest_cost = self.rest_cost(cells)
         return cells
+
+    def rest_cost(self, cells: Cells) -> float:
+        """What the requested rows would cost that are lacking, at what a row has taken so far; 0: not known."""
+        report, lacking = self.report, self.requested & (self.table.lengths > 0) & (cells == BLANK).any(axis=1)
+        rest = len(set(self.table.key_indexes[lacking].tolist()))
+        # Of 100 rows, since tokens are whole numbers.
+        some = Usage(*(tokens * 100 // max(1, report.answered) for tokens in report.usage))
+        price = replace(self.server.prices, tier=self.sender.tier).of(some) if report.answered and rest else 0.0
+        return (price or 0.0) * rest / 100
 
     def write_record(self) -> None:
         """Write the run's record beside the output."""
@@ -810,6 +839,17 @@ def answer_cells(texts: str, labels: int) -> Cells:
     import numpy as np
 
     return (np.frombuffer(texts.encode(), np.int8) - ord("0")).reshape(-1, labels)
+
+
+def place_answers(table: Table, asked: Prompt, answered: Prompt, answers: Mapping[Row, str]) -> Cells:
+    """Answers to one prompt as cells of another's: of the table's distinct rows x its labels."""
+    cells = blank_cells(len(table.first_rows), len(asked.questions))
+    places = table.find(b"".join(row.key for row in answers))
+    values = answer_cells("".join(answers.values()), len(answered.questions))
+    for column, question in enumerate(asked.questions):
+        if question in answered.questions:
+            cells[places[places >= 0], column] = values[places >= 0, answered.questions.index(question)]
+    return cells
 
 
 class LabelCount(NamedTuple):
@@ -892,7 +932,8 @@ class Table:
     encoding: str
     delimiter: str
     header: list[str]
-    header_end: int  # a byte's place in the content, as are starts and ends
+    header_start: int  # a byte's place in the content, as are its end, starts and ends
+    header_end: int
     starts: array[int]  # of records; what is between two of them are blank lines
     ends: array[int]
     text_at: int  # a column, as is label_at
@@ -953,7 +994,7 @@ class Table:
         """The table as pandas reads it."""
         import pandas as pd
 
-        header = self.content[: self.header_end].decode(self.encoding)
+        header = self.content[self.header_start : self.header_end].decode(self.encoding)
         records = itertools.chain([header], map(self.record, range(len(self))))
         text = io.BytesIO(b"".join(record.encode() for record in records))
         return pd.read_csv(text, sep=self.delimiter, low_memory=False)
@@ -1007,6 +1048,8 @@ def read_table(source: Source, columns: Columns) -> Table:
         raise InputError(f"{source} cannot be read ({error.strerror}): check the path and its permissions.") from None
     # A byte-order mark stays, as the first character. No text in cp1252 holds a NUL.
     encodings = ["utf-8"] if b"\0" in content[:65_536] else ["utf-8", "cp1252"]
+    if content.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        raise InputError(f"{source} is UTF-32: save it as UTF-8 CSV.")
     marks = {b"\xff\xfe": ["utf-16-le"], b"\xfe\xff": ["utf-16-be"]}
     for encoding in marks.get(content[:2], encodings):
         with contextlib.suppress(UnicodeDecodeError):
@@ -1016,14 +1059,16 @@ def read_table(source: Source, columns: Columns) -> Table:
 
 def frame_content(df: pd.DataFrame, columns: Columns) -> bytes:
     """The columns of a DataFrame that are read, as a CSV; what is missing is blank."""
-    header = [name if isinstance(name, str) else repr(name) for name in df.columns]
+    header = [name if isinstance(name, str) else f"{name!r} ({type(name).__name__})" for name in df.columns]
     named = {columns.text: columns.text_is} | ({} if columns.label is None else {columns.label: "column"})
     named |= {} if columns.by is None or columns.by in named else {columns.by: "`by` column"}
     named |= {label: "column" for label in columns.labels if label in header and label not in named}
 
     def values(name: str) -> Iterator[str]:
         column = df.iloc[:, find_column(header, name, named[name], FRAME)]
-        for value, is_missing in zip(column, column.isna(), strict=True):
+        for row, (value, is_missing) in enumerate(zip(column, column.isna(), strict=True)):
+            if isinstance(value, (list, tuple, set, dict)) or getattr(value, "ndim", None):
+                raise InputError(f"Row {row} of the column {name!r} holds a {type(value).__name__}: make it a text.")
             yield "" if is_missing else str(value)
 
     text = io.StringIO(newline="")
@@ -1042,8 +1087,11 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
     def header_of(delimiter: str) -> list[str]:
         return next((fields for fields, _, _ in read_records(head, delimiter, source) if fields), [])
 
-    # The delimiter by which the header names the text column, else the one that finds most columns in it.
-    headers = {delimiter: header_of(delimiter) for delimiter in ",;\t|"}
+    # A first line of Excel's names the delimiter. Else it is the one by which the header names the text column, else
+    # the one that finds most columns in it.
+    told = re.fullmatch('\ufeff*"?sep=(.)"?[\r\n]*', head[0], re.IGNORECASE) if head else None
+    preamble = head.pop(0) if told else ""
+    headers = {delimiter: header_of(delimiter) for delimiter in (told[1] if told else ",;\t|")}
     delimiter = max(headers, key=lambda each: (columns.text in headers[each], len(headers[each])))
     header = headers[delimiter]
     if not header:
@@ -1059,7 +1107,8 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
             f"A label cannot be written in the encoding of {source} ({encoding}): rename it, or save that as UTF-8."
         ) from None
 
-    keys, lengths, starts, ends, end, header_end = bytearray(), array("i"), array("q"), array("q"), 0, 0
+    keys, lengths, starts, ends, header_end = bytearray(), array("i"), array("q"), array("q"), 0
+    header_start = end = len(preamble.encode(encoding))
     held = {place: array("b") for place, column in enumerate(held_at) if column is not None}
     by_values: list[str] | None = None if by_at is None else []
     raw_header, quotes_cells = "", False
@@ -1100,8 +1149,9 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
     for place, column in held.items():
         given[:, place] = column
     return Table(
-        source, source != FRAME, content, encoding, delimiter, header, header_end, starts, ends, text_at, label_at,
-        tuple(held_at), quotes_all(header, raw_header, delimiter), quotes_cells, np.frombuffer(keys, f"S{KEY_BYTES}"),
+        source, source != FRAME, content, encoding, delimiter, header, header_start, header_end, starts, ends,
+        text_at, label_at, tuple(held_at), quotes_all(header, raw_header, delimiter), quotes_cells,
+        np.frombuffer(keys, f"S{KEY_BYTES}"),
         np.array(lengths), given, by_values,
     )  # fmt: skip
 
@@ -1115,7 +1165,7 @@ def read_records(lines: Iterable[str], delimiter: str, source: str) -> Iterator[
         nonlocal ended
         for number, line in enumerate(lines):
             raw.append(line)
-            yield line.removeprefix("\ufeff") if number == 0 else line
+            yield line.lstrip("\ufeff") if number == 0 else line
         ended = True
         yield "\n"  # read as a blank line, unless a quote is still open: only then does a record hold it
 
@@ -1175,7 +1225,7 @@ class Files:
     def __init__(self, store: Store, overwrite: bool) -> None:
         self.store, self.overwrite = store, overwrite
         self.folder = None if store.path is None else store.path.resolve().parent
-        self.overwritten: set[str] = set()  # digests of what is replaced at the user's wish
+        self.overwritten: set[str] = set()  # digests of what this run wrote, or replaces at the user's wish
 
     def check(self, written: Mapping[str, Path]) -> None:
         """Refuse to write a file that is there already, unless it is as this program left it."""
@@ -1197,8 +1247,11 @@ class Files:
                 )
 
     @contextlib.contextmanager
-    def replacing(self, path: Path) -> Iterator[IO[bytes]]:
-        """A file that takes the place of `path` when it is whole, and not before."""
+    def replacing(self, path: Path, even_unnoted: bool = False) -> Iterator[IO[bytes]]:
+        """A file that takes the place of `path` when it is whole, and not before.
+
+        `even_unnoted`: also if the store fails, since the file is then all that is left; the next run will not know it.
+        """
         target, name = path.resolve(), self._name(path)  # behind a link, the file that it points to
         draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
@@ -1208,13 +1261,18 @@ class Files:
                     f"{path} was changed while this run went on, and is left as it is: move it away, then run the same "
                     "command; no answer is lost."
                 )
-            self.store.note_draft(name, draft.name)
+            failing = contextlib.suppress(*[EnrichmentError] * even_unnoted)
+            with failing:
+                self.store.note_draft(name, draft.name)
             with open_draft(draft, target) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             # Noted before the move, so that a kill between the two leaves a file that is known.
-            self.store.note_file(name, found, file_digest(draft))
+            written = file_digest(draft)
+            self.overwritten.add(written)
+            with failing:
+                self.store.note_file(name, found, written)
             draft.replace(target)
         except OSError as error:
             raise EnrichmentError(
@@ -1505,24 +1563,26 @@ def example_words(examples: Sequence[Example], labels: Sequence[str]) -> str:
     return f"\nAn example of a message:\n{message}\nIts right answer:\n{json.dumps(answer, ensure_ascii=False)}"
 
 
-def user_message(rows: Sequence[Row]) -> str:
+def user_message(rows: Sequence[Row], id_set: int = 0) -> str:
     """The texts as JSON, so that nothing in a text can pass for the message around it."""
     texts = [
-        {"id": row_id(position), "text": row.text} | ({} if row.label is None else {"label": row.label})
+        {"id": row_id(position, id_set), "text": row.text} | ({} if row.label is None else {"label": row.label})
         for position, row in enumerate(rows)
     ]
     message = json.dumps({"texts": texts}, ensure_ascii=False)
     return message.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
 
 
-def row_id(position: int) -> str:
+def row_id(position: int, id_set: int = 0) -> str:
     """The id of a batch's row: three digits, for each position always the same, no two alike.
+
+    The second set has the ids that the first one reaches from position 450 on.
 
     Not 1, 2, 3: a model that skips a text and counts on would give each later text its neighbour's labels, unseen. Such
     an id cannot be counted, only copied, and costs the same one token. 389 has no factor in common with the 900 numbers
     of three digits, so that all positions differ, and is far enough from 0 and 450 that neighbours look unlike.
     """
-    return str(100 + (position * 389 + 560) % 900)
+    return str(100 + ((position + 450 * id_set) * 389 + 560) % 900)
 
 
 FENCED = re.compile(r"\s*```\w*\s*(.*?)\s*```\s*", re.DOTALL)
@@ -1536,7 +1596,7 @@ def read_answers(attempt: Attempt) -> tuple[dict[Row, str], dict[Row, str]]:
     answers: dict[Row, str] = {}
     problems: dict[Row, str] = {}
     for position, row in enumerate(attempt.request.rows):
-        applying = chosen.get(row_id(position), MISSING)
+        applying = chosen.get(row_id(position, attempt.request.id_set), MISSING)
         reason = problem or check_applying(applying, labels)
         if reason:
             problems[row] = reason
@@ -1594,6 +1654,7 @@ class Request:
     rows: tuple[Row, ...]
     prompt: Prompt
     failures: tuple[str, ...] = ()
+    id_set: int = 0  # 1: under other row ids, because another request's answer came back to the usual ones
 
     @property
     def custom_id(self) -> str:
@@ -1601,9 +1662,10 @@ class Request:
         return digest(self.prompt.questions, [row.key.hex() for row in self.rows]).hex()
 
     @property
-    def has_texts(self) -> bool:
-        """False for an earlier run's job if this run does not ask the same of all these rows: it is not sent again."""
-        return all(row.text for row in self.rows)
+    def sendable(self) -> Request | None:
+        """Its rows whose texts this run has: not all those of an earlier run's job, whose questions may be others."""
+        rows = tuple(row for row in self.rows if row.text)
+        return replace(self, rows=rows) if rows else None
 
 
 class Queue:
@@ -1666,11 +1728,12 @@ def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
         "model": request.prompt.model,
         "messages": [
             {"role": "system", "content": request.prompt.system_message},
-            {"role": "user", "content": user_message(request.rows)},
+            {"role": "user", "content": user_message(request.rows, request.id_set)},
         ],
     }
     if parameters.form is not Form.TEXT:
-        body["response_format"] = answer_format(request.prompt.labels, len(request.rows), parameters.form)
+        labels, count = request.prompt.labels, len(request.rows)
+        body["response_format"] = answer_format(labels, count, parameters.form, request.id_set)
     body |= parameters.extras
     if parameters.completion_bound is not None:
         body[parameters.completion_bound] = most_answer_tokens(request) + parameters.reasoning_room
@@ -1678,14 +1741,14 @@ def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1024)
-def answer_format(labels: tuple[str, ...], row_count: int, form: Form) -> dict[str, Any]:
+def answer_format(labels: tuple[str, ...], row_count: int, form: Form, id_set: int = 0) -> dict[str, Any]:
     """The `response_format`: at best a schema under which each row is answered once, with known labels only."""
     if form is Form.JSON:
         return {"type": "json_object"}
     applying: dict[str, Any] = {"type": "array", "items": {"type": "string", "enum": list(labels)}}
     if form is Form.SCHEMA:
         applying["maxItems"] = len(labels)
-    ids = [row_id(position) for position in range(row_count)]
+    ids = [row_id(position, id_set) for position in range(row_count)]
     schema = {
         "type": "object",
         "properties": {row: {"$ref": "#/$defs/labels"} for row in ids},
@@ -1743,23 +1806,6 @@ class Usage(NamedTuple):
     reasoning: int = 0
 
 
-@dataclass(frozen=True)
-class Response:
-    """What came back over HTTP. Status 0: nothing did, and `transport_error` says why. Body None: it was not JSON."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: Any
-    seconds: float
-    transport_error: str = ""
-    was_sent: bool = True
-
-    @property
-    def may_be_billed(self) -> bool:
-        """Whether a model may have worked for it, seen or unseen: behind a gateway that gave up, it may have."""
-        return self.was_sent and (self.status // 100 == 2 or self.status in {0, 502, 504, 524})
-
-
 class Outcome(Enum):
     """What a response means for the attempt."""
 
@@ -1767,9 +1813,77 @@ class Outcome(Enum):
     REFUSED = auto()  # it is about the texts, or may be: send fewer at a time
     UNKNOWN = auto()  # a refusal for an unknown reason: of a parameter, of these texts, or of everything?
     RESEND = auto()  # a parameter was refused and is left out from now on: send it again at once
+    SUSPECT = auto()  # it may be the answer to another request: send it again at once under other row ids
     LIMITED = auto()  # wait, then send it again
     TRANSIENT = auto()  # send it again, a number of times
     FATAL = auto()  # no request will succeed
+
+
+@dataclass(frozen=True)
+class Response:
+    """What came back over HTTP. Status 0: no whole reply did, for a `reason`. Body None: it was not JSON."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: Any
+    seconds: float
+    reason: str = ""
+    outcome: Outcome = Outcome.TRANSIENT  # that the reason means
+    was_sent: bool = True
+
+    @property
+    def may_be_billed(self) -> bool:
+        """Whether a model may have worked for it, seen or unseen."""
+        return self.was_sent and (self.status // 100 in {0, 2, 5} or self.status in {408, 409})
+
+
+class ReplyTooLarge(Exception):  # noqa: N818 # it is a reply's property
+    """More came than any answer can be."""
+
+
+class ForeignRedirect(Exception):  # noqa: N818
+    """The server wants the request to be sent to another one, which its user has not named."""
+
+
+REPLY_BYTES = 8_000_000  # decoded; the longest answer, 500 rows with all of many labels, has some 500,000
+MOST_REDIRECTS = 5
+
+
+@lru_cache(maxsize=1)
+def bounded_client() -> Any:
+    """An HTTP client of the SDK's that reads no endless reply and sends nothing to another origin."""
+    import openai
+
+    class BoundedClient(openai.DefaultHttpxClient):
+        def send(self, request: Any, **settings: Any) -> Any:
+            settings |= {"stream": True, "follow_redirects": False}
+            response = super().send(request, **settings)
+            for _ in range(MOST_REDIRECTS):
+                if response.next_request is None:
+                    break
+                response.close()
+                here, there = (
+                    f"{url.scheme}://{url.netloc.decode()}" for url in (request.url, response.next_request.url)
+                )
+                if here != there:
+                    raise ForeignRedirect(f"{here} redirects to {there}")
+                request = response.next_request
+                response = super().send(request, **settings)
+            is_download = response.is_success and request.url.path.endswith("/content")
+            file: Any = tempfile.TemporaryFile() if is_download else io.BytesIO()  # noqa: SIM115 # handed on
+            with contextlib.closing(response):
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
+                    if not is_download and file.tell() > REPLY_BYTES:
+                        raise ReplyTooLarge("reply too large")
+            file.seek(0)
+            headers = [pair for pair in response.headers.items() if not pair[0].startswith(("content-", "transfer-"))]
+            content, extensions = (b"", {"file": file}) if is_download else (file.read(), {})
+            return type(response)(
+                response.status_code, headers=headers, content=content, request=request, extensions=extensions
+            )
+
+    return BoundedClient
 
 
 # OpenAI, guides/error-codes; the last three are other servers' and older words.
@@ -1785,8 +1899,10 @@ MONEY_CODES = {
 }
 TOO_LONG = re.compile(r"context.?(length|size|window)|request too large|too many tokens|prompt is too long")
 FILTERED = re.compile(r"content.?(filter|policy|management)|responsibleai|invalid_prompt|safety system")
+CLIENT_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 NO_KEY = "No API key: set OPENAI_API_KEY, or pass `api_key`."
 UNREACHABLE_SECONDS = 10.0  # give up on a server that has never answered after this long
+FALSE_ALARMS = 2  # after which replies that look like another's are believed
 UNKNOWN_LIMIT = 10  # refusals for unknown reasons in a row, after which every request is taken to be refused
 
 
@@ -1800,7 +1916,7 @@ def is_completion(body: Any) -> bool:
 def classify(response: Response, is_expected: Callable[[Any], bool] = is_completion) -> tuple[Outcome, str]:
     """What a response means, and a reason in our own words, which hold nothing of a text."""
     if response.status == 0:
-        return Outcome.TRANSIENT, response.transport_error
+        return response.outcome, response.reason
     if response.status // 100 == 2:
         expected = is_expected(response.body)
         return (Outcome.ANSWERED, "") if expected else (Outcome.TRANSIENT, "no completion in the reply")
@@ -1901,11 +2017,16 @@ class Server:
         """Take the address and key from the options or the environment, and check them before anything is sent."""
         self.base_url = (options.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").strip()
         self.api_key = (options.api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
-        self.model, self.timeout, self.user_price = options.model, options.timeout, options.price
+        self.model, self.timeout, self.prices = options.model, options.timeout, Prices(options.price, options.model)
         self.is_capped = options.max_cost is not None
         self.warn = warn
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        try:
+            parts = urlsplit(self.base_url)
+            is_url = parts.scheme in {"http", "https"} and bool(parts.hostname) and " " not in self.base_url
+            _ = parts.port
+        except ValueError:  # brackets that do not match, a port that is none
+            is_url = False
+        if not is_url:
             raise InputError(
                 "`base_url` must begin with http:// or https:// and name a host: http://localhost:8000/v1."
             )
@@ -1919,7 +2040,7 @@ class Server:
         if not self.api_key and not self.host.endswith("openai.com"):
             self.api_key = "none"  # the SDK wants one even if the server does not
         self.parameters = first_parameters(options.model, self.is_capped)
-        self.knows_price = self.price(Usage(), options.model) is not None
+        self.knows_price = self.prices.of(Usage()) is not None
         if self.is_capped and not self.knows_price:
             raise InputError(f"No price of {self.model!r} is known, so its cost cannot be capped: pass `price`.")
         self.fatal_error: ProviderError | None = None
@@ -1930,33 +2051,51 @@ class Server:
         self.unknown_refusals = 0  # in a row
         self.served: dict[str, str | int | None] = {}  # model asked for -> model that answered first
         self.told_of_model = False
+        self.answered: dict[bytes, bytes] = {}  # mark of a reply -> digest of the request that it came to first
+        self.false_alarms = 0  # replies that were suspect and were right
 
     # Calls, which may be made in any thread.
 
-    @contextlib.contextmanager
-    def connect(self, is_needed: bool = True) -> Iterator[None]:
+    @functools.cached_property
+    def client(self) -> Any:
         """One client for all workers. It does not retry: waits are shared by all workers and can be interrupted."""
-        if not is_needed:
-            yield
-            return
         if not self.api_key:
             raise InputError(NO_KEY)
         import openai
 
         try:
-            self.client = openai.OpenAI(
+            return openai.OpenAI(
                 api_key=self.api_key,
                 base_url=self.base_url,
                 max_retries=0,
                 # Connecting takes far less than an answer: a server that is not there is known soon.
                 timeout=openai.Timeout(self.timeout, connect=min(5.0, self.timeout)),
-                # A proxy cannot reach this machine's own servers.
-                http_client=openai.DefaultHttpxClient(trust_env=not self.is_local),
+                # A proxy cannot reach this machine's own servers. A compressed reply could be of any size.
+                http_client=bounded_client()(trust_env=not self.is_local, headers={"accept-encoding": "identity"}),
             )
-        except ImportError:
-            raise InputError("The SOCKS proxy of this environment needs a package: pip install socksio.") from None
-        with self.client, self._retirement_notice():
+        except Exception as error:  # what the HTTP library makes of the environment has no common class
+            set_here = [name for name in CLIENT_VARIABLES if os.environ.get(name) or os.environ.get(name.lower())]
+            hint = "pip install socksio" if isinstance(error, ImportError) else "fix or unset them"
+            raise InputError(
+                f"No connection can be set up ({type(error).__name__}) with `base_url` and these variables of the "
+                f"environment: {', '.join(set_here) or 'none'}: {hint}."
+            ) from None
+
+    def prepare(self) -> None:
+        """Refuse a key, an address or an environment with which no call could be made."""
+        _ = self.client
+
+    @contextlib.contextmanager
+    def connect(self, is_needed: bool = True) -> Iterator[None]:
+        if not is_needed:
             yield
+            return
+        with self.client, self._retirement_notice():
+            try:
+                yield
+            finally:
+                client = self.__dict__.pop("client")  # a closed one cannot be used again
+                client.close()
 
     @contextlib.contextmanager
     def _retirement_notice(self) -> Iterator[None]:
@@ -1982,8 +2121,8 @@ class Server:
         form = {"headers": {"Content-Type": "multipart/form-data"}}
         return self.call("/files", {"purpose": "batch"}, files=[("file", (name, file))], options=form)
 
-    def call(self, path: str, body: Any = None, read: Callable[[bytes], Any] = json.loads, **settings: Any) -> Response:
-        """A call of any kind: POST with a body, else GET. `read` makes the response's body of its bytes.
+    def call(self, path: str, body: Any = None, **settings: Any) -> Response:
+        """A call of any kind: POST with a body, else GET. The body of a file's content is the open file.
 
         `client.post` rather than `chat.completions.create`, which takes twice the processor time.
         """
@@ -1997,18 +2136,25 @@ class Server:
             else:
                 response = self.client.post(path, cast_to=raw, body=body, **settings).response
         except openai.APIStatusError as error:
-            response, read = error.response, json.loads
+            response = error.response
+        except (ReplyTooLarge, ForeignRedirect) as error:
+            return self._no_reply(error, False, started)
         except openai.APIConnectionError as error:  # its cause's own text may hold the key
-            cause = type(error.__cause__).__name__
-            late = isinstance(error, openai.APITimeoutError)
-            reason = "no answer in time" if late else f"no connection ({cause})"
-            was_sent = cause not in {"ConnectError", "ConnectTimeout"}
-            return Response(0, {}, None, time.perf_counter() - started, reason, was_sent)
-        try:
-            content = read(response.content)
-        except ValueError:
-            content = None
+            return self._no_reply(error.__cause__, isinstance(error, openai.APITimeoutError), started)
+        content = response.extensions.get("file")
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(response.content) if content is None else content
         return Response(response.status_code, response.headers, content, time.perf_counter() - started)
+
+    def _no_reply(self, cause: BaseException | None, is_late: bool, started: float) -> Response:
+        name = type(cause).__name__
+        reason = "no answer in time" if is_late else f"no connection ({name})"
+        outcome, was_sent = Outcome.TRANSIENT, name not in {"ConnectError", "ConnectTimeout"}
+        if isinstance(cause, ReplyTooLarge):
+            reason, outcome = str(cause), Outcome.REFUSED
+        if isinstance(cause, ForeignRedirect):
+            reason, outcome, was_sent = str(cause), Outcome.FATAL, False
+        return Response(0, {}, None, time.perf_counter() - started, reason, outcome, was_sent)
 
     # Judgements, which are made in the main thread.
 
@@ -2016,6 +2162,8 @@ class Server:
         """What a response means after all that came before it, and why. FATAL leaves its line in `fatal_error`."""
         outcome, reason = classify(response)
         self.reached |= response.status > 0
+        if outcome is Outcome.ANSWERED and self._is_suspect(response, request):
+            outcome = Outcome.FATAL if self.fatal_error else Outcome.SUSPECT
         if outcome is Outcome.ANSWERED:
             self._note_model(request.prompt.model, look_up(response.body, "model"))
         if outcome in {Outcome.ANSWERED, Outcome.REFUSED}:
@@ -2032,6 +2180,30 @@ class Server:
         if outcome is Outcome.FATAL and not self.fatal_error:
             self.fatal_error = self.explain(response, request.rows)
         return outcome, reason
+
+    def _is_suspect(self, response: Response, request: Request) -> bool:
+        """Whether this may be the reply to another request, from a cache that takes alike requests for equal.
+
+        An id alone proves nothing, since some servers make it of the second; so such a request is sent again, under
+        other row ids, and an answer with the first ones is another's.
+        """
+        if request.id_set:
+            chosen = set(read_message(response.body)[1])
+            first, second = ({row_id(place, id_set) for place in range(len(request.rows))} for id_set in (0, 1))
+            is_other = bool(chosen & first) and not chosen & second
+            self.false_alarms += not is_other
+            if is_other:
+                self.fatal_error = ProviderError(
+                    f"{self.host} answers from a cache of other requests, so that rows would get other rows' labels: "
+                    "turn that off, then run the same command; nothing of it was kept."
+                )
+            return is_other
+        message = response.body["choices"][0]["message"]
+        name = look_up(response.body, "id")
+        mark = digest(name, look_up(response.body, "created"), look_up(message, "content"))
+        keys = digest(request.prompt.labels, b"".join(row.key for row in request.rows).hex())
+        is_other = self.answered.setdefault(mark, keys) != keys
+        return is_other and name is not None and self.false_alarms < FALSE_ALARMS
 
     def _note_model(self, asked: str, served: str | int | None) -> None:
         """Tell once if another model begins to answer: the name that was asked for has moved."""
@@ -2065,9 +2237,12 @@ class Server:
     def explain(self, response: Response, rows: Iterable[Row] = ()) -> ProviderError:
         """The line for a response after which no request will succeed; `rows` are what was sent."""
         codes, message = error_words(response.body)
-        quoted = f" It says: {self.quote(message, rows)}" if response.body else ""
+        told = " ".join(sorted(codes))
+        quoted = f" It says: {f'{told}: ' if told else ''}{self.quote(message, rows)}" if response.body else ""
         where = f"{self.host} (HTTP {response.status})"
         line = f"Every request is refused by {where}: fix what it reports.{quoted}"
+        if response.status == 0:
+            line = f"{response.reason}; texts go nowhere but to `base_url`: pass the address that is meant."
         if response.status == 404:
             line = f"Nothing answers chat calls at {where}: does `base_url` end in /v1?"
         if response.status == 404 and response.body:
@@ -2082,38 +2257,50 @@ class Server:
         return ProviderError(line)
 
     def quote(self, words: str, rows: Iterable[Row]) -> str:
-        """A server's words on one line, without the key, and cut short where they begin to quote a text."""
+        """A server's words on one line, without the key; left out as a whole where they may quote a text."""
         words = " ".join(words.split())
-        words = re.sub(r"\b(sk|key)-[\w*.-]+", "[key]", words.replace(self.api_key, "[key]"))
-        for row in rows:
-            start = " ".join(row.text.split())[:16]
-            words = words.partition(start)[0] if start else words
-        return words[:200]
+        said = letters(words)
+        sent = "\n".join(letters(text) for row in rows for text in (row.text, row.label or ""))
+        if any(said[at : at + QUOTED] in sent for at in range(len(said) - QUOTED + 1)):
+            return "(left out, since it repeats a part of what was sent)"
+        return re.sub(r"\b(sk|key)-[\w*.-]+", "[key]", words.replace(self.api_key, "[key]"))[:200]
 
-    # Prices, in US dollars. `tier` is the sender's, because what a job replies calls its own tier "default".
-
-    def price(self, usage: Usage, model: str, tier: str = "standard") -> float | None:
-        """What these tokens of one call cost: by the user's price, else by genai-prices; None: not known.
-
-        Per call, since a long call may cost more per token (genai-prices, tiers). A model served under a name that the
-        list does not have is priced as the model that was asked for.
-        """
-        if self.user_price is not None:
-            return (usage.prompt * self.user_price[0] + usage.completion * self.user_price[1]) / 1e6
-        tokens = (usage.prompt, usage.cached, usage.written, usage.completion)
-        listed = list_price(model, tier, *tokens)
-        return list_price(self.model, tier, *tokens) if listed is None else listed
-
-    def cost(self, response: Response, tier: str) -> float | None:
-        """What a response says that it cost; None: it does not say, or the price is not known."""
+    def cost(self, response: Response, prices: Prices) -> float | None:
+        """What a response says that it cost, in US dollars; None: it does not say, or the price is not known."""
         usage = read_usage(response.body)
-        return None if usage is None else self.price(usage, str(look_up(response.body, "model") or self.model), tier)
+        return None if usage is None else prices.of(usage, str(look_up(response.body, "model") or ""))
 
     def worst_cost(self, request: Request, tier: str) -> float:
         """What a call may cost at most: a token has at least one byte, and the completion its bound."""
         prompt = len(json.dumps(build_body(request, self.parameters), ensure_ascii=False).encode())
         completion = most_answer_tokens(request) + self.parameters.reasoning_room
-        return self.price(Usage(prompt=prompt, written=prompt, completion=completion), self.model, tier) or 0.0
+        return replace(self.prices, tier=tier).of(Usage(prompt=prompt, written=prompt, completion=completion)) or 0.0
+
+
+QUOTED = 12  # letters or digits in a row by which a message is taken to repeat a text
+
+
+def letters(text: str) -> str:
+    """A text's letters and digits alone, without case and JSON's escapes: letters("It\\u0027s\\n") == "its"."""
+    plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text)
+    return "".join(filter(str.isalnum, re.sub(r"\\[bfnrt]", "", plain))).casefold()
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What tokens cost, in US dollars: by the user's price, else by genai-prices."""
+
+    user: tuple[float, float] | None  # per million prompt and completion tokens
+    model: str  # that is asked; one served under a name that the list does not have is priced like it
+    tier: str = "standard"  # the sender's, because what a job replies calls its own tier "default"
+
+    def of(self, usage: Usage, served: str = "") -> float | None:
+        """The cost of one call; None: not known. Per call, since a long one may cost more per token."""
+        if self.user is not None:
+            return (usage.prompt * self.user[0] + usage.completion * self.user[1]) / 1e6
+        tokens = (usage.prompt, usage.cached, usage.written, usage.completion)
+        listed = list_price(served, self.tier, *tokens) if served else None
+        return list_price(self.model, self.tier, *tokens) if listed is None else listed
 
 
 @lru_cache(maxsize=1024)
@@ -2256,11 +2443,11 @@ def seconds_of(duration: str) -> float:
 
 def requested_wait(headers: Mapping[str, str]) -> float:
     """The seconds that `retry-after-ms` or `retry-after` (seconds or a date) asks for; 0 if nothing does."""
-    with contextlib.suppress(KeyError, ValueError):
-        return max(0.0, float(headers["retry-after-ms"]) / 1000)
-    with contextlib.suppress(KeyError, ValueError):
-        return max(0.0, float(headers["retry-after"]))
-    with contextlib.suppress(KeyError, ValueError, TypeError):
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        with contextlib.suppress(KeyError, ValueError):
+            wait = float(headers[name]) * unit
+            return max(0.0, wait) if math.isfinite(wait) else 0.0
+    with contextlib.suppress(KeyError, ValueError, TypeError, OverflowError):
         until, now = (parsedate_to_datetime(headers[name]) for name in ("retry-after", "date"))  # both by its clock
         return max(0.0, (until - now).total_seconds())
     return 0.0
@@ -2285,7 +2472,8 @@ class Attempt:
     calls: int = 0
     seconds: float = 0.0  # of its calls, summed
     cost: float | None = None  # US dollars; None: the price or the usage is not known
-    unconfirmed_cost: float = 0.0  # at most, of calls without a reply that may have been billed all the same
+    unconfirmed_cost: float = 0.0  # at most, of calls without a bill that may have been billed all the same
+    unconfirmed_calls: int = 0  # how many these are
     body: Mapping[str, Any] = field(default_factory=dict)  # of the last reply
     problem: str = ""  # why there is no completion to be read in it
     is_splittable: bool = True  # whether fewer rows at a time may succeed
@@ -2299,6 +2487,7 @@ class Attempt:
             seconds=self.seconds + response.seconds,
             cost=known,
             unconfirmed_cost=self.unconfirmed_cost + unconfirmed_cost,
+            unconfirmed_calls=self.unconfirmed_calls + (unconfirmed_cost > 0),
             body=response.body if isinstance(response.body, dict) else {},
         )
 
@@ -2314,13 +2503,15 @@ def next_requests(
     attempt: Attempt, problems: Mapping[Row, str], policy: RetryPolicy
 ) -> tuple[list[Request], dict[Row, str]]:
     """The requests that follow from what is wrong with an attempt's rows, and the rows that are given up."""
-    request, rows = attempt.request, tuple(problems)
+    request, gone = attempt.request, {row: reason for row, reason in problems.items() if not row.text}
+    problems = {row: reason for row, reason in problems.items() if row.text}
+    rows = tuple(problems)
     if not attempt.is_splittable:
-        return [], dict(problems)
+        return [], gone | problems
     if policy.in_halves and len(request.rows) > 1:
         middle = (len(rows) + 1) // 2
-        return [replace(request, rows=half) for half in (rows[:middle], rows[middle:]) if half], {}
-    again, given_up = [], {}
+        return [replace(request, rows=half) for half in (rows[:middle], rows[middle:]) if half], gone
+    again, given_up = [], gone
     for row, reason in problems.items():
         failures = (*request.failures, reason)
         if failures.count(reason) >= ALIKE_FAILURES or len(failures) >= policy.most_failures:
@@ -2340,42 +2531,64 @@ class Budget:
 
     def __init__(self, cap: float | None, store: Store) -> None:
         self.cap, self.store = cap, store
-        self.spent, self.set_aside, self.reached = store.money()
-        self.spent_before = self.spent  # by all runs on this store; what is set aside is for jobs of theirs
-        self.in_flight = self.noted = 0.0  # noted in the store, so that it counts if the program is killed
+        self.spent, self.for_jobs, self.reached = store.money()  # by all runs on this store
+        self.spent_before = self.spent
+        self.in_flight = self.noted = 0.0  # bounds of calls; noted in the store, so that they count after a kill
+        self.excess = 1.0  # the most that a call was billed, by its bound: a tokenizer that we guess too short
+        self.is_untried = cap is not None  # until a first bill
 
     @property
     def is_reached(self) -> bool:
         """Whether an earlier run has ended at this cap: the same command again is to spend nothing more."""
         return self.cap is not None and self.cap <= self.reached
 
-    def reserve(self, amount: float, in_flight: bool = False) -> bool:
-        """Set an amount aside, if it fits; what is in flight is noted, and only as it rises, so that this is rare."""
-        if self.cap is not None and (self.is_reached or self.spent + self.set_aside + amount > self.cap):
+    @property
+    def set_aside(self) -> float:
+        return self.for_jobs + self.in_flight * self.excess
+
+    def fits(self, bound: float) -> bool:
+        amount = self.spent + self.set_aside + bound * self.excess
+        return self.cap is None or not (self.is_reached or amount > self.cap)
+
+    def reserve(self, bound: float) -> bool:
+        """Set a call's bound aside, if it fits; it is noted only as the sum rises, so that this is rare."""
+        if not self.fits(bound):
             return False
-        self.set_aside += amount
-        self.in_flight += amount if in_flight else 0.0
-        if self.in_flight > self.noted:
-            self.noted = self.in_flight
+        self.in_flight += bound
+        if self.in_flight * self.excess > self.noted:
+            self.noted = self.in_flight * self.excess
             self.store.note_in_flight(self.noted)
         return True
+
+    def settle(self, bound: float, cost: float | None, unconfirmed: float) -> None:
+        """Put what was billed in place of what was set aside; without a bill that stays."""
+        self.in_flight = max(0.0, self.in_flight - bound)
+        self.spent += unconfirmed * self.excess if cost is None else cost
+        if cost is not None:
+            self.is_untried = False
+            self.excess = max(self.excess, cost / bound if bound else 0.0)
+
+    def reserve_job(self, bound: float) -> bool:
+        """Set aside what a request of a job may cost; the store has that with the job."""
+        fits = self.fits(bound)
+        self.for_jobs += bound * self.excess if fits else 0.0
+        return fits
+
+    def settle_job(self, set_aside: float, cost: float) -> None:
+        self.for_jobs = max(0.0, self.for_jobs - set_aside)
+        self.spent += cost
 
     def close(self) -> None:
         """No call will come back any more: what is still in flight counts as spent."""
         if self.noted:
-            self.store.note_in_flight(self.in_flight)
-            self.noted = self.in_flight
-
-    def settle(self, reserved: float, cost: float, in_flight: bool = False) -> None:
-        """Put what was billed in place of what was set aside for it."""
-        self.set_aside = max(0.0, self.set_aside - reserved)
-        self.in_flight = max(0.0, self.in_flight - reserved) if in_flight else self.in_flight
-        self.spent += cost
+            self.noted = self.in_flight * self.excess
+            self.store.note_in_flight(self.noted)
 
     def exceeded(self, amount: float) -> BudgetExceeded:
         """For a call that may cost this amount."""
         spent = f"(spent: {dollars(self.spent)}, set aside: {dollars(self.set_aside)})"
-        why = f"The next call may cost up to {dollars(amount)}, which could exceed `max_cost` {self.cap:g} {spent}"
+        most = dollars(amount * self.excess)
+        why = f"The next call may cost up to {most}, which could exceed `max_cost` {self.cap:g} {spent}"
         if self.is_reached:
             why = f"An earlier run on this store has ended at `max_cost` {self.cap:g} or a higher one {spent}"
         self.store.note_cap(self.cap or 0.0)
@@ -2392,9 +2605,9 @@ def estimate_cost(requests: Iterable[Request], rates: tuple[float, float] | None
         completion += len(request.rows) * rates[1] if rates else usual_answer_tokens(request)
     basis = "this model's earlier calls" if rates else "their length"
     each = Usage(prompt=round(prompt / max(1, count)), completion=round(completion / max(1, count)))
-    prices = {sender: server.price(each, server.model, sender.tier) for sender in (ThreadSender, JobSender)}
-    live, in_jobs = (None if price is None else dollars(price * count) for price in prices.values())
-    note = f" ({OPENAI_WOULD_BILL})" if server.is_local and server.user_price is None else ""
+    prices = [replace(server.prices, tier=sender.tier).of(each) for sender in (ThreadSender, JobSender)]
+    live, in_jobs = (None if price is None else dollars(price * count) for price in prices)
+    note = f" ({OPENAI_WOULD_BILL})" if server.is_local and server.prices.user is None else ""
     cost = f"about {live}, with `use_batch_api` {in_jobs}{note}"
     cost = UNKNOWN_PRICE.format(server.model) if live is None else cost
     return [
@@ -2444,7 +2657,13 @@ class Flight:
     failed_since: float = math.inf
     # Of its last call:
     departure: Departure = NOT_LEFT
-    set_aside: float = 0.0  # US dollars
+    bound: float = 0.0  # US dollars that it may cost at most
+
+
+CALL_SECONDS = 600.0  # after which a call is given up whose reply only drips; the timeout, if that is longer
+STOP_SECONDS = 8.0  # how long a stop waits for calls in flight, or as long as the slowest answer has taken
+LONGEST_WAIT = 3600.0  # that a server may ask for
+NO_CALL = (-1, Response(0, {}, None, 0.0))
 
 
 @dataclass
@@ -2461,26 +2680,25 @@ class ThreadSender(Sender):
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        workers = int(self.options.max_workers)
-        self.pace = Pace(workers)
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="enrich")
-        self.completed: queue.SimpleQueue[tuple[Flight, Response | Exception]] = queue.SimpleQueue()
-        self.in_flight = 0
+        self.pace = Pace(int(self.options.max_workers))
+        self.pool = self._new_pool()
+        self.completed: queue.SimpleQueue[tuple[int, Response | Exception]] = queue.SimpleQueue()
+        self.in_flight: dict[int, Flight] = {}  # by the number of the call, the oldest first
         self.waiting: list[tuple[float, int, Flight]] = []  # a heap, by the time at which a retry is due
-        self.order = itertools.count()  # settles ties in the heap
+        self.numbers = itertools.count()  # of calls; they also settle ties in the heap
+        self.slowest = 0.0  # seconds that an answer has taken
+        self.limited_since = math.inf  # since when only 429s have come
+        self.stopped_at = math.inf
         self.error: EnrichmentError | None = None
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(int(self.options.max_workers), thread_name_prefix="enrich")
 
     def send(self, requests: Queue) -> Generator[Attempt, None, None]:
         try:
             while self.in_flight or (self.is_running and (self.waiting or requests.peek())):
-                pause = self._launch(requests)
-                try:
-                    flight, response = self.completed.get(timeout=pause)
-                except queue.Empty:
-                    continue
-                if isinstance(response, Exception):
-                    raise response
-                landed = self._take_in(flight, response)
+                number, response = self._overdue() or self._next_completed(self._launch(requests))
+                landed = self._take_in(number, response) if number in self.in_flight else None
                 if landed:
                     self._launch(requests)  # before the caller takes its time over the attempt
                     yield landed
@@ -2499,7 +2717,7 @@ class ThreadSender(Sender):
 
     def _launch(self, requests: Queue) -> float:
         """Start the calls that may start now; return the seconds until another one may, half a second at most."""
-        while self.is_running and self.in_flight < int(self.pace.slots) and (self.waiting or requests.peek()):
+        while self.is_running and len(self.in_flight) < self._most_at_once and (self.waiting or requests.peek()):
             now = self.clock()
             is_retry = bool(self.waiting) and self.waiting[0][0] <= now
             request = self.waiting[0][2].attempt.request if is_retry else requests.peek()
@@ -2508,59 +2726,96 @@ class ThreadSender(Sender):
             tokens = rate_limit_tokens(request)
             wait = self.pace.delay(tokens, now)
             if wait > 0:
+                self.progress.waiting(wait)
                 return min(0.5, wait)
-            amount = 0.0 if self.budget.cap is None else self.server.worst_cost(request, self.tier)
-            if not self.budget.reserve(amount, in_flight=True):
-                self.error = None if self.in_flight else self.budget.exceeded(amount)
+            bound = 0.0 if self.budget.cap is None else self.server.worst_cost(request, self.tier)
+            if not self.budget.reserve(bound):
+                self.error = None if self.in_flight else self.budget.exceeded(bound)
                 return 0.5
             flight = heapq.heappop(self.waiting)[2] if is_retry else Flight(Attempt(requests.pop(), tier=self.tier))
             flight.attempt = replace(flight.attempt, parameters=self.server.parameters)
-            flight.departure, flight.set_aside = self.pace.leave(tokens, now), amount
-            self.pool.submit(self._call, flight)
-            self.in_flight += 1
+            flight.departure, flight.bound = self.pace.leave(tokens, now), bound
+            number = next(self.numbers)
+            self.in_flight[number] = flight
+            self.pool.submit(self._call, number, flight.attempt)
         return 0.5
 
-    def _call(self, flight: Flight) -> None:
+    @property
+    def _most_at_once(self) -> int:
+        """Under a cap the first call goes alone, so that what a server bills beyond its bound is known from one."""
+        return 1 if self.budget.is_untried else int(self.pace.slots)
+
+    def _call(self, number: int, attempt: Attempt) -> None:
         """In a worker: all that one does."""
         response: Response | Exception
         try:
-            body = build_body(flight.attempt.request, flight.attempt.parameters)
-            response = self.server.call("/chat/completions", body)
+            response = self.server.call("/chat/completions", build_body(attempt.request, attempt.parameters))
         except Exception as error:  # a bug is raised in the main thread
             response = error
-        self.completed.put((flight, response))
+        self.completed.put((number, response))
 
-    def _take_in(self, flight: Flight, response: Response) -> Attempt | None:
+    def _next_completed(self, pause: float) -> tuple[int, Response]:
+        """The number of a call and its response; a number that is not in flight if none comes in time."""
+        try:
+            number, response = self.completed.get(timeout=pause)
+        except queue.Empty:
+            return NO_CALL
+        if isinstance(response, Exception):
+            raise response
+        return number, response
+
+    def _overdue(self) -> tuple[int, Response] | None:
+        """The oldest call as if it had timed out, if it takes too long; its thread is left behind with its pool."""
+        now, number = self.clock(), next(iter(self.in_flight), None)
+        self.stopped_at = math.inf if self.is_running else min(self.stopped_at, now)
+        if number is None:
+            return None
+        longest, age = max(CALL_SECONDS, self.options.timeout), now - self.in_flight[number].departure.at
+        if age <= longest and now - self.stopped_at <= max(STOP_SECONDS, self.slowest):
+            return None
+        self.pool.shutdown(wait=False)
+        self.pool = self._new_pool()
+        return number, Response(0, {}, None, age, "no whole answer in time")
+
+    def _take_in(self, number: int, response: Response) -> Attempt | None:
         """The attempt if it has landed, or None if it is to be sent again, later."""
+        flight = self.in_flight.pop(number)
         now, request = self.clock(), flight.attempt.request
-        self.in_flight -= 1
         self.pace.observe(response.headers, flight.departure, now)
-        cost = self.server.cost(response, self.tier)
+        cost = self.server.cost(response, self.server.prices)
         unconfirmed = 0.0
         if cost is None and response.may_be_billed and self.server.knows_price:
-            unconfirmed = self.server.worst_cost(request, self.tier)
-        self.budget.settle(flight.set_aside, unconfirmed if cost is None else cost, in_flight=True)
+            unconfirmed = flight.bound or self.server.worst_cost(request, self.tier)
+        self.budget.settle(flight.bound, cost, unconfirmed)
         flight.attempt = flight.attempt.returned(response, cost, unconfirmed)
         outcome, reason = self.server.judge(response, request, flight.attempt.parameters, now)
+        wait = requested_wait(response.headers)
+        self.limited_since = min(self.limited_since, now) if outcome is Outcome.LIMITED else math.inf
         if outcome in {Outcome.ANSWERED, Outcome.REFUSED}:
             self.pace.succeed()
+            self.slowest = max(self.slowest, response.seconds)
             return replace(flight.attempt, problem=reason)
-        if outcome is Outcome.TRANSIENT:
-            return self._retry(flight, response, reason, now)
-        if outcome is Outcome.LIMITED:
-            known = self.pace.resume_at
-            self.pace.refuse(requested_wait(response.headers), flight.departure, now)
-            if self.pace.resume_at > max(now + 30, known + 1):  # shorter waits, and those said before, are not news
-                self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.")
-        if outcome is Outcome.FATAL:
-            self.error = self.error or self.server.fatal_error
+        if max(wait, now - self.limited_since) > LONGEST_WAIT:
+            self.error = self.error or ProviderError(long_wait_line(self.server.host, wait))
+        elif outcome is Outcome.TRANSIENT:
+            return self._retry(flight, wait, reason, now)
+        match outcome:
+            case Outcome.LIMITED:
+                known = self.pace.resume_at
+                self.pace.refuse(wait, flight.departure, now)
+                if self.pace.resume_at > max(now + 30, known + 1):  # shorter waits, and those told before, are not news
+                    self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.")
+            case Outcome.SUSPECT:
+                flight.attempt = replace(flight.attempt, request=replace(request, id_set=1))
+            case Outcome.FATAL:
+                self.error = self.error or self.server.fatal_error
         self._send_again(flight, now)  # after an error it only waits to be recorded
         return None
 
     def _send_again(self, flight: Flight, due: float) -> None:
-        heapq.heappush(self.waiting, (due, next(self.order), flight))
+        heapq.heappush(self.waiting, (due, next(self.numbers), flight))
 
-    def _retry(self, flight: Flight, response: Response, reason: str, now: float) -> Attempt | None:
+    def _retry(self, flight: Flight, wait: float, reason: str, now: float) -> Attempt | None:
         """Retry after a pause, until the retries are used up or the server proves to be gone."""
         server = self.server
         flight.failures += 1
@@ -2570,8 +2825,7 @@ class ThreadSender(Sender):
         if not server.reached and now - server.failing_since > UNREACHABLE_SECONDS:
             self._give_up(f"No answer from {server.host}: {reason}. Check the address and the network")
         elif flight.failures <= self.options.max_retries:
-            pause = requested_wait(response.headers) or backoff(flight.failures, self.pace.jitter())
-            self._send_again(flight, now + pause)
+            self._send_again(flight, now + (wait or backoff(flight.failures, self.pace.jitter())))
             return None
         elif is_gone:
             self._give_up(f"{server.host} fails every request ({reason}, {server.failures} in a row). Try later")
@@ -2585,11 +2839,30 @@ class ThreadSender(Sender):
         self.error = self.error or ProviderError(f"{line}, then run the same command: what came back is kept.")
 
 
+def long_wait_line(host: str, wait: float) -> str:
+    """For a wait, in seconds, that the run does not wait; 0: it was refused for an hour without being told how long."""
+    if not wait:
+        return (
+            f"{host} has answered nothing but HTTP 429 for an hour; what came back is kept: run the same command later."
+        )
+    minutes = math.ceil(wait / 60)
+    length = f"{minutes // 60} h {minutes % 60} min" if minutes < 6000 else f"{minutes // 1440:,} days"
+    until = ""
+    with contextlib.suppress(OverflowError):
+        until = f" until {datetime.now() + timedelta(seconds=wait):{'%H:%M' if minutes < 1440 else '%Y-%m-%d'}}"
+    return f"{host} asks to wait{until} ({length}); answers so far are kept: run the same command then."
+
+
 # OpenAI, guides/batch.
 JOB_REQUESTS = 50_000
 JOB_BYTES = 200_000_000
+LINE_BYTES = 8_000_000  # of a line of a job's files, as of a live reply
 ENDED = {"completed", "failed", "expired", "cancelled"}
 QUEUE_FULL = re.compile(r"enqueued token limit|token_limit_exceeded", re.IGNORECASE)
+FIND_SECONDS = 60.0  # how long a job is looked for whose creation was not confirmed: lists may lag behind
+MOST_PAGES = 50  # of a list of jobs, which may claim to have no end
+MOST_LOOKS = 5  # at files that have less than the job says
+MOST_BARREN = 3  # jobs in a row that expire or are cancelled with nothing done
 
 
 @dataclass
@@ -2599,11 +2872,17 @@ class Job:
     tag: str  # by which it is found among the account's jobs, in its metadata
     server: str  # its address
     parameters: Parameters
-    uploaded_at: float = 0.0  # seconds since 1970, by the provider's clock
+    user_price: tuple[float, float] | None  # US dollars per million tokens; it is billed as it was ordered
+    planned_at: float = field(default_factory=time.time)  # seconds since 1970
     attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
     set_aside: float = 0.0  # US dollars
     number: int = 0  # in the store
     batch_id: str | None = None
+    looks: int = 0  # at its files, in vain
+
+
+class FileTooLarge(Exception):  # noqa: N818
+    """The server takes no file of this size."""
 
 
 @dataclass
@@ -2624,7 +2903,9 @@ class JobSender(Sender):
         self.jobs: list[Job] = []
         self.waiting: deque[Attempt] = deque()  # for the next job, because an earlier one left them undone
         self.most_requests = JOB_REQUESTS  # per job; fewer once the account's queue has proved to be shorter
+        self.most_bytes = JOB_BYTES
         self.queue_is_full = False  # until a job ends
+        self.barren = 0  # jobs in a row that did nothing
 
     def send(self, requests: Queue) -> Generator[Attempt, None, None]:
         self._resume()
@@ -2635,9 +2916,9 @@ class JobSender(Sender):
                 yield from self._collect(job, batch)
                 if self.server.fatal_error:
                     raise self.server.fatal_error
-            if not ended and self.options.no_wait:
-                return
-            if not ended:
+            if not ended or any(job.looks for job in self.jobs):
+                if self.options.no_wait:
+                    return
                 self._pause(self.options.poll_interval)
 
     def _pause(self, seconds: float) -> None:
@@ -2657,12 +2938,18 @@ class JobSender(Sender):
                 self.store.note_job(job)
             self.progress.expect(len(job.attempts))
             if job.batch_id is None:
-                self.store.forget_job(job)
-                self.budget.settle(job.set_aside, 0.0)
-                self.waiting.extend(attempt for attempt in job.attempts.values() if attempt.request.has_texts)
+                self._release(job)
                 continue
             self.jobs.append(job)
             self.warn(f"Job {job.batch_id} of an earlier run is resumed: {len(job.attempts)} requests.")
+
+    def _release(self, job: Job) -> list[Attempt]:
+        """End a job: what it left undone goes into the next one, as far as this run has the texts; return the rest."""
+        self.store.forget_job(job)
+        self.budget.settle_job(job.set_aside, 0.0)
+        left = [(attempt, attempt.request.sendable) for attempt in job.attempts.values()]
+        self.waiting.extend(replace(attempt, request=request) for attempt, request in left if request)
+        return [attempt for attempt, request in left if not request]
 
     def _submit(self, requests: Queue) -> None:
         """Submit as many jobs as the requests need and the queue and the budget allow."""
@@ -2678,7 +2965,8 @@ class JobSender(Sender):
 
     def _pack(self, requests: Queue, file: IO[bytes]) -> Job:
         """Write requests to a job's file, as many as it may hold, and take them from the queue."""
-        job = Job(uuid.uuid4().hex, self.server.address, self.server.parameters)
+        job = Job(uuid.uuid4().hex, self.server.address, self.server.parameters, self.server.prices.user)
+        before = self.budget.for_jobs
         while len(job.attempts) < self.most_requests:
             request = self.waiting[0].request if self.waiting else requests.peek()
             if request is None:
@@ -2686,22 +2974,32 @@ class JobSender(Sender):
             body = build_body(request, self.server.parameters)
             line = {"custom_id": request.custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
             encoded = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-            amount = self.server.worst_cost(request, self.tier)
-            if file.tell() + len(encoded) > JOB_BYTES or not self.budget.reserve(amount):
+            is_full = file.tell() + len(encoded) > self.most_bytes and job.attempts
+            if is_full or not self.budget.reserve_job(self.server.worst_cost(request, self.tier)):
                 break
             file.write(encoded)
-            job.set_aside += amount
             attempt = self.waiting.popleft() if self.waiting else Attempt(requests.pop(), tier=self.tier, from_job=True)
             job.attempts[request.custom_id] = replace(attempt, parameters=job.parameters)
+        job.set_aside = self.budget.for_jobs - before
         return job
 
     def _start(self, job: Job, file: IO[bytes]) -> None:
+        size = file.tell()
+
         def upload() -> Response:
             file.seek(0)
             return self.server.upload(f"{job.tag}.jsonl", file)
 
-        uploaded = self._call_with_retries(upload)
-        job.uploaded_at = float(look_up(uploaded, "created_at") or 0)
+        rows = (row for attempt in job.attempts.values() for row in attempt.request.rows)
+        try:
+            uploaded = self._call_with_retries(upload, rows=rows)
+        except FileTooLarge:
+            if len(job.attempts) == 1:
+                raise ProviderError(f"{self.server.host} takes no file of a single request (HTTP 413).") from None
+            self.most_bytes = size // 2
+            self.waiting.extendleft(reversed(job.attempts.values()))
+            self.budget.settle_job(job.set_aside, 0.0)
+            return
         self.store.plan_job(job)
         order = {
             "input_file_id": uploaded.get("id"),
@@ -2711,6 +3009,7 @@ class JobSender(Sender):
         }
         created = self._call_with_retries(
             partial(self.server.call, "/batches", order),
+            rows=rows,
             recover=partial(self._find, job),  # the job may be there, and only the reply have been lost
             undo=partial(self.store.forget_job, job),
         )
@@ -2723,62 +3022,110 @@ class JobSender(Sender):
         )
 
     def _find(self, job: Job) -> dict[str, Any] | None:
-        """The job among the account's, of which the newest come first."""
-        path = "/batches?limit=100"
-        while path:
-            page = self._call_with_retries(partial(self.server.call, path))
-            batches = [batch for batch in page.get("data") or () if isinstance(batch, dict)]
-            for batch in batches:
+        """The job among the account's, by its tag; for a minute after it was planned, whatever the list's order."""
+        started = time.monotonic()
+        while True:
+            for batch in self._all_batches():
                 if look_up(batch, "metadata", "enrich_dataset") == job.tag:
                     return batch
-                if float(look_up(batch, "created_at") or 0) < job.uploaded_at:
-                    return None
-            path = f"/batches?limit=100&after={batches[-1].get('id')}" if batches and page.get("has_more") else ""
-        return None
+            # By this machine's clock, which may have been set meanwhile, and by the time that has passed here.
+            if max(time.time() - job.planned_at, time.monotonic() - started) >= FIND_SECONDS:
+                return None
+            self._pause(min(self.options.poll_interval, FIND_SECONDS / 12))
+
+    def _all_batches(self) -> Iterator[dict[str, Any]]:
+        path, seen = "/batches?limit=100", {""}
+        for _ in range(MOST_PAGES):
+            page = self._call_with_retries(partial(self.server.call, path))
+            found = page.get("data") if isinstance(page, dict) else None
+            batches = [batch for batch in found if isinstance(batch, dict)] if isinstance(found, list) else []
+            yield from batches
+            last = str(batches[-1].get("id")) if batches else ""
+            if last in seen or not page.get("has_more"):
+                return
+            seen.add(last)
+            path = f"/batches?limit=100&after={last}"
+
+    def _call(self, call: Callable[[], Response]) -> Response:
+        """A call made in another thread, so that it has an end however its reply drips, and a stop finds one soon."""
+        done: queue.SimpleQueue[Response | BaseException] = queue.SimpleQueue()
+
+        def make() -> None:
+            try:
+                done.put(call())
+            except BaseException as error:  # raised where it is waited for
+                done.put(error)
+
+        threading.Thread(target=make, daemon=True).start()
+        longest, started, stopped_at = max(CALL_SECONDS, self.options.timeout), time.monotonic(), math.inf
+        while True:
+            with contextlib.suppress(queue.Empty):
+                result = done.get(timeout=0.2)
+                if isinstance(result, BaseException):
+                    raise result
+                return result
+            now = time.monotonic()
+            stopped_at = min(stopped_at, now) if self.stop.is_set() else math.inf
+            if now - stopped_at > STOP_SECONDS:
+                raise Stopped
+            if now - started > longest:
+                return Response(0, {}, None, now - started, "no whole answer in time")
 
     def _call_with_retries(
         self,
         call: Callable[[], Response],
         thing: str = "",
+        rows: Iterable[Row] = (),
         recover: Callable[[], Any] = lambda: None,
         undo: Callable[[], None] = lambda: None,
     ) -> Any:
         """A reply's body, for a call that may be repeated: retried while the network or the server fails.
 
-        `thing`: what a 404 means to be unknown. `recover`: what may give the body before a retry. `undo`: what to do
-        if the call is refused for good.
+        `thing`: what a 404 means to be unknown. `rows`: what it sends. `recover`: what may give the body before a
+        retry. `undo`: what to do if the call is refused for good.
         """
-        started, failures = time.monotonic(), 0
+        started, failures, limits = time.monotonic(), 0, 0
         while True:
-            response = call()
-            outcome, reason = classify(response, lambda body: isinstance(body, (dict, list)))
+            response = self._call(call)
+            outcome, reason = classify(response, lambda body: body is not None and not isinstance(body, (str, int)))
             self.server.reached |= response.status > 0
             if outcome is Outcome.ANSWERED:
                 return response.body
-            failures += 1
+            if response.status == 413:
+                raise FileTooLarge
+            wait, is_limited = requested_wait(response.headers), outcome is Outcome.LIMITED
+            failures, limits = failures + (not is_limited), limits + is_limited
             is_refused = outcome not in {Outcome.TRANSIENT, Outcome.LIMITED}
-            is_late = not self.server.reached and time.monotonic() - started > UNREACHABLE_SECONDS
+            passed = time.monotonic() - started
+            if wait > LONGEST_WAIT or (is_limited and passed > LONGEST_WAIT):
+                raise ProviderError(long_wait_line(self.server.host, wait))
             if is_refused:
                 undo()
-            if is_refused or is_late or failures > self.options.max_retries:
-                raise self._explain(response, outcome, reason, thing)
-            self._pause(requested_wait(response.headers) or backoff(failures, random.uniform(0.75, 1.25)))
-            recovered = recover()
+            if (
+                is_refused
+                or failures > self.options.max_retries
+                or (not self.server.reached and passed > UNREACHABLE_SECONDS)
+            ):
+                raise self._explain(response, outcome, reason, thing, rows)
+            self._pause(wait or backoff(failures + limits, random.uniform(0.75, 1.25)))
+            recovered = None if is_limited else recover()
             if recovered:
                 return recovered
 
-    def _explain(self, response: Response, outcome: Outcome, reason: str, thing: str) -> ProviderError:
+    def _explain(
+        self, response: Response, outcome: Outcome, reason: str, thing: str, rows: Iterable[Row]
+    ) -> ProviderError:
         host = self.server.host
         if response.status in {404, 405} and thing:
             return ProviderError(
-                f"{host} does not know {thing}: use the key and the address that submitted it, or another "
-                "`store_filepath`."
+                f"{host} does not know {thing}: use the key and the address that submitted it, or give up what it was "
+                "asked with `forget_jobs`."
             )
         if response.status in {404, 405}:
             return ProviderError(f"{host} has no Batch API (HTTP {response.status}): drop `use_batch_api`.")
         if outcome is Outcome.TRANSIENT:
             return ProviderError(f"{host} fails ({reason}): run the same command later. Submitted jobs continue.")
-        return self.server.explain(response)
+        return self.server.explain(response, rows)
 
     def _poll(self) -> list[tuple[Job, dict[str, Any]]]:
         """Ask how the jobs are, and return those that have ended."""
@@ -2786,8 +3133,8 @@ class JobSender(Sender):
         for job in list(self.jobs):
             name = str(job.batch_id)
             batch = self._call_with_retries(partial(self.server.call, f"/batches/{name}"), name)
-            count = sum(int(look_up(batch, "request_counts", kind) or 0) for kind in ("completed", "failed"))
-            done += min(len(job.attempts), count)
+            batch = batch if isinstance(batch, dict) else {}
+            done += min(len(job.attempts), sum(count_of(batch, kind) for kind in ("completed", "failed")))
             if batch.get("status") in ENDED:
                 self.jobs.remove(job)
                 ended.append((job, batch))
@@ -2797,36 +3144,55 @@ class JobSender(Sender):
     def _collect(self, job: Job, batch: dict[str, Any]) -> Iterator[Attempt]:
         """The attempts that an ended job has settled; the others wait for the next one."""
         self.queue_is_full = False
-        self.budget.settle(job.set_aside, 0.0)
-        if batch.get("status") == "failed" and not batch.get("output_file_id"):
+        status, output = batch.get("status"), batch.get("output_file_id")
+        if status == "failed" and not output:
             self._take_back(job, batch)
             return
         before = len(job.attempts)
-        for file_id in filter(None, (batch.get("output_file_id"), batch.get("error_file_id"))):
-            download = partial(self.server.call, f"/files/{file_id}/content", read=read_lines)
-            for line in self._call_with_retries(download, str(file_id)):
-                yield from self._take_in(job, line)
-        left = list(job.attempts.values())
-        for attempt in left:
-            if not attempt.request.has_texts:
-                yield replace(attempt, problem="its Batch API job ended before it was done", is_splittable=False)
-        self.store.forget_job(job)
-        self.waiting.extend(attempt for attempt in left if attempt.request.has_texts)
-        if left and len(left) == before:
-            status = batch.get("status")
+        with contextlib.ExitStack() as opened:
+            files = []
+            for file_id in (output, batch.get("error_file_id")):
+                if isinstance(file_id, str):
+                    path = f"/files/{file_id}/content"
+                    files.append(self._call_with_retries(partial(self.server.call, path), file_id))
+                    opened.enter_context(files[-1])
+            replies = survey(files)
+            for line in itertools.chain.from_iterable(map(read_lines, files)):
+                if replies[str(line["custom_id"])] == reply_mark(line):
+                    yield from self._take_in(job, line)
+        good, done = sum(mark != b"" for mark in replies.values()), count_of(batch, "completed")
+        if good < done and len(replies) < done + count_of(batch, "failed"):
+            self._keep(job, batch)
+            return
+        left = len(job.attempts)
+        for attempt in self._release(job):
+            yield replace(attempt, problem="its Batch API job ended before it was done", is_splittable=False)
+        self.barren = self.barren + 1 if left == before else 0
+        if left and self.barren and (status == "completed" or self.barren >= MOST_BARREN):
             raise ProviderError(f"Job {job.batch_id} ended as {status} with nothing done: try live calls instead.")
+
+    def _keep(self, job: Job, batch: dict[str, Any]) -> None:
+        """A job whose files lack what it says that it has done is looked at again: it was paid for."""
+        job.looks += 1
+        self.jobs.append(job)
+        if job.looks > MOST_LOOKS:
+            raise ProviderError(
+                f"Job {job.batch_id} says that it has done {count_of(batch, 'completed')} requests, but its files have "
+                "fewer. It is kept: run the same command later, or give up what it was asked with `forget_jobs`."
+            )
 
     def _take_back(self, job: Job, batch: dict[str, Any]) -> None:
         """A job that was refused as a whole: because the account's queue is full, or for good."""
-        self.store.forget_job(job)
-        attempts = [attempt for attempt in job.attempts.values() if attempt.request.has_texts]
-        self.waiting.extendleft(reversed(attempts))
-        errors = batch["errors"].get("data") if isinstance(batch.get("errors"), dict) else None
-        words = "; ".join(f"{look_up(error, 'message')} ({look_up(error, 'code')})" for error in errors or ())
-        if QUEUE_FULL.search(words) and (self.jobs or len(job.attempts) > 1):
+        attempts = list(job.attempts.values())
+        self._release(job)
+        self.waiting.rotate(len(attempts))  # to the front, where they were
+        errors = batch["errors"].get("data") if isinstance(batch.get("errors"), dict) else batch.get("errors")
+        told = errors if isinstance(errors, list) else [errors]
+        words = "; ".join(f"{look_up(error, 'message') or error} ({look_up(error, 'code')})" for error in told)
+        if QUEUE_FULL.search(words) and (self.jobs or len(attempts) > 1):
             self.queue_is_full = bool(self.jobs)
             if not self.jobs:
-                self.most_requests = (len(job.attempts) + 1) // 2
+                self.most_requests = (len(attempts) + 1) // 2
             return
         quoted = self.server.quote(words, (row for attempt in attempts for row in attempt.request.rows))
         raise ProviderError(f"{self.server.host} refused job {job.batch_id}; act on what it says: {quoted}")
@@ -2836,34 +3202,58 @@ class JobSender(Sender):
         attempt = job.attempts.get(str(line.get("custom_id")))
         if attempt is None or not isinstance(line.get("response"), dict):
             return
-        del job.attempts[attempt.request.custom_id]
+        request = attempt.request
+        del job.attempts[request.custom_id]
         status = look_up(line, "response", "status_code")
         response = Response(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0)
-        cost = self.server.cost(response, self.tier)
-        self.budget.settle(0.0, cost or 0.0)
+        cost = self.server.cost(response, Prices(job.user_price, request.prompt.model, self.tier))
+        self.budget.settle_job(0.0, cost or 0.0)
         attempt = attempt.returned(response, cost, 0.0)
-        request = attempt.request
         outcome, reason = self.server.judge(response, request, job.parameters, time.monotonic())
+        again = request.sendable
         is_broken = outcome in {Outcome.TRANSIENT, Outcome.LIMITED}
-        if is_broken and request.has_texts and len(request.failures) + 1 < self.policy.most_failures:
-            failed = replace(request, failures=(*request.failures, reason))
-            self.waiting.append(replace(attempt, request=failed))
-        elif outcome is Outcome.RESEND and request.has_texts:
-            self.waiting.append(attempt)
+        if again and is_broken and len(request.failures) + 1 < self.policy.most_failures:
+            self.waiting.append(replace(attempt, request=replace(again, failures=(*request.failures, reason))))
+        elif again and outcome in {Outcome.RESEND, Outcome.SUSPECT}:
+            self.waiting.append(replace(attempt, request=replace(again, id_set=int(outcome is Outcome.SUSPECT))))
         else:
             is_about_texts = outcome in {Outcome.ANSWERED, Outcome.REFUSED}
-            yield replace(attempt, problem=reason, is_splittable=is_about_texts and request.has_texts)
+            yield replace(attempt, problem=reason, is_splittable=is_about_texts)
 
 
-def read_lines(content: bytes) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a line that is none is left out, and so its request stays open."""
-    lines = []
-    for raw in content.split(b"\n"):
-        with contextlib.suppress(ValueError):
+def count_of(batch: dict[str, Any], kind: str) -> int:
+    count = look_up(batch, "request_counts", kind)
+    return count if isinstance(count, int) else 0
+
+
+def read_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """The lines of a job's file that are about a request, from its beginning; others leave their request open."""
+    file.seek(0)
+    while raw := file.readline(LINE_BYTES):
+        with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(raw)
-            if isinstance(line, dict):
-                lines.append(line)
-    return lines
+            if isinstance(line, dict) and "custom_id" in line:
+                yield line
+
+
+def survey(files: Iterable[IO[bytes]]) -> dict[str, bytes | None]:
+    """For each custom id the mark of the line that counts: a reply's before an error's; None where replies differ."""
+    marks: dict[str, bytes | None] = {}
+    for line in itertools.chain.from_iterable(map(read_lines, files)):
+        name, mark = str(line["custom_id"]), reply_mark(line)
+        before = marks.setdefault(name, mark)
+        if mark != before and mark != b"":
+            marks[name] = mark if before == b"" else None
+    return marks
+
+
+def reply_mark(line: dict[str, Any]) -> bytes:
+    """What tells a line's reply from another one; b"" if it is an error's."""
+    response = line.get("response")
+    if not isinstance(response, dict) or response.get("status_code") != 200:
+        return b""
+    body = response.get("body")
+    return digest(body.get("choices") if isinstance(body, dict) else body)
 
 
 # --- Store ------------------------------------------------------------------------------------------------
@@ -2883,7 +3273,8 @@ CREATE TABLE attempts (
     reasoning_tokens INTEGER, cost REAL, unconfirmed_cost REAL, outcome TEXT, row_keys BLOB, answers TEXT
 );
 CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY, tag TEXT, server TEXT, parameters TEXT, uploaded_at REAL, set_aside REAL, batch_id TEXT
+    id INTEGER PRIMARY KEY, tag TEXT, server TEXT, parameters TEXT, user_price TEXT, planned_at REAL, set_aside REAL,
+    batch_id TEXT
 );
 CREATE TABLE job_requests (custom_id TEXT PRIMARY KEY, job INTEGER, questions TEXT, row_keys BLOB, failures TEXT);
 CREATE TABLE files (path TEXT PRIMARY KEY, found TEXT, written TEXT, draft TEXT);
@@ -2923,15 +3314,20 @@ NOTE_DRAFT = "INSERT INTO files (path, draft) VALUES (?, ?) ON CONFLICT (path) D
 ADD_RUN = "INSERT INTO runs (started_at) VALUES (?)"
 NOTE_IN_FLIGHT = "UPDATE runs SET in_flight_cost = ? WHERE id = ?"
 NOTE_CAP = "UPDATE runs SET reached_cap = ? WHERE id = ?"
-ADD_JOB = "INSERT INTO jobs (tag, server, parameters, uploaded_at, set_aside) VALUES (?, ?, ?, ?, ?)"
+ADD_JOB = "INSERT INTO jobs (tag, server, parameters, user_price, planned_at, set_aside) VALUES (?, ?, ?, ?, ?, ?)"
 NOTE_JOB = "UPDATE jobs SET batch_id = ? WHERE id = ?"
 OPEN_JOBS = """
-SELECT id, tag, server, parameters, uploaded_at, set_aside, batch_id FROM jobs
+SELECT id, tag, server, parameters, user_price, planned_at, set_aside, batch_id FROM jobs
 WHERE id IN (SELECT job FROM job_requests)
 """
 ADD_REQUEST = "INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?)"
 OPEN_REQUESTS = "SELECT custom_id, job, questions, row_keys, failures FROM job_requests"
 END_REQUEST = "DELETE FROM job_requests WHERE custom_id = ?"
+GIVE_UP_MONEY = """
+INSERT INTO runs (started_at, in_flight_cost)
+SELECT ?, sum(set_aside) FROM jobs WHERE id IN (SELECT job FROM job_requests)
+"""
+GIVE_UP_JOBS = "DELETE FROM job_requests"
 FORGET_JOB = "DELETE FROM job_requests WHERE job = ?"
 
 
@@ -2970,11 +3366,19 @@ class Store:
             raise InputError(f"The store {path} cannot be created ({error}): choose another file.") from None
         try:
             self._open()
-        except sqlite3.Error as error:
+            if path and not path.stat().st_mode & stat.S_IWUSR:  # which root may write to all the same
+                raise sqlite3.OperationalError("readonly")
+        except (OSError, sqlite3.Error) as error:
             self.db.close()
-            is_locked = "locked" in str(error)
-            what = "is in use by another run: wait for it" if is_locked else "is not an answer store: move or delete it"
+            whats = {
+                "locked": "is in use by another run: wait for it",
+                "readonly": "is read-only: allow writing to it and to its folder",
+                "unable to open": "cannot be opened: check the permissions of it and of its folder",
+            }
+            found = (what for word, what in whats.items() if word in str(error))
+            what = next(found, "is not an answer store: move or delete it")
             raise InputError(f"The store {path} {what}, or choose another file.") from None
+        self.file = path.stat() if path else None
 
     def _open(self) -> None:
         # Exclusive, so that two runs never pay for the same rows. WAL: a commit costs no wait for the disk.
@@ -3010,6 +3414,17 @@ class Store:
                 f"The store {self.path} failed ({error}): check the disk, then run the same command; what it holds is "
                 "kept."
             ) from None
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Notice a file that is gone or another one, into which nothing would ever come."""
+        if self.path and self.file and not (self.path.exists() and os.path.samestat(self.path.stat(), self.file)):
+            raise EnrichmentError(
+                f"The store {self.path} was deleted or replaced while this run went on: nothing more is sent; the "
+                "output has all that came back. Make that the input of the next run, and nothing is paid twice."
+            )
+        with self._translate_errors():
+            yield
 
     def known(self, prompt: Prompt, table: Table, answers: bool = True) -> Cells:
         """The cells of the table's distinct rows: the newest answer, whatever was asked with it, else IN_JOB.
@@ -3095,7 +3510,7 @@ class Store:
     def record(self, attempt: Attempt, answers: Mapping[Row, str]) -> None:
         """Keep what came of an attempt."""
         request, body, usage = attempt.request, attempt.body, read_usage(attempt.body)
-        with self._translate_errors():
+        with self._writing():
             values = (
                 now_text(),
                 attempt.seconds,
@@ -3107,7 +3522,7 @@ class Store:
                 len(request.rows),
                 look_up(body, "model"),
                 look_up(body, "system_fingerprint"),
-                prompt_characters(request) if request.has_texts else None,
+                prompt_characters(request) if all(row.text for row in request.rows) else None,
                 *(
                     (usage.prompt, usage.cached, usage.written, usage.completion, usage.reasoning)
                     if usage
@@ -3133,8 +3548,9 @@ class Store:
 
     def plan_job(self, job: Job) -> None:
         """Keep a job before it is created, and give it its number."""
-        with self._translate_errors():
-            values = (job.tag, job.server, job.parameters.as_json(), job.uploaded_at, job.set_aside)
+        with self._writing():
+            price = json.dumps(job.user_price)
+            values = (job.tag, job.server, job.parameters.as_json(), price, job.planned_at, job.set_aside)
             job.number = int(self.db.execute(ADD_JOB, values).lastrowid or 0)
             for name, attempt in job.attempts.items():
                 request = attempt.request
@@ -3143,21 +3559,39 @@ class Store:
 
     def note_job(self, job: Job) -> None:
         """Keep what the provider calls it, once it is created."""
-        with self._translate_errors():
+        with self._writing():
             self.db.execute(NOTE_JOB, (job.batch_id, job.number))
 
     def forget_job(self, job: Job) -> None:
         """There is nothing more to be had from it."""
-        with self._translate_errors():
+        with self._writing():
             self.db.execute(FORGET_JOB, (job.number,))
+
+    def give_up_jobs(self) -> None:
+        """Free the rows of all open jobs; what these may cost stays set aside, as for calls in flight at a kill."""
+        with self._writing():
+            self.db.execute(GIVE_UP_MONEY, (now_text(),))
+            self.db.execute(GIVE_UP_JOBS)
 
     def open_jobs(self) -> list[Job]:
         """The jobs that have not been collected; their rows have no text here."""
         with self._translate_errors():
             stored = self._questions()
             jobs = {
-                number: Job(tag, server, Parameters.from_json(parameters), uploaded_at, {}, set_aside, number, batch_id)
-                for number, tag, server, parameters, uploaded_at, set_aside, batch_id in self.db.execute(OPEN_JOBS)
+                number: Job(
+                    tag,
+                    server,
+                    Parameters.from_json(parameters),
+                    json.loads(price),
+                    planned_at,
+                    {},
+                    set_aside,
+                    number,
+                    batch_id,
+                )
+                for number, tag, server, parameters, price, planned_at, set_aside, batch_id in self.db.execute(
+                    OPEN_JOBS
+                )
             }
             for name, number, numbers, row_keys, failures in self.db.execute(OPEN_REQUESTS):
                 job = jobs[number]
@@ -3177,7 +3611,7 @@ class Store:
         self._note_of_run(NOTE_CAP, cap)
 
     def _note_of_run(self, statement: str, amount: float) -> None:
-        with self._translate_errors():
+        with self._writing():
             if self.run is None:
                 self.run = self.db.execute(ADD_RUN, (now_text(),)).lastrowid
             self.db.execute(statement, (amount, self.run))
@@ -3195,11 +3629,11 @@ class Store:
         return self._file(path)[2]
 
     def note_file(self, path: str, found: str, written: str) -> None:
-        with self._translate_errors():
+        with self._writing():
             self.db.execute(NOTE_FILE, (path, found, written))
 
     def note_draft(self, path: str, draft: str) -> None:
-        with self._translate_errors():
+        with self._writing():
             self.db.execute(NOTE_DRAFT, (path, draft))
 
     def _one(self, statement: str, *values: object) -> tuple[Any, ...]:
@@ -3223,16 +3657,16 @@ class Store:
         return dict(zip(names, self._one(TOTALS), strict=True))
 
 
-def open_store(options: Options, needs_key: bool) -> Store:
-    """The store of the run. None is created where it could not be used: for a dry run, or without a key."""
+def open_store(options: Options, prepare: Callable[[], object] | None) -> Store:
+    """The store of the run. None is created where it could not be used: for a dry run, or if `prepare` fails."""
     path = options.store_path
     if path is None or not path.exists():
         with Store(None) as empty:
             Files(empty, options.overwrite).check(options.written)
         if options.dry_run:
             return Store(None)
-        if path is not None and needs_key:
-            raise InputError(NO_KEY)
+        if path is not None and prepare:
+            prepare()
     return Store(path)
 
 
@@ -3452,6 +3886,7 @@ def compare_with_gold(gold: Gold, cells: Cells, labels: Sequence[str]) -> tuple[
 # is about the rows that were requested, unless it says otherwise.
 
 SHOWN_BLANK_ROWS = 20
+ATTRIBUTE_ROWS = 100  # in a frame's attrs, which pandas copies at each operation
 SHOWN_VALUES = 10  # of the column that shares are broken down by, and of rows that differ
 UNKNOWN_PRICE = "unknown: no price of {!r} is known (pass `price`)"
 OPENAI_WOULD_BILL = "what OpenAI would bill"  # said of a server on this machine
@@ -3487,9 +3922,11 @@ class Report:
     usage: Usage = field(default_factory=Usage)
     cost: float = 0.0
     unconfirmed_cost: float = 0.0
+    unconfirmed_calls: int = 0
     failed: dict[bytes, str] = field(default_factory=dict)  # row key -> reason
     # How the table is now.
     labelled_rows: int = 0
+    rest_cost: float = 0.0  # about, of the rows that are still to be sent
     blank_rows: dict[int, str] = field(default_factory=dict)  # row number -> reason, of those that have a text
     lines: dict[int, int] = field(default_factory=dict)  # row number -> line of the file, of the blank rows
     labels: dict[str, LabelCount] = field(default_factory=dict)
@@ -3525,6 +3962,7 @@ class Report:
         self.usage = Usage(*map(sum, zip(self.usage, read_usage(attempt.body) or Usage(), strict=True)))
         self.cost += attempt.cost or 0.0
         self.unconfirmed_cost += attempt.unconfirmed_cost
+        self.unconfirmed_calls += attempt.unconfirmed_calls
         self.failed.update((row.key, reason) for row, reason in given_up.items())
 
     def note_cells(self, table: Table, cells: Cells, requested: BoolArray) -> None:
@@ -3579,7 +4017,8 @@ class Report:
             "rows": self.table_rows,
             "requested_rows": self.requested,
             "labelled_rows": self.labelled_rows,
-            "blank_rows": self.blank_rows,
+            "blank_rows": dict(itertools.islice(self.blank_rows.items(), ATTRIBUTE_ROWS)),
+            "blank_row_count": len(self.blank_rows),
             "reused_rows": self.reused,
             "example_rows": self.example_rows,
             "calls": self.calls,
@@ -3679,7 +4118,8 @@ def cost_words(report: Report) -> str:
         return UNKNOWN_PRICE.format(options.model)
     words = dollars(report.cost)
     if report.unconfirmed_cost:
-        words += f", and at most {dollars(report.unconfirmed_cost)} for calls that ended without a reply"
+        aside, calls = dollars(report.unconfirmed_cost), report.unconfirmed_calls
+        words += f" counted, {aside} set aside for {calls} call{'s' * (calls > 1)} whose bill is unknown"
     total = report.spent_before + report.cost + report.unconfirmed_cost
     notes = [OPENAI_WOULD_BILL] if report.is_local and options.price is None else []
     notes += [f"all runs on this store: {dollars(total)}"] if report.spent_before else []
@@ -3757,10 +4197,7 @@ def align(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def unfinished_line(report: Report) -> str:
     """How far a run got that ended early, what the rest would cost, and how to continue."""
     options = report.options
-    rest = report.distinct - report.answered - len(report.failed)
-    money = ""
-    if report.answered and report.knows_price and rest > 0:
-        money = f", the rest would cost about {dollars(report.cost / report.answered * rest)}"
+    money = f", the rest would cost about {dollars(report.rest_cost)}" if report.rest_cost else ""
     labelled = f"{report.labelled_rows} of {report.requested} rows"
     if not report.keeps_answers:
         return (
@@ -3971,14 +4408,14 @@ class Console:
             # Rows per second say more than batches do, and both would not fit 80 columns.
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         ) as bar:
-            yield Progress(bar)
+            yield Progress(bar, live)
 
 
 class Progress:
     """The bar: attempts that have landed, of the requests that are known so far."""
 
-    def __init__(self, bar: tqdm[NoReturn]) -> None:
-        self.bar = bar
+    def __init__(self, bar: tqdm[NoReturn], live: bool) -> None:
+        self.bar, self.live = bar, live
         self.done = self.rows = 0
 
     def expect(self, more: int) -> None:
@@ -3989,6 +4426,11 @@ class Progress:
         """So many are done elsewhere, and have yet to land."""
         self.bar.n = self.done + count
         self.bar.refresh()
+
+    def waiting(self, seconds: float) -> None:
+        """No call may leave for so long, because of a rate limit; where no terminal redraws it, no line tells this."""
+        if seconds >= 1 and self.live:
+            self.bar.set_postfix_str(f"rate limit, waiting {seconds:.0f} s")
 
     def landed(self, report: Report, rows: int, again: int) -> None:
         """One more has landed and answered so many rows; some requests are sent again because of it."""
@@ -4044,7 +4486,8 @@ def stop_on_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, handle) for number in numbers}  # None: not Python's, and could not be reset
     try:
         yield stop
     finally:

@@ -18,6 +18,8 @@ GET /stand-in/calls tells what it has been asked so far.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gzip
 import itertools
 import json
 import random
@@ -26,6 +28,7 @@ import socket
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,6 +38,9 @@ FAULTS = (
     "500", "503", "429", "reset", "cut", "html", "empty", "refusal", "filter", "length",
     "missing", "foreign", "doubled", "unknown", "garbage",
 )  # fmt: skip
+# What gateways, caches and proxies do at their worst: replies that drip a byte a second, never end, or unpack to 200 MB,
+# a redirect, and the reply to the first request for all others.
+HOSTILE = ("drip-body", "drip-header", "drip-blanks", "endless", "bomb", "redirect", "cache")
 # A text that holds one of these words always meets that fault, whatever it is asked with.
 POISON = {f"poison-{fault}": fault for fault in (*FAULTS, "400-filter", "400-context", "404-model")}
 
@@ -145,6 +151,10 @@ class StandIn(ThreadingHTTPServer):
         self.models: set[str] | None = None  # the only models; None: any
         self.script: deque[tuple[int, dict[str, str], Any] | None] = deque()  # replies to give first; None: its own
         self.reasoning = 0  # tokens that the model thinks before it answers
+        self.bills = 1.0  # factor on the tokens that are billed, as by a tokenizer that finds more of them
+        self.redirect_to = "http://127.0.0.1:9/v1/chat/completions"
+        self.cached: dict[str, Any] = {}  # a completion that a cache hands to requests that are alike
+        self.broken_files: deque[str] = deque()  # what becomes of the next output files: "null", "empty", "html", ...
         self.flips = 0.0  # share of the cells that come out wrong where a call has several texts
         self.dense = False  # answer 0 or 1 for each label, as prompts that ask for all of them get
         self.random = random.Random(0)
@@ -155,6 +165,10 @@ class StandIn(ThreadingHTTPServer):
         self.queue_tokens = float("inf")  # prompt tokens that unfinished jobs may hold together
         self.files: dict[str, bytes] = {}
         self.jobs: dict[str, BatchJob] = {}
+        self.odd_fields: dict[str, Any] = {}  # that replace those of a job as it is shown
+        self.pages_lag = 0  # how many lists of jobs do not show the newest
+        self.drips_everywhere = ""  # a way to drip, for calls of all kinds
+        self.endless_pages = False  # has_more is always true
         self.hold_at = ""  # a point of a job's life at which a request is held: "upload", "create", ...
         self.held = threading.Event()
         self.let_go = threading.Event()
@@ -261,6 +275,26 @@ class StandIn(ThreadingHTTPServer):
         job.output, job.errors = self.add_lines(good), self.add_lines(bad)
         job.done, job.failed, job.status = len(good), len(bad), job.ends
 
+    def break_file(self, content: bytes) -> bytes | None:
+        """What a client gets of an output file; None: a 404."""
+        if not self.broken_files or b'"response"' not in content:
+            return content
+        kind, lines = self.broken_files.popleft(), content.splitlines(keepends=True)
+        line = json.loads(lines[0])
+        message = line["response"]["body"]["choices"][0]["message"] if line["response"] else {}
+        other = {
+            row: [] if labels else ["personal_attacks"]
+            for row, labels in json.loads(message.get("content", "{}")).items()
+        }
+        message["content"] = json.dumps(other)
+        error = json.dumps({"custom_id": line["custom_id"], "response": None, "error": {"code": "x"}})
+        broken: dict[str, bytes | None] = {
+            "empty": b"", "html": b"<html>Bad gateway</html>", "error": b'{"error": {"message": "try later"}}',
+            "half": b"".join(lines[: len(lines) // 2]), "gone": None, "doubled": content + json.dumps(line).encode() + b"\n",
+            "error-first": error.encode() + b"\n" + content, "nested": b"[" * 100_000 + b"\n" + content,
+        }  # fmt: skip
+        return broken[kind]
+
     def add_lines(self, lines: list[dict[str, Any]]) -> str | None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         return self.add_file(text.encode()) if lines else None
@@ -309,9 +343,9 @@ class StandIn(ThreadingHTTPServer):
             "system_fingerprint": "fp_stand_in",
             "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}],
             "usage": {
-                "prompt_tokens": prompt,
-                "completion_tokens": used,
-                "total_tokens": prompt + used,
+                "prompt_tokens": int(prompt * self.bills),
+                "completion_tokens": int(used * self.bills),
+                "total_tokens": int((prompt + used) * self.bills),
                 "prompt_tokens_details": {"cached_tokens": 0},
                 "completion_tokens_details": {"reasoning_tokens": min(self.reasoning, used)},
             },
@@ -516,6 +550,8 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection |= cut
 
     def do_GET(self) -> None:
+        if self.server.drips_everywhere:
+            return self.be_hostile(self.server.drips_everywhere, {})
         if self.path == "/stand-in/calls":
             return self.send(200, self.server.summary())
         if re.match(r"/v1/(files|batches)\b", self.path) and self.server.has_batch_api:
@@ -528,6 +564,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["content-length"]))
+        if self.server.drips_everywhere:
+            return self.be_hostile(self.server.drips_everywhere, {})
         if self.path in {"/v1/files", "/v1/batches"} and self.server.has_batch_api:
             return self.take_job_or_file(raw)
         if self.path != "/v1/chat/completions":
@@ -564,21 +602,28 @@ class Handler(BaseHTTPRequestHandler):
         server, (name, _, rest) = self.server, self.path.removeprefix("/v1/").partition("/")
         if name == "files":
             server.hold("download")
-            return self.send_raw(server.files[rest.removesuffix("/content")])
+            content = server.break_file(server.files[rest.removesuffix("/content")])
+            return self.send(404, error_body("No such File object")) if content is None else self.send_raw(content)
         if name == "batches":
             server.hold("poll")
             if rest not in server.jobs:
                 return self.send(404, error_body(f"No batch found with id '{rest}'."))
             server.advance(server.jobs[rest])
-            return self.send(200, server.jobs[rest].view())
+            view = server.jobs[rest].view()
+            if view["output_file_id"] and server.broken_files and server.broken_files[0] == "null":
+                server.broken_files.popleft()
+                view["output_file_id"] = None
+            return self.send(200, view | server.odd_fields)
         newest = [job.view() for job in reversed(server.jobs.values())]
+        if server.pages_lag > 0:
+            server.pages_lag -= 1
+            newest = newest[1:]
         after = re.search(r"after=(\w+)", self.path)
         start = [job["id"] for job in newest].index(after[1]) + 1 if after else 0
-        page = newest[start : start + 2]
+        page = newest[start : start + 2] or newest[-1:] * server.endless_pages
         last = page[-1]["id"] if page else None
-        return self.send(
-            200, {"object": "list", "data": page, "last_id": last, "has_more": len(newest) > start + len(page)}
-        )
+        more = server.endless_pages or len(newest) > start + len(page)
+        return self.send(200, {"object": "list", "data": page, "last_id": last, "has_more": more})
 
     def send_raw(self, content: bytes) -> None:
         self.send_response(200)
@@ -587,6 +632,32 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
         self.wfile.flush()
+
+    def be_hostile(self, fault: str, content: Any) -> None:
+        """A reply that is not one. What drips ends when the client hangs up, or after a minute."""
+        if fault == "redirect":
+            return self.send(307, {}, {"location": self.server.redirect_to})
+        if fault == "cache":
+            self.server.cached = self.server.cached or content
+            return self.send(200, self.server.cached)
+        self.close_connection = True
+        body = json.dumps(content).encode()
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+        with contextlib.suppress(OSError):
+            if fault == "bomb":
+                self.wfile.write(head + b"content-encoding: gzip\r\n\r\n" + gzip.compress(bytes(200_000_000), 1))
+                return self.wfile.flush()
+            self.wfile.write(head + (b"" if fault == "drip-header" else b"\r\n"))
+            pieces: Iterable[bytes] = (
+                itertools.repeat(b" " * 65_536) if fault == "endless" else itertools.repeat(b" ", 60)
+            )
+            if fault in {"drip-body", "drip-header"}:
+                pieces = (bytes([byte]) for byte in (body if fault == "drip-body" else b"x-slow: " + bytes(60)))
+            for piece in pieces:
+                self.wfile.write(piece)
+                self.wfile.flush()
+                time.sleep(0.0 if fault == "endless" else 1.0)
+        return None
 
     def hang_up(self) -> None:
         self.close_connection = True
@@ -609,6 +680,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.calls.append(call)
             if fault == "reset":
                 return self.hang_up()
+            if fault in HOSTILE and status == 200:
+                return self.be_hostile(fault, content)
             return self.send(status, content, headers, cut=fault == "cut")
 
         refusal = self.refuse(body)
@@ -656,8 +729,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def share(text: str) -> tuple[str, float]:
     fault, _, value = text.partition("=")
-    if fault not in FAULTS:
-        raise argparse.ArgumentTypeError(f"{fault} is none of {', '.join(FAULTS)}")
+    if fault not in FAULTS + HOSTILE:
+        raise argparse.ArgumentTypeError(f"{fault} is none of {', '.join(FAULTS + HOSTILE)}")
     return fault, float(value)
 
 
@@ -670,7 +743,15 @@ def main() -> None:
     parser.add_argument("--requests-per-minute", type=float, metavar="N")
     parser.add_argument("--tokens-per-minute", type=float, metavar="N")
     parser.add_argument(
-        "--fault", type=share, action="append", default=[], metavar="NAME=SHARE", help=", ".join(FAULTS)
+        "--fault", type=share, action="append", default=[], metavar="NAME=SHARE", help=", ".join(FAULTS + HOSTILE)
+    )
+    parser.add_argument("--bills", type=float, default=1.0, metavar="FACTOR", help="on the tokens that are billed")
+    parser.add_argument(
+        "--broken-file",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help="what becomes of the next output file of a job: null, empty, html, error, half, gone, doubled",
     )
     parser.add_argument("--dense", action="store_true", help="answer 0 or 1 for each label")
     parser.add_argument("--flips", type=float, default=0.0, metavar="SHARE", help="of cells, in calls of several texts")
@@ -682,6 +763,8 @@ def main() -> None:
     server.random = random.Random(options.seed)
     server.job_seconds = options.job_seconds
     server.flips = options.flips
+    server.bills = options.bills
+    server.broken_files.extend(options.broken_file)
     server.dense = options.dense
     for name, limit in ("requests", options.requests_per_minute), ("tokens", options.tokens_per_minute):
         if limit:

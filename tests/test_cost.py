@@ -257,8 +257,8 @@ class TestCap:
 
     def test_a_refused_connection_costs_nothing(self) -> None:
         assert not module.Response(0, {}, None, 0.0, was_sent=False).may_be_billed
-        assert not module.Response(503, {}, None, 0.0).may_be_billed
-        assert module.Response(504, {}, None, 0.0).may_be_billed
+        assert not module.Response(429, {}, None, 0.0).may_be_billed
+        assert all(module.Response(status, {}, None, 0.0).may_be_billed for status in (0, 200, 408, 409, 500, 503, 524))
 
     def test_without_a_price_no_cost_can_be_capped(self, job: Job) -> None:
         with pytest.raises(module.InputError, match="pass price"):

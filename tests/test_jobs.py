@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import signal
 import time
@@ -189,10 +190,13 @@ class TestUnhappyEnds:
         assert sorted(asked["batch_2"]) == sorted(set(job.texts) - set(asked["batch_1"]))
         assert len(asked["batch_2"]) == 100
 
-    def test_a_job_that_did_nothing_at_all_ends_the_run(self, job: Job) -> None:
-        job.server.job_plans.append({"ends": "expired", "share": 0.0})
-        with pytest.raises(module.ProviderError, match="batch_1 ended as expired with nothing done"):
-            job.write(make_texts(20)).enrich(**FAST)
+    def test_a_job_that_did_nothing_goes_into_the_next_and_three_in_a_row_end_the_run(self, job: Job) -> None:
+        job.server.job_plans.extend([{"ends": "expired", "share": 0.0}, {"ends": "cancelled", "share": 0.0}])
+        job.write(make_texts(20)).enrich(**FAST)
+        job.check()
+        job.server.job_plans.extend([{"ends": "expired", "share": 0.0}] * 3)
+        with pytest.raises(module.ProviderError, match="batch_6 ended as expired with nothing done"):
+            job.write(make_texts(30)[20:]).enrich(**FAST)
         job.enrich(**FAST)
         job.check()
 
@@ -313,7 +317,9 @@ class TestUnhappyEnds:
 
     def test_a_wrong_key_is_told_as_ever(self, job: Job) -> None:
         job.server.script.append((401, {}, {"error": {"message": "Incorrect API key", "code": "invalid_api_key"}}))
-        with pytest.raises(module.ProviderError, match=r"The API key was refused by .* It says: Incorrect API key"):
+        with pytest.raises(
+            module.ProviderError, match=r"The API key was refused by .* It says: invalid_api_key: Incorrect API key"
+        ):
             job.write(make_texts(20)).enrich(**FAST)
 
     def test_a_server_that_cannot_be_reached_is_told_soon(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +368,9 @@ class TestUnhappyEnds:
         job.check()
 
     def test_lines_that_are_no_answers_leave_their_requests_open(self) -> None:
-        lines = list(module.read_lines(b'{"custom_id": "a"}\n[1]\nnonsense\n\n{"custom_id": "b"}'))
+        nested = b"[" * 100_000
+        content = b'{"custom_id": "a"}\n[1]\n{"error": 1}\n' + nested + b'\nnonsense\n\n{"custom_id": "b"}'
+        lines = list(module.read_lines(io.BytesIO(content)))
         assert lines == [{"custom_id": "a"}, {"custom_id": "b"}]
 
     def test_no_wait_is_for_jobs(self, job: Job) -> None:

@@ -1,0 +1,491 @@
+"""Servers, networks and disks at their worst: bounded in money, time, memory and reach, and never a wrong cell."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LABELS, ROOT, Job, make_texts
+from stand_in_server import StandIn, error_body
+from test_cost import MINI, price
+
+import enrich_dataset as module
+
+FAST = {"use_batch_api": True, "poll_interval": 0.05}
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that takes long takes a second."""
+    for name in ("CALL_SECONDS", "STOP_SECONDS", "FIND_SECONDS"):
+        monkeypatch.setattr(module, name, 1.0)
+
+
+def billed(job: Job) -> float:
+    """What the server has billed, in US dollars."""
+    return sum(price([call], MINI[0] * job.server.bills) for call in job.server.calls)
+
+
+class TestMoney:
+    @pytest.mark.parametrize("factor", [1.0, 4.0, 40.0])
+    def test_the_cap_holds_whatever_a_server_bills_but_for_one_calls_excess(self, job: Job, factor: float) -> None:
+        job.server.bills, job.server.first_token = factor, 0.02
+        cap = 0.02
+        with pytest.raises(module.BudgetExceeded):
+            job.write(make_texts(4000)).enrich(max_cost=cap, max_workers=4)
+        calls = [call for call in job.server.calls if call.status == 200]
+        dearest = max(price([call], MINI[0] * factor) for call in calls)
+        assert cap / 4 < billed(job) <= cap + (dearest if factor > 1 else 0.0)
+        assert job.server.calls[1].at > job.server.calls[0].ended
+
+    @pytest.mark.parametrize("fault", ["500", "cut", "reset"])
+    def test_a_call_that_may_have_been_billed_keeps_what_was_set_aside(
+        self, job: Job, fault: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.server.random.seed(3)
+        job.server.faults = {fault: 0.5}
+        assert job.write(make_texts(60)).command("--max-cost", "1") == 0
+        failed = len(job.server.calls) - 6
+        printed = capsys.readouterr().out
+        counted, aside = re.findall(
+            r"Cost: \$([\d.]+) counted, \$([\d.]+) set aside for \d+ calls? whose bill", printed
+        )[0]
+        assert f"set aside for {failed} call{'s' * (failed > 1)} whose bill is unknown" in printed
+        assert float(counted) == pytest.approx(price([call for call in job.server.calls if not call.fault]), rel=0.01)
+        assert float(aside) > failed * float(counted) / 6
+        with module.Store(job.store) as store:
+            assert store.money()[0] == pytest.approx(float(counted) + float(aside), rel=0.01)
+
+
+class TestTime:
+    @pytest.mark.usefixtures("soon")
+    @pytest.mark.parametrize("fault", ["drip-body", "drip-header", "drip-blanks"])
+    def test_a_call_that_drips_has_an_end_and_is_retried(self, job: Job, fault: str) -> None:
+        job.server.faults = {fault: 0.3}
+        started = time.monotonic()
+        job.write(make_texts(60)).enrich(timeout=1.0)
+        job.check()
+        assert time.monotonic() - started < 30
+
+    @pytest.mark.parametrize("more", [(), ("--batch-api",)])
+    @pytest.mark.parametrize("fault", ["drip-header", "drip-blanks"])
+    def test_ctrl_c_ends_it_all_the_same_with_the_csv_written(
+        self, job: Job, fault: str, more: tuple[str, ...]
+    ) -> None:
+        job.write(make_texts(60)).enrich(limit=20)
+        job.server.faults = {fault: 1.0}
+        if more:
+            job.server.drips_everywhere = fault
+        process = job.process(*more)
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        _, errors = process.communicate(timeout=30)
+        assert time.monotonic() - started < 10
+        assert process.returncode == 130
+        assert "Stopped: 20 of 60 rows are labelled and saved" in errors
+        job.check(blank_rows=range(20, 60))
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"retry-after": "1e9"}, {"retry-after-ms": "1e13"}, {"retry-after": "3700"},
+            {"retry-after": "Thu, 01 Jan 2099 00:00:00 GMT"},
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("status", [429, 503])
+    def test_a_wait_of_more_than_an_hour_ends_the_run(
+        self, job: Job, headers: dict[str, str], status: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.server.script.extend([None, (status, headers, error_body("wait"))])
+        assert job.write(make_texts(30)).command("--max-workers", "1") == 1
+        errors = capsys.readouterr().err
+        assert re.search(r" asks to wait( until [\d:-]+)? \((1 h 2 min|[\d,]+ days)\); answers so far are kept", errors)
+        job.check(blank_rows=range(10, 30))
+
+    @pytest.mark.parametrize("value", ["inf", "1e400", "nan", "soon", "Fri, 31 Dec 9999 23:59:59 +2400"])
+    def test_what_is_no_wait_is_taken_as_absent(self, job: Job, value: str) -> None:
+        job.server.script.extend([(429, {"retry-after": value, "retry-after-ms": "inf"}, error_body("wait"))] * 2)
+        job.write(make_texts(30)).enrich()
+        job.check()
+
+    def test_an_hour_of_nothing_but_refusals_ends_the_run(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "LONGEST_WAIT", 1.0)
+        job.server.faults = {"429": 1.0}
+        with pytest.raises(module.ProviderError, match="has answered nothing but HTTP 429 for an hour"):
+            job.write(make_texts(30)).enrich()
+
+    def test_the_wait_for_a_job_has_an_end_too(self, job: Job) -> None:
+        job.server.script.append((429, {"retry-after": "9000"}, error_body("wait")))
+        with pytest.raises(module.ProviderError, match=r"asks to wait until \d\d:\d\d \(2 h 30 min\)"):
+            job.write(make_texts(30)).enrich(**FAST)
+
+
+class TestMemory:
+    @pytest.mark.parametrize("fault", ["endless", "bomb"])
+    def test_a_reply_is_read_only_so_far(self, job: Job, fault: str) -> None:
+        job.server.faults = {fault: 1.0}
+        job.write(make_texts(2))
+        code = "import resource, sys, enrich_dataset as m\ncode = m.main(sys.argv[1:])\n"
+        code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\nsys.exit(code)"
+        arguments = job.arguments("--base-url", job.server.url, "--quiet")
+        run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 3
+        assert int(run.stdout) < 300
+        assert len(job.server.calls) == 1 + 2 * 3
+        assert resource.getrusage(resource.RUSAGE_SELF)
+        record = json.loads(Path(f"{job.output}.run.json").read_text())
+        assert {row["reason"] for row in record["blank_rows"]} == {"reply too large"}
+
+
+class TestReach:
+    def test_a_redirect_to_another_origin_gets_no_text(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        with StandIn() as other:
+            job.server.redirect_to = f"{other.url}/chat/completions"
+            job.server.faults = {"redirect": 1.0}
+            assert job.write(make_texts(30)).command() == 1
+            assert other.calls == []
+            here, there = (server.url.removesuffix("/v1") for server in (job.server, other))
+            assert f"{here} redirects to {there}; texts go nowhere but to --base-url" in capsys.readouterr().err
+        job.check(blank_rows=range(30))
+
+    def test_one_within_the_origin_is_followed(self, job: Job) -> None:
+        job.server.redirect_to = "/v1/chat/completions"
+        job.server.faults = {"redirect": 0.3}
+        job.write(make_texts(60)).enrich()
+        job.check()
+
+    @pytest.mark.parametrize(
+        ("variable", "value"),
+        [
+            ("HTTPS_PROXY", "http://[::1"),
+            ("ALL_PROXY", "ftp://127.0.0.1:9"),
+            ("SSL_CERT_FILE", "/nowhere/certificates.pem"),
+        ],
+    )
+    def test_an_environment_that_cannot_be_used_is_one_line_and_leaves_nothing(
+        self, job: Job, variable: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv(variable, value)
+        job.write(["cake"])
+        assert module.main(job.arguments("--base-url", "https://localhost.example/v1")) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("Error: No connection can be set up (")
+        assert variable in errors.partition("these variables of the environment: ")[2]
+        assert errors.count("\n") == 1
+        assert [path.name for path in job.input.parent.iterdir()] == ["in.csv"]
+
+    @pytest.mark.parametrize("url", ["http://[::1", "http://host:99999/v1", "http://", "http://a b/v1"])
+    def test_an_address_that_is_no_url(self, job: Job, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert module.main(job.write(["cake"]).arguments("--base-url", url)) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert [path.name for path in job.input.parent.iterdir()] == ["in.csv"]
+
+
+class TestCaches:
+    def test_a_gateway_that_answers_from_a_cache_of_other_requests_ends_the_run(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.server.faults = {"cache": 1.0}
+        assert job.write(make_texts(100)).command("--max-workers", "1") == 1
+        assert (
+            "answers from a cache of other requests, so that rows would get other rows' labels"
+            in capsys.readouterr().err
+        )
+        job.check(blank_rows=range(10, 100))
+        job.server.faults = {}
+        job.enrich()
+        job.check()
+
+    def test_alike_replies_of_a_server_that_numbers_them_by_the_second_are_believed_after_two(self, job: Job) -> None:
+        completion = {"id": "chatcmpl-1763", "created": 1763, "model": "m"}
+        complete = job.server.complete
+        job.server.complete = lambda *given: complete(*given) | completion  # type: ignore[method-assign]
+        job.write([f"tram {number}" for number in range(100)]).enrich(max_workers=1)
+        job.check()
+        assert len(job.server.calls) == 10 + module.FALSE_ALARMS
+
+    def test_a_healthy_server_costs_no_extra_call(self, job: Job) -> None:
+        job.write([f"tram {number}" for number in range(100)]).enrich()
+        assert len(job.server.calls) == 10
+
+
+class TestDisk:
+    def test_a_store_that_is_deleted_meanwhile_stops_the_run_and_the_csv_has_all(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        admit = job.server.admit
+
+        def delete(tokens: int) -> tuple[dict[str, str], str]:
+            if len(job.server.calls) == 5:
+                job.store.unlink(missing_ok=True)
+            return admit(tokens)
+
+        job.server.admit = delete  # type: ignore[method-assign]
+        assert job.write(make_texts(200)).command("--max-workers", "1") == 1
+        assert "was deleted or replaced while this run went on: nothing more is sent" in capsys.readouterr().err
+        assert len(job.server.calls) <= 7
+        labelled = len([cells for cells in job.cells if "" not in cells])
+        assert labelled >= 10 * (len(job.server.calls) - 1)
+        job.check(blank_rows=range(labelled, 200))
+
+    def test_a_store_that_cannot_be_written_stops_the_run_at_once(
+        self, job: Job, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job.write(make_texts(200)).enrich(limit=20)
+        monkeypatch.setattr(module, "ADD_ATTEMPT", "INSERT INTO nowhere VALUES (1)")
+        with pytest.raises(module.EnrichmentError, match=r"The store .* failed"):
+            job.enrich(max_workers=1)
+        assert len(job.server.calls) <= 2 + 2
+        assert len([cells for cells in job.cells if "" not in cells]) >= 30
+
+    def test_a_read_only_store_is_told_as_that(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.write(["cake"]).enrich()
+        job.store.chmod(0o400)
+        assert job.command() == 2
+        assert "is read-only: allow writing to it and to its folder, or choose another file." in capsys.readouterr().err
+
+
+class TestTables:
+    def test_excels_first_line_names_the_delimiter_and_is_kept(self, job: Job) -> None:
+        for mark in ("", "\ufeff"):
+            job.input.write_text(f"{mark}sep=;\r\ntext;a,b\r\ncake, and more;1\r\n", encoding="utf-8", newline="")
+            frame = job.enrich(overwrite=True)
+            expected = f"{mark}sep=;\r\ntext;a,b;{';'.join(LABELS)}\r\ncake, and more;1;0;0;0\r\n"
+            assert job.output.read_bytes().decode() == expected
+            assert list(frame.columns) == ["text", "a,b", *LABELS]
+
+    @pytest.mark.parametrize("encoding", ["utf-32", "utf-32-le", "utf-32-be"])
+    def test_utf_32_is_refused(self, job: Job, encoding: str) -> None:
+        job.input.write_bytes("\ufefftext\ncake\n".encode(encoding))
+        with pytest.raises(module.InputError):
+            job.enrich()
+        assert job.server.calls == []
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le"])
+    def test_a_doubled_byte_order_mark_is_read(self, job: Job, encoding: str) -> None:
+        content = "\ufeff\ufefftext,id\ncake,1\n"
+        job.input.write_bytes(content.encode(encoding))
+        job.enrich(["a label"])
+        assert job.output.read_bytes().decode(encoding) == content.replace("id\n", "id,a label\n").replace(
+            "1\n", "1,0\n"
+        )
+
+
+class TestJobs:
+    @pytest.mark.parametrize("kind", ["null", "empty", "html", "error", "half"])
+    def test_files_that_have_less_than_the_job_says_are_looked_at_again(self, job: Job, kind: str) -> None:
+        job.server.broken_files.extend([kind] * 3)
+        job.write(make_texts(100)).enrich(**FAST)
+        job.check()
+        assert len(job.server.calls) == 10
+        assert len(job.server.jobs) == 1
+
+    def test_a_job_whose_files_stay_short_is_kept_and_told(self, job: Job) -> None:
+        job.server.broken_files.extend(["empty"] * 20)
+        with pytest.raises(module.ProviderError, match="says that it has done 10 requests, but its files have fewer"):
+            job.write(make_texts(100)).enrich(**FAST)
+        job.server.broken_files.clear()
+        job.enrich(**FAST)
+        job.check()
+        assert len(job.server.calls) == 10
+
+    @pytest.mark.parametrize("gone", ["job", "file"])
+    def test_what_is_gone_for_good_is_told_and_can_be_given_up(
+        self, job: Job, gone: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.server.job_seconds = 0.3
+        job.write(make_texts(20)).enrich(**FAST, no_wait=True)
+        time.sleep(0.4)
+        if gone == "job":
+            job.server.jobs.clear()
+        else:
+            job.server.broken_files.append("gone")
+        assert job.command("--batch-api", "--poll-interval", "0.05") == 1
+        assert "give up what it was asked with --forget-jobs" in capsys.readouterr().err
+        before = len(job.server.calls)
+        assert job.command("--forget-jobs", "--max-cost", "1") == 0
+        assert "Job batch_1 is given up: 2 requests." in (captured := capsys.readouterr()).err
+        assert len(job.server.calls) == before + 2
+        assert "all runs on this store" in captured.out  # what it may have cost stays set aside
+        job.check()
+
+    def test_the_cap_knows_what_open_jobs_may_cost(self, job: Job) -> None:
+        job.server.job_seconds = 60
+        job.write(make_texts(100)).enrich(**FAST, no_wait=True)
+        with module.Store(job.store) as store:
+            spent, set_aside, _ = store.money()
+        assert spent == 0
+        assert set_aside > price(job.server.calls)
+        with pytest.raises(module.BudgetExceeded, match=rf"set aside: \{module.dollars(set_aside)}"):
+            job.write(make_texts(150)).enrich(max_cost=set_aside * 1.01)
+        assert not job.server.calls
+
+    def test_a_job_is_billed_at_the_price_at_which_it_was_ordered(self, job: Job) -> None:
+        job.server.job_seconds = 0.2
+        job.write(make_texts(20)).enrich(**FAST, no_wait=True, price=(10.0, 20.0))
+        told = job.enrich(**FAST).attrs["enrichment"]
+        assert told["cost"] == pytest.approx(price(job.server.calls, 10.0, 20.0))
+        job.write(make_texts(40)).enrich(model="gpt-4.1", **FAST, no_wait=True)
+        calls = len(job.server.calls)
+        told = job.enrich(**FAST).attrs["enrichment"]
+        old, new = job.server.calls[calls : calls + 4], job.server.calls[calls + 4 :]
+        assert told["cost"] == pytest.approx((price(old, 2.0, 8.0) + price(new)) / 2)
+
+    def test_what_the_rest_would_cost_is_that_of_the_rows_that_remain(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.write(make_texts(200)).enrich(limit=100, **FAST, no_wait=True)
+        job.server.script.extend([None, (401, {}, error_body("no"))])
+        job.enrich(**FAST, no_wait=True, limit=100)
+        job.server.calls.clear()
+        job.server.script.extend([None, (401, {}, error_body("no"))])
+        with pytest.raises(module.ProviderError):
+            job.enrich(max_workers=1, quiet=False)
+        rest = re.findall(r"the rest would cost about \$(\d\.\d+)", capsys.readouterr().err)
+        each = price([call for call in job.server.calls if call.status == 200])
+        assert float(rest[0]) == pytest.approx(9 * each, rel=0.1)
+
+    def test_a_row_edited_meanwhile_keeps_no_neighbour_from_being_asked(self, job: Job) -> None:
+        texts = make_texts(20)
+        job.server.job_seconds = 0.2
+        job.server.job_plans.append({"ends": "expired", "share": 0.5})
+        job.write(texts).enrich(**FAST, no_wait=True)
+        job.write([*texts[:15], "an attack, edited", *texts[16:]]).enrich(**FAST)
+        job.check()
+        assert sorted(job.asked) == sorted({*texts[:15], *texts[16:], "an attack, edited"})
+
+    def test_a_429_while_polling_is_waited_for_and_not_counted(self, job: Job) -> None:
+        limited = (429, {"retry-after-ms": "1"}, error_body("slow down"))
+        job.server.script.extend([limited] * 20)
+        job.write(make_texts(20)).enrich(**FAST, max_retries=0)
+        job.check()
+
+    def test_a_413_makes_the_files_smaller(self, job: Job) -> None:
+        job.server.script.extend([(413, {}, error_body("too large"))] * 2)
+        job.write(make_texts(100)).enrich(**FAST)
+        job.check()
+        assert len(job.server.jobs) >= 4
+        assert sorted(job.asked) == sorted(job.texts)
+
+    @pytest.mark.parametrize(("kind", "jobs"), [("doubled", 2), ("error-first", 1), ("nested", 1)])
+    def test_doubled_and_odd_lines(self, job: Job, kind: str, jobs: int) -> None:
+        job.server.broken_files.append(kind)
+        job.write(make_texts(100)).enrich(**FAST)
+        job.check()
+        assert len(job.server.jobs) == jobs
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"request_counts": {}}, {"request_counts": None}, {"errors": "none"}, {"metadata": "x"}, {"created_at": None},
+            {"request_counts": {"completed": "many"}}, {"metadata": None, "errors": ["x"]},
+        ],
+    )  # fmt: skip
+    def test_odd_fields_cost_themselves_alone(self, job: Job, fields: dict[str, Any]) -> None:
+        job.server.odd_fields = fields
+        job.write(make_texts(20)).enrich(**FAST)
+        job.check()
+
+    @pytest.mark.usefixtures("soon")
+    @pytest.mark.parametrize("trouble", ["lags", "has no end", "is reversed"])
+    def test_a_job_is_found_in_any_list_after_its_reply_was_lost(self, job: Job, trouble: str) -> None:
+        job.write(make_texts(5)).enrich(**FAST)
+        job.write(make_texts(30))
+        job.server.pages_lag = 2 * (trouble == "lags")
+        job.server.endless_pages = trouble == "has no end"
+        job.server.clock_skew = -86_400.0 * (trouble == "is reversed")
+        job.server.hold_at = "created"
+        job.enrich(**FAST, timeout=0.3)
+        job.server.let_go.set()
+        job.check()
+        assert len(job.server.jobs) == 2
+
+    def test_leaving_without_a_store_is_refused(self, server: StandIn) -> None:
+        import pandas as pd
+
+        with pytest.raises(module.InputError, match="no_wait needs a store, or nobody could collect what was paid"):
+            module.enrich_dataframe(
+                pd.DataFrame({"text": ["a"]}), "text", LABELS, base_url=server.url, use_batch_api=True, no_wait=True
+            )
+        assert not server.files
+
+
+TEXT = 'Nobody "must" read this Sentence;\nnot even a part'
+QUOTES = {
+    "whole": TEXT,
+    "escaped": json.dumps(TEXT),
+    "escaped twice": json.dumps(json.dumps(TEXT)),
+    "upper case": TEXT.upper(),
+    "from its middle": TEXT[12:],
+    "with signs": "-".join(TEXT),
+    "as code points": "".join(f"\\u{ord(sign):04x}" for sign in TEXT),
+}
+
+
+class TestQuotes:
+    @pytest.mark.parametrize("name", QUOTES)
+    @pytest.mark.parametrize("more", [(), ("--batch-api",)])
+    def test_what_a_server_says_is_left_out_where_it_repeats_a_text(
+        self, job: Job, name: str, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        body = error_body(f"Cannot take: {QUOTES[name]}", code="bad_words", kind="invalid")
+        job.server.script.extend([(403, {}, body)] * 5)
+        assert job.write([TEXT, "cake"]).command(*more) == 1
+        errors = capsys.readouterr().err
+        assert "It says: bad_words invalid: (left out, since it repeats a part of what was sent)" in errors
+        assert "nobody" not in re.sub(r"[^a-z]", "", errors.casefold())
+
+    def test_else_it_is_told(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.server.script.append((403, {}, error_body("Your project is archived.", code="archived")))
+        assert job.write([TEXT]).command() == 1
+        assert "It says: archived invalid_request_error: Your project is archived." in capsys.readouterr().err
+
+
+class TestPython:
+    def test_numbers_of_numpy_and_odd_columns(self, server: StandIn) -> None:
+        import numpy as np
+        import pandas as pd
+
+        frame = pd.DataFrame({"text": ["an attack"], 1: [5]})
+        labelled = module.enrich_dataframe(
+            frame, "text", ["1", "attack"], base_url=server.url, batch_size=np.int64(5), timeout=np.float32(60)
+        )
+        assert list(labelled.columns) == ["text", 1, "1", "attack"]
+        assert labelled["attack"].tolist() == [1]
+        for column in ("text", "label"):
+            odd = pd.DataFrame({"text": ["a"], "label": ["b"]}).astype(object)
+            odd.at[0, column] = ["a", "list"]
+            with pytest.raises(module.InputError, match=f"Row 0 of the column '{column}' holds a list: make it a text"):
+                module.enrich_dataframe(odd, "text", ["x"], label_column="label", base_url=server.url)
+
+    def test_what_pandas_copies_at_each_operation_stays_small(self, server: StandIn) -> None:
+        import pandas as pd
+
+        server.faults = {"garbage": 1.0}
+        frame = pd.DataFrame({"text": [f"text {number}" for number in range(300)]})
+        told = module.enrich_dataframe(frame, "text", ["x"], base_url=server.url, batch_size=100).attrs["enrichment"]
+        assert told["blank_row_count"] == 300
+        assert len(told["blank_rows"]) == module.ATTRIBUTE_ROWS == 100
+
+    def test_signal_handlers_that_are_not_pythons_are_left_alone(self, job: Job) -> None:
+        code = (
+            "import ctypes, signal, sys\n"
+            "ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(1))\n"
+            "real = signal.getsignal\n"
+            "signal.getsignal = lambda number: None if number == signal.SIGTERM else real(number)\n"
+            "import enrich_dataset\n"
+            f"sys.exit(enrich_dataset.main({job.write(['cake']).arguments('--base-url', job.server.url)!r}))"
+        )
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+        assert run.returncode == 0, run.stderr
+        job.check()
