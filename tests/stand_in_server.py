@@ -6,7 +6,7 @@ answers by a plain word rule, so that every cell that should come out is known b
     A label applies to a text if the text contains, upper or lower case alike, the first five letters of
     any word of four letters or more in the label's name. "praising_violence": "prais" or "viole".
 
-Tokens are counted as four characters each. By hand:
+Tokens are counted as OpenAI bills them, by the rules of enrich_dataset, the schema included. By hand:
 
     python tests/stand_in_server.py --port 8000 --first-token 0.4 --per-token 0.012
     python tests/stand_in_server.py --port 8000 --requests-per-minute 600 --fault reset=0.02 --fault html=0.02
@@ -25,6 +25,7 @@ import json
 import random
 import re
 import socket
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -32,7 +33,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent))
+from enrich_dataset import MESSAGE_TOKENS, count_tokens, schema_tokens
 
 FAULTS = (
     "500", "503", "429", "reset", "cut", "html", "empty", "refusal", "filter", "length",
@@ -40,7 +45,7 @@ FAULTS = (
 )  # fmt: skip
 # What gateways, caches and proxies do at their worst: replies that drip a byte a second, never end, or unpack to 200 MB,
 # a redirect, and the reply to the first request for all others.
-HOSTILE = ("drip-body", "drip-header", "drip-blanks", "endless", "bomb", "redirect", "cache")
+HOSTILE = ("drip-body", "drip-header", "drip-blanks", "endless", "bomb", "redirect", "cache", "strange-ids")
 # A text that holds one of these words always meets that fault, whatever it is asked with.
 POISON = {f"poison-{fault}": fault for fault in (*FAULTS, "400-filter", "400-context", "404-model")}
 
@@ -56,8 +61,18 @@ def labels_of(text: str, labels: list[str]) -> list[str]:
     return [label for label in labels if any(stem in folded for stem in label_stems(label))]
 
 
-def count_tokens(text: str) -> int:
-    return (len(text) + 3) // 4
+def prompt_tokens(body: dict[str, Any]) -> int:
+    """What OpenAI would bill as input."""
+    messages = sum(count_tokens(message["content"]) for message in body["messages"])
+    return MESSAGE_TOKENS + messages + schema_tokens(body.get("response_format", {}))
+
+
+def given_rows(body: dict[str, Any]) -> list[dict[str, str]]:
+    """The texts of a request, with their ids: as enrich_dataset sends them, or as a list of objects."""
+    message = json.loads(body["messages"][-1]["content"])
+    if isinstance(message.get("texts"), list):
+        return list(message["texts"])
+    return [{"id": row, "text": given if isinstance(given, str) else given[0]} for row, given in message.items()]
 
 
 @dataclass(frozen=True)
@@ -151,6 +166,8 @@ class StandIn(ThreadingHTTPServer):
         self.models: set[str] | None = None  # the only models; None: any
         self.script: deque[tuple[int, dict[str, str], Any] | None] = deque()  # replies to give first; None: its own
         self.reasoning = 0  # tokens that the model thinks before it answers
+        self.bytes_per_token = 0  # of a tokenizer that finds more tokens in an answer; 0: OpenAI's
+        self.charges_later = False  # whether a limit of tokens is charged the prompt at once and the completion later
         self.bills = 1.0  # factor on the tokens that are billed, as by a tokenizer that finds more of them
         self.redirect_to = "http://127.0.0.1:9/v1/chat/completions"
         self.cached: dict[str, Any] = {}  # a completion that a cache hands to requests that are alike
@@ -216,6 +233,16 @@ class StandIn(ThreadingHTTPServer):
             if refused and self.tells_limits:
                 headers["retry-after-ms"] = f"{60_000 / self.limits[refused].per_minute + 1:.0f}"
             return headers, refused
+
+    def charge_later(self, tokens: int) -> dict[str, str]:
+        """Take off a completion's tokens when it is known; the headers after that."""
+        with self.lock:
+            headers: dict[str, str] = {}
+            for name, limit in self.limits.items():
+                limit.refill()
+                limit.level -= tokens if name == "tokens" else 0
+                headers |= limit.headers(name)
+            return headers
 
     def hold(self, point: str) -> None:
         """Let a test act while a request is under way."""
@@ -301,9 +328,9 @@ class StandIn(ThreadingHTTPServer):
 
     def work_out(self, body: dict[str, Any], job: str) -> tuple[int, Any]:
         """A job's reply to one of its requests."""
-        given, labels = json.loads(body["messages"][-1]["content"])["texts"], asked_labels(body)
+        given, labels = given_rows(body), asked_labels(body)
         texts = [row["text"] for row in given]
-        prompt = count_tokens("".join(message["content"] for message in body["messages"]))
+        prompt = self.scale(prompt_tokens(body))
         fault = self.choose_fault(texts)
         status, content = 200, {}
         part = refused_part(body, self.refuses)
@@ -317,7 +344,7 @@ class StandIn(ThreadingHTTPServer):
             status, content = 500, error_body("The server had an error")
         else:
             answer = self.label(given, labels)
-            content = self.complete(body, spoil(answer, fault), fault, prompt)
+            content = self.complete(body, spoil(in_form(answer, body, labels), fault), fault, prompt)
         used = content["usage"]["completion_tokens"] if status == 200 else 0
         now = time.monotonic()
         with self.lock:
@@ -331,7 +358,7 @@ class StandIn(ThreadingHTTPServer):
             message |= {"content": None, "refusal": "I cannot help with that."}
         if fault == "length":
             message["content"] = content[: len(content) // 2]
-        used = self.reasoning + count_tokens(content)
+        used = self.reasoning + self.scale(count_tokens(content), len(content.encode()))
         cap = body.get("max_completion_tokens", body.get("max_tokens", used))
         if used > cap:
             used, finish, message["content"] = cap, "length", ""
@@ -350,6 +377,10 @@ class StandIn(ThreadingHTTPServer):
                 "completion_tokens_details": {"reasoning_tokens": min(self.reasoning, used)},
             },
         }
+
+    def scale(self, tokens: int, length: int = 0) -> int:
+        """By another tokenizer's count, if one is set."""
+        return max(tokens, length // self.bytes_per_token) if self.bytes_per_token else tokens
 
     def label(self, given: list[dict[str, str]], labels: list[str]) -> dict[str, list[str]]:
         """The answer to a call; the cells that are flipped depend on all its texts, but not on chance."""
@@ -495,15 +526,42 @@ def check_body(body: Any) -> dict[str, Any] | None:
     return None
 
 
+def answer_schema(body: dict[str, Any]) -> dict[str, Any]:
+    """The schema of one row's answer, or {}."""
+    form = body.get("response_format", {})
+    return dict(form["json_schema"]["schema"]["$defs"]["a"]) if form.get("type") == "json_schema" else {}
+
+
+def asked_form(body: dict[str, Any]) -> str:
+    """The answer's form: "list", "each" or "one", from the schema, or without one from the system message."""
+    kind = answer_schema(body).get("type")
+    if kind:
+        return {"array": "list", "object": "each", "string": "one"}[kind]
+    message = body["messages"][0]["content"]
+    return "one" if "which one label" in message else "each" if "and 1 if it applies" in message else "list"
+
+
+def in_form(answer: dict[str, list[str]], body: dict[str, Any], labels: list[str]) -> dict[str, Any]:
+    """Where one label is asked for, it is the first that applies, or the last of all."""
+    form = asked_form(body)
+    if form == "each":
+        return {row: {label: int(label in applying) for label in labels} for row, applying in answer.items()}
+    if form == "one":
+        return {row: next(iter(applying), labels[-1]) for row, applying in answer.items()}
+    return dict(answer)
+
+
 def asked_labels(body: dict[str, Any]) -> list[str]:
     """The labels of a request, from its schema, or without one from the system message."""
-    form = body.get("response_format", {})
-    if form.get("type") == "json_schema":
-        return list(form["json_schema"]["schema"]["$defs"]["labels"]["items"]["enum"])
-    return [json.loads(name) for name in re.findall(r'^- (".*?[^\\]")', body["messages"][0]["content"], re.MULTILINE)]
+    schema = answer_schema(body)
+    if schema:
+        return list(schema.get("enum") or schema.get("properties") or schema["items"]["enum"])
+    return [
+        json.loads(name) for name in re.findall(r'^(".*?[^\\]")(?::|$)', body["messages"][0]["content"], re.MULTILINE)
+    ]
 
 
-def spoil(answer: dict[str, list[str]], fault: str) -> str:
+def spoil(answer: dict[str, Any], fault: str) -> str:
     """The answer's JSON, with a fault of content in it."""
     ids = list(answer)
     victim = ids[len(ids) // 2]
@@ -513,10 +571,12 @@ def spoil(answer: dict[str, list[str]], fault: str) -> str:
         return json.dumps(answer)[:-1] + f', "{victim}": []}}'
     if fault == "missing":
         del answer[victim]
+    if fault == "strange-ids":
+        answer = {str(number): given for number, given in enumerate(answer.values(), 1)}
     if fault == "foreign":
         answer = {("7" if row == victim else row): labels for row, labels in answer.items()}
     if fault == "unknown":
-        answer[victim] = ["no_such_label"]
+        answer[victim] = ["no_such_label"] if isinstance(answer[victim], list) else "no_such_label"
     return json.dumps(answer, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -665,10 +725,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: dict[str, Any]) -> None:
         arrived = time.monotonic()
-        given = json.loads(body["messages"][-1]["content"])["texts"]
+        given = given_rows(body)
         texts = [row["text"] for row in given]
         labels = asked_labels(body)
-        prompt = count_tokens("".join(message["content"] for message in body["messages"]))
+        prompt = self.server.scale(prompt_tokens(body))
         fault, latency = "", 0.0
 
         def reply(status: int, content: Any, headers: dict[str, str] | None = None, completion: int = 0) -> None:
@@ -680,14 +740,14 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.calls.append(call)
             if fault == "reset":
                 return self.hang_up()
-            if fault in HOSTILE and status == 200:
+            if fault in HOSTILE and fault != "strange-ids" and status == 200:
                 return self.be_hostile(fault, content)
             return self.send(status, content, headers, cut=fault == "cut")
 
         refusal = self.refuse(body)
         if refusal:
             return reply(*refusal)
-        charged = max(prompt, body.get("max_completion_tokens", 0))
+        charged = prompt if self.server.charges_later else max(prompt, body.get("max_completion_tokens", 0))
         headers, limited = self.server.admit(charged)
         fault = self.server.choose_fault(texts)
         if limited or fault == "429":
@@ -703,11 +763,13 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "400-context":
             return reply(400, error_body("maximum context length", code="context_length_exceeded"), headers)
         answer = self.server.label(given, labels)
-        content = spread(answer, labels) if self.server.dense else spoil(answer, fault)
+        content = spread(answer, labels) if self.server.dense else spoil(in_form(answer, body, labels), fault)
         completion = self.server.complete(body, content, fault, prompt)
         used = completion["usage"]["completion_tokens"]
         latency = self.server.choose_latency(used)
         time.sleep(max(0.0, arrived + latency - time.monotonic()))
+        if self.server.charges_later:
+            headers = self.server.charge_later(used)
         return reply(200, completion, headers, used)
 
     def refuse(self, body: Any) -> tuple[int, Any, dict[str, str]] | tuple[int, Any] | None:

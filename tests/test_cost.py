@@ -120,24 +120,28 @@ class TestBefore:
         self, job: Job, batch_size: int, capsys: pytest.CaptureFixture[str]
     ) -> None:
         job.write([text * 4 for text in make_texts(100)])
-        for basis, limit, most in (("their length", 40, 1.3), ("this model's earlier calls", 100, 1.25)):
+        for basis, limit, most in (("a guess, as long as", 40, 1.05), ("as in 40 answers so far", 100, 1.05)):
             options = {"batch_size": batch_size, "limit": limit}
             capsys.readouterr()
             job.enrich(**options, dry_run=True, quiet=False)
-            found = re.search(rf"Estimated tokens \(from {basis}\): ([\d,]+) in", capsys.readouterr().out)
+            printed = capsys.readouterr().out
+            found = re.search(r"Estimated tokens \(schema included\): ([\d,]+) in, ([\d,]+) out", printed)
             assert found
+            assert basis in printed
             job.server.calls.clear()
             job.enrich(**options)
             real = sum(call.prompt_tokens for call in job.server.calls)
-            assert 0.75 < int(found[1].replace(",", "")) / real < most
+            assert 0.95 < int(found[1].replace(",", "")) / real < most
+            real = sum(call.completion_tokens for call in job.server.calls)
+            assert limit == 40 or 0.8 < int(found[2].replace(",", "")) / real < 1.2
 
     def test_a_dry_run_shows_what_would_be_sent_and_the_cost_last(
         self, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert job.write(["a text about cake", "another"]).command("--dry-run") == 0
         printed = capsys.readouterr().out
-        assert "=== System message ===\nYou label texts" in printed
-        assert '{"texts": [{"id": "660", "text": "a text about cake"}]}' in printed
+        assert "=== System message ===\nJudge each text" in printed
+        assert '{"660":"a text about cake"}' in printed
         assert '"strict": true' in printed
         assert "another" not in printed
         assert printed.index("Estimated cost: about $0.0000") > printed.index("strict")
@@ -330,3 +334,82 @@ class TestRetirement:
         job.server.models = {"gpt-6-luna"}
         with pytest.raises(module.ProviderError, match=r"pass another model \(at OpenAI gpt-6-luna\)"):
             job.write(["cake"]).enrich()
+
+
+class TestNeverForNothing:
+    @pytest.mark.parametrize("workers", [3, 200])
+    @pytest.mark.parametrize(
+        ("fault", "kind"),
+        [
+            ("garbage", "the answer was not valid JSON"),
+            ("refusal", "the model refused to answer"),
+            ("strange-ids", "its id was missing from the answer"),
+        ],
+    )
+    def test_a_model_none_of_whose_answers_can_be_used_ends_the_run_soon(
+        self, job: Job, fault: str, kind: str, workers: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.server.faults, job.server.first_token = {fault: 1.0}, 0.02
+        assert job.write(make_texts(3000)).command("--max-workers", str(workers), "--max-cost", "1") == 1
+        assert len(job.server.calls) <= 60
+        assert job.server.most_in_flight <= 20
+        errors = capsys.readouterr().err
+        assert f"No call of this run has given an answer that can be used; rows by what came: {kind} (" in errors
+        assert "Try another --model, another server, or fewer rows per call (--batch-size)." in errors
+
+    def test_a_first_job_that_answered_nothing_ends_the_run_likewise(self, job: Job) -> None:
+        job.server.faults = {"garbage": 1.0}
+        with pytest.raises(module.ProviderError, match="can be used"):
+            job.write(make_texts(300)).enrich(use_batch_api=True, poll_interval=0.05)
+        assert len(job.server.jobs) == 1
+
+    def test_a_healthy_run_still_isolates_each_poisoned_row(self, job: Job) -> None:
+        texts = make_texts(1000)
+        poisoned = range(50, 1000, 100)
+        for number in poisoned:
+            texts[number] += " poison-refusal"
+        job.write(texts).enrich(max_workers=8)
+        job.check(blank_rows=poisoned)
+        assert len(job.server.calls) < 100 + 10 * 12
+
+    def test_splitting_stops_while_hardly_any_reply_can_be_used(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        texts = make_texts(1000)
+        texts[300:] = [f"{text} poison-garbage" for text in texts[300:]]
+        assert job.write(texts).command("--batch-size", "1", "--max-workers", "16") == 3
+        assert len(job.server.calls) < 300 + 3 * 190 + 530
+        assert re.search(
+            r"Batches not sent again in parts, because hardly any reply could be used: \d+", capsys.readouterr().out
+        )
+        job.check(blank_rows=range(300, 1000))
+
+
+class TestBounds:
+    def test_a_tokenizer_with_two_bytes_per_token_leaves_no_row_blank(self, job: Job) -> None:
+        job.server.bytes_per_token = 2
+        labels = dict.fromkeys(LABELS, "what it means")
+        job.write([f"praise the violence and attack a person, sexual harassment {n}" for n in range(100)]).enrich(
+            labels
+        )
+        job.check()
+        assert len(job.server.calls) <= 10 + 3
+        assert {len(call.texts) for call in job.server.calls} == {10}
+
+    def test_the_room_for_reasoning_has_an_end(self, job: Job) -> None:
+        job.server.reasoning = 10**9
+        with pytest.raises(module.ProviderError, match="tokens and came to no answer"):
+            job.write(make_texts(1000)).enrich(model="gpt-5", price=(1, 1), max_cost=100.0)
+        assert max(call.body["max_completion_tokens"] for call in job.server.calls) < 35_000
+        assert len(job.server.calls) <= 60
+
+
+class TestCharges:
+    @pytest.mark.parametrize("later", [False, True])
+    def test_a_limit_of_tokens_is_kept_under_both_ways_of_charging(self, job: Job, later: bool) -> None:
+        job.server.set_limit("tokens", 600_000, burst=20_000)
+        job.server.charges_later, job.server.first_token = later, 0.1
+        job.write(make_texts(2000)).enrich(max_workers=32)
+        refused = sum(call.status == 429 for call in job.server.calls)
+        assert refused <= 0.03 * len(job.server.calls)
+        job.check()

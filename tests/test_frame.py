@@ -49,8 +49,8 @@ def test_an_existing_label_is_sent_and_known_cells_are_kept(server: StandIn) -> 
     frame = enrich(df, server, label_column="label")
     assert cells(frame) == [["0", "1", "0"], ["0", "0", "0"]]
     calls = {call.labels: call.body["messages"][1]["content"] for call in server.calls}
-    assert '"label": "hate"' in calls[LABELS[2],]
-    assert '"label": ""' in calls[tuple(LABELS)]
+    assert calls[LABELS[2],] == '{"660":["violence","hate"]}'
+    assert calls[tuple(LABELS)] == '{"660":["cake",""]}'
 
 
 def test_nothing_is_printed_unless_asked(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:

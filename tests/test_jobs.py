@@ -239,11 +239,11 @@ class TestUnhappyEnds:
     def test_a_file_holds_no_more_bytes_than_the_provider_takes(
         self, job: Job, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "JOB_BYTES", 10_000)
+        monkeypatch.setattr(module, "JOB_BYTES", 6_000)
         job.write(make_texts(100)).enrich(**FAST)
         job.check()
         assert len(job.server.files) > len(job.server.jobs) > 2
-        assert all(len(content) <= 10_000 for name, content in job.server.files.items() if b'"method"' in content)
+        assert all(len(content) <= 6_000 for name, content in job.server.files.items() if b'"method"' in content)
 
     def test_a_queue_shorter_than_a_file_makes_smaller_files(self, job: Job) -> None:
         job.server.job_seconds = 0.1

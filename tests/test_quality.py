@@ -41,7 +41,7 @@ def write_examples(job: Job, *texts: str, name: str = "examples.csv") -> Path:
 class TestCodebook:
     def test_definitions_stand_in_the_system_message(self, job: Job) -> None:
         job.write(["cake"]).enrich(CODEBOOK)
-        assert '- "praising_violence": what praising_violence means\n' in system_message(job)
+        assert '"praising_violence": what praising_violence means\n' in system_message(job)
         job.check()
 
     def test_a_changed_definition_asks_that_label_again_and_no_other(self, job: Job) -> None:
@@ -67,7 +67,7 @@ class TestCodebook:
         base = ["--base-url", job.server.url, "--quiet", "--codebook", str(path)]
         assert module.main([*arguments, *base]) == 0
         job.check()
-        assert '- "praising_violence": what praising_violence means\n' in system_message(job)
+        assert '"praising_violence": what praising_violence means\n' in system_message(job)
         assert module.main([*arguments, *base, "--labels", LABELS[0]]) == 0
         assert len(job.server.calls) == 1
 
@@ -108,7 +108,7 @@ class TestCodebook:
         assert job.server.calls == []
         path.write_bytes("label;definition\nracist;attacks people, because of racé\n".encode("cp1252"))
         assert module.main(given) == 0
-        assert '- "racist": attacks people, because of racé\n' in system_message(job)
+        assert '"racist": attacks people, because of racé\n' in system_message(job)
         path.write_text("label,definition\nracist, \n")
         assert module.main(given) == 2
         assert "The definition of 'racist' must be a text that is not empty" in capsys.readouterr().err
@@ -152,8 +152,8 @@ class TestExamples:
         path = write_examples(job, "praise the violence", "tram")
         job.write(["cake"]).enrich(examples=path)
         message = system_message(job)
-        assert '{"texts": [{"id": "660", "text": "praise the violence"}, {"id": "149", "text": "tram"}]}' in message
-        assert message.endswith('Its right answer:\n{"660": ["praising_violence"], "149": []}')
+        assert '{"660":"praise the violence","149":"tram"}' in message
+        assert message.endswith('Its right answer:\n{"660":["praising_violence"],"149":[]}')
 
     def test_rows_equal_to_one_are_answered_from_it_and_not_sent(
         self, job: Job, capsys: pytest.CaptureFixture[str]
@@ -182,7 +182,7 @@ class TestExamples:
             (f"text,{','.join(LABELS[:2])}\na,1,0\n", "has a blank for 'sexual_harassment'"),
             (f"text,{','.join(LABELS)}\n,1,0,0\n", "has a blank for 'text'"),
             ("words\na\n", "The text column 'text' is not in the header of"),
-            (f"text,{','.join(LABELS)}\n{'a' * 20_000},1,0,0\n", "20,027 characters, and at most 20,000 are sent"),
+            (f"text,{','.join(LABELS)}\n{'a' * 20_000},1,0,0\n", "20,014 characters, and at most 20,000 are sent"),
         ],
     )
     def test_ones_that_cannot_be_used_are_refused(self, job: Job, content: str, words: str) -> None:
@@ -264,14 +264,14 @@ class TestAudit:
         job.enrich(dry_run=True, audit=20, quiet=False)
         audited = capsys.readouterr().out
         tokens = [
-            int(text.partition("tokens (from their length): ")[2].partition(" in")[0].replace(",", ""))
+            int(text.partition("tokens (schema included): ")[2].partition(" in")[0].replace(",", ""))
             for text in (plain, audited)
         ]
         assert tokens[1] > 5 * tokens[0]
         job.enrich()
         capsys.readouterr()
         job.enrich(dry_run=True, audit=20, quiet=False)
-        assert "(from this model's earlier calls): 0 in" not in capsys.readouterr().out
+        assert "(schema included): 0 in" not in capsys.readouterr().out
 
 
 def random_tables() -> list[tuple[pd.DataFrame, pd.DataFrame, list[str]]]:
@@ -511,7 +511,7 @@ class TestRecord:
         assert [(part["rows"], part.get("temperature"), part["tier"]) for part in record["sent_with"]] == [
             (10, 0.0, "standard"), (20, None, "standard"), (10, None, "batch"),
         ]  # fmt: skip
-        assert {part["form"] for part in record["sent_with"]} == {"a strict schema"}
+        assert {part["format"] for part in record["sent_with"]} == {"a strict schema"}
         assert {part["model"]: part["rows"] for part in record["served"]} == {
             "gpt-4o-mini-2024-07-18": 39, "gpt-4o-mini-2026-12-01": 1,
         }  # fmt: skip

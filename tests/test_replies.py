@@ -185,9 +185,9 @@ def test_a_row_that_failed_is_pending_at_the_next_run(job: Job) -> None:
 
 
 def test_many_blank_rows_are_counted_and_some_named(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.write([f"poison-garbage {number}" for number in range(25)])
+    job.write(["cake", *(f"poison-garbage {number}" for number in range(25))])
     assert job.command("--batch-size", "1", "--max-workers", "8") == 3
     printed = capsys.readouterr().out
     assert printed.count(": the answer was not valid JSON") == 20
     assert "  and 5 more\n" in printed
-    assert "personal_attacks: 0/0, 25 blank" in printed
+    assert "personal_attacks: 0/1 (0.0%), 25 blank" in printed

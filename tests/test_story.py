@@ -60,7 +60,7 @@ def test_rows_with_another_existing_label_are_other_rows(job: Job) -> None:
         job.input, job.output, "text", "label", LABELS, base_url=job.server.url, quiet=True, batch_size=1
     )
     sent = [call.body["messages"][1]["content"] for call in job.server.calls]
-    assert sorted(message[-6:-4] for message in sent) == ['"a', '"b']
+    assert sorted(sent) == ['{"660":["attack","a"]}', '{"660":["attack","b"]}']
 
 
 def test_added_rows_cost_only_themselves(job: Job) -> None:
