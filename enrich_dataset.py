@@ -94,6 +94,7 @@ __all__ = [
     "EnrichmentError",
     "InputError",
     "ProviderError",
+    "corrected_shares",
     "enrich_dataframe",
     "enrich_dataset",
     "evaluate_labels",
@@ -233,10 +234,12 @@ class Options:
         None, "a column by which shares are broken down, never sent; else the label column", heading="checking labels"
     )
     audit: int = option(0, "number of labelled rows to re-query individually, and compare", ANY_COUNT)
-    seed: int = option(0, "decides which rows are audited", ANY_COUNT)
+    sample: int = option(0, "number of distinct texts to draw for people to code, into OUTPUT.sample.csv", ANY_COUNT)
+    seed: int = option(0, "decides which rows are audited and drawn", ANY_COUNT)
     gold: Source | None = option(
-        None, "labels made by people, to compare with (a CSV, in Python also a DataFrame)", metavar="CSV"
-    )
+        None, "labels made by people, to compare with: a coded sample, or any CSV (in Python also a DataFrame)",
+        metavar="CSV",
+    )  # fmt: skip
     gold_key: str | None = option(None, "the column by which gold rows are matched; else the text")
     plot: str | Path | None = option(None, "an image file: how common the labels are, and which occur together")
     use_batch_api: bool = option(
@@ -263,6 +266,8 @@ class Options:
                 object.__setattr__(self, declared.name, plain if are_several else plain[0])
         if self.price is not None and len(self.price) != 2:
             raise InputError("`price` must be two numbers: dollars per million prompt and completion tokens.")
+        if self.sample and self.output_filepath is None:
+            raise InputError("`sample` writes a file beside the output: in a notebook, call draw_sample().")
         if self.answer_form not in TASKS:
             raise InputError(f"`answer_form` must be {', '.join(TASKS)}, not {self.answer_form!r}.")
         if not self.model.strip():
@@ -303,7 +308,8 @@ class Options:
                 raise InputError(f"The {what} {path} is a device or a pipe: choose a file.")
             if not path.parent.is_dir():
                 raise InputError(f"There is no folder {path.parent} for the {what}: create it, or choose another.")
-        check_apart(written, read)
+        # A sample that has been coded is read as gold, and may grow at the same time.
+        check_apart(written, {what: path for what, path in read.items() if (what, path) != ("gold", self.sample_path)})
         check_apart(written, written)
 
     @property
@@ -330,8 +336,14 @@ class Options:
         return files
 
     @property
+    def sample_path(self) -> Path | None:
+        """Of the file that people are to fill in, which has rules of its own."""
+        return Path(f"{self.output_filepath}.sample.csv") if self.sample and self.output_filepath is not None else None
+
+    @property
     def all_written(self) -> dict[str, Path]:
-        return self.written | ({} if self.store_path is None else {"store": self.store_path})
+        others = {"store": self.store_path, "sample": self.sample_path}
+        return self.written | {what: path for what, path in others.items() if path is not None}
 
     @property
     def columns(self) -> Columns:
@@ -555,6 +567,8 @@ class Run:
         with open_store(options, self.server.prepare if self.sender.calls_server else None) as self.store:
             self.files = Files(self.store, options.overwrite)
             self.files.check(options.written)
+            if options.sample_path is not None and options.sample_path.exists():
+                read_sample(options.sample_path, options.labels)  # so that one that nobody can read is told now
             if options.forget_jobs and not options.dry_run:
                 for job in self.store.open_jobs():
                     self.console.warn(f"Job {job.batch_id} is given up: {len(job.attempts)} requests.")
@@ -589,10 +603,13 @@ class Run:
                 report.figures |= self.compare(self.gold, cells)
             self.finish(cells)
             say(*closing_lines(report))
+            if options.sample_path is not None:
+                say(*self.extend_sample(options.sample_path, cells))
             self.write_record()
             if options.plot is not None:
                 with self.files.replacing(Path(options.plot)) as file:
-                    figure = plot_labels(self.plotted(cells), options.labels, options.by_column)
+                    corrected = report.figures.get("corrected_shares")
+                    figure = plot_labels(self.plotted(cells), options.labels, options.by_column, corrected)
                     figure.savefig(file, format=Path(options.plot).suffix[1:])
         return cells
 
@@ -727,18 +744,73 @@ class Run:
         requested = cells.copy()
         requested[~self.requested] = BLANK
         figures, disagreements = compare_with_gold(gold, requested, self.options.labels)
+        if gold.probabilities is not None:
+            figures["corrected_shares"] = self.corrected(gold, gold.probabilities, cells)
         if self.options.output_filepath is not None:
-            lines = dict(
-                zip(rows := sorted({each.row for each in disagreements}), self.table.line_numbers(rows), strict=True)
-            )
+            rows = sorted({each.row for each in disagreements})
+            lines = dict(zip(rows, self.table.line_numbers(rows), strict=True))
+            named = self.options.gold_key or gold.probabilities
             text = io.StringIO(newline="")
             writer = csv.writer(text)
             writer.writerow(["row", "line", "key", "label", "model", "people"])
             for row, key, *rest in disagreements:
-                writer.writerow([row, lines[row], key if self.options.gold_key else "", *rest])
+                writer.writerow([row, lines[row], key if named else "", *rest])
             with self.files.replacing(self.options.written["disagreements"]) as file:
                 file.write(text.getvalue().encode("utf-8", "replace"))
         return figures
+
+    def population(self, cells: Cells) -> tuple[IntArray, IntArray]:
+        """The first rows of the requested distinct texts that the model labelled, and how often each occurs."""
+        import numpy as np
+
+        by_model = (self.table.given < 0).all(axis=1) & (self.from_examples < 0).all(axis=1)
+        eligible = self.requested & by_model & (cells >= 0).all(axis=1)
+        _, firsts, counts = np.unique(self.table.key_indexes[eligible], return_index=True, return_counts=True)
+        return eligible.nonzero()[0][firsts], counts
+
+    def corrected(self, gold: Gold, probabilities: Sequence[float], cells: Cells) -> dict[str, Any]:
+        """The labels' shares, corrected by a coded sample."""
+        import numpy as np
+
+        numbers, counts = self.population(cells)
+        place_of = {self.table.key(number): place for place, number in enumerate(numbers.tolist())}
+        places = [place_of.get(self.table.key(number), -1) if number >= 0 else -1 for number in gold.numbers.tolist()]
+        found = np.array(places) >= 0
+        at, chances = np.array(places)[found], np.array(probabilities)[found]
+        return {
+            label: share_figures(cells[numbers, column], counts, at, gold.cells[found, column], chances)
+            for column, label in enumerate(self.options.labels)
+            if (gold.cells[:, column] >= 0).any()
+        }
+
+    def extend_sample(self, path: Path, cells: Cells) -> list[str]:
+        """Draw texts for people to code, and keep what they have filled in already."""
+        numbers, _ = self.population(cells)
+        keys, predicted = [self.table.key(number) for number in numbers], cells[numbers] == 1
+        before = read_sample(path, self.options.labels) if path.exists() else None
+        count = max(self.options.sample, len(before.keys) if before else 0)
+        drawn, probabilities = draw_sample(keys, predicted, count, self.options.seed)
+        state = digest(self.options.seed, [key.hex() for key in keys], predicted.tobytes().hex()).hex()
+        if before and state != self.store.drawn(str(path.resolve())):
+            return [
+                "",
+                f"✗ The labels have changed since {path} was drawn, so it is left as it is: move it away to draw anew",
+            ]
+        filled = dict(zip(before.keys, before.cells, strict=True)) if before else {}
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, delimiter=";" if self.table.delimiter == ";" else ",")
+        writer.writerow([SAMPLE_ID, self.options.text_column, *self.options.labels, PROBABILITY])
+        for place, row in zip(drawn.tolist(), self.table.rows(numbers[drawn]), strict=True):
+            coded = ["" if value < 0 else value for value in filled.get(row.key, [BLANK] * len(self.options.labels))]
+            writer.writerow([sample_id(row.key), row.text, *coded, repr(float(probabilities[place]))])
+        self.store.note_drawn(str(path.resolve()), state)
+        with self.files.replacing(path, is_edited=True) as file:
+            file.write(text.getvalue().encode("utf-8-sig", "replace"))
+        return [
+            "",
+            f"✓ Sample: {len(drawn)} of {len(numbers)} distinct texts that the model labelled, in {path}",
+            "  Fill in 1 or 0 for each label without looking at the model's, then pass the file as `gold`",
+        ]
 
     def draw_audit(self, prompt: Prompt, labelled: Any) -> tuple[IntArray, IntArray]:
         """The numbers of the rows to audit, of those that the model labelled, and of these the ones to send."""
@@ -791,7 +863,7 @@ class Run:
         """Write the run's record beside the output."""
         if self.options.output_filepath is None:
             return
-        hashes = {"input": self.table.content} | ({"gold": self.gold.table.content} if self.gold else {})
+        hashes = {"input": self.table.content} | ({"gold": self.gold.content} if self.gold else {})
         record = {f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in hashes.items()}
         with self.files.replacing(self.options.written["record"]) as file:
             record |= without_nan(run_record(self.report))
@@ -847,8 +919,10 @@ def blank_cells(rows: int, labels: int) -> Cells:
     return np.full((rows, labels), BLANK, np.int8)
 
 
-# What a cell of a file may hold: also what pandas writes for columns of floats, or of truth values.
-CELL_VALUES = {"": BLANK, "0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+# What a cell of a file may hold: also what pandas and spreadsheets write for columns of floats, or of truth values.
+CELL_VALUES = {"": BLANK} | {text: int(text in {"1", "1.0", "1,0", "true"}) for text in (
+    "0", "0.0", "0,0", "false", "1", "1.0", "1,0", "true",
+)}  # fmt: skip
 
 
 def parse_cell(text: str) -> int | None:
@@ -1281,16 +1355,17 @@ class Files:
                 )
 
     @contextlib.contextmanager
-    def replacing(self, path: Path, even_unnoted: bool = False) -> Iterator[IO[bytes]]:
+    def replacing(self, path: Path, even_unnoted: bool = False, is_edited: bool = False) -> Iterator[IO[bytes]]:
         """A file that takes the place of `path` when it is whole, and not before.
 
         `even_unnoted`: also if the store fails, since the file is then all that is left; the next run will not know it.
+        `is_edited`: people are meant to have changed it.
         """
         target, name = path.resolve(), self._name(path)  # behind a link, the file that it points to
         draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
             found = file_digest(target)
-            if found and found not in {*self.store.digests(name), *self.overwritten}:
+            if found and not is_edited and found not in {*self.store.digests(name), *self.overwritten}:
                 raise EnrichmentError(
                     f"{path} was changed while this run went on, and is left as it is: move it away, then run the same "
                     "command; no answer is lost."
@@ -3501,6 +3576,7 @@ CREATE TABLE jobs (
     batch_id TEXT
 );
 CREATE TABLE job_requests (custom_id TEXT PRIMARY KEY, job INTEGER, questions TEXT, row_keys BLOB, failures TEXT);
+CREATE TABLE draws (path TEXT PRIMARY KEY, state TEXT);
 CREATE TABLE files (path TEXT PRIMARY KEY, found TEXT, written TEXT, draft TEXT);
 CREATE TABLE runs (id INTEGER PRIMARY KEY, started_at TEXT, in_flight_cost REAL, reached_cap REAL);
 """
@@ -3538,6 +3614,8 @@ INSERT INTO files (path, found, written) VALUES (?, ?, ?)
 ON CONFLICT (path) DO UPDATE SET found = excluded.found, written = excluded.written
 """
 NOTE_DRAFT = "INSERT INTO files (path, draft) VALUES (?, ?) ON CONFLICT (path) DO UPDATE SET draft = excluded.draft"
+FIND_DRAW = "SELECT state FROM draws WHERE path = ?"
+NOTE_DRAW = "INSERT OR REPLACE INTO draws VALUES (?, ?)"
 ADD_RUN = "INSERT INTO runs (started_at) VALUES (?)"
 NOTE_IN_FLIGHT = "UPDATE runs SET in_flight_cost = ? WHERE id = ?"
 NOTE_CAP = "UPDATE runs SET reached_cap = ? WHERE id = ?"
@@ -3845,6 +3923,15 @@ class Store:
                 self.run = self.db.execute(ADD_RUN, (now_text(),)).lastrowid
             self.db.execute(statement, (amount, self.run))
 
+    def drawn(self, path: str) -> str:
+        """The state of the population, as a digest, in which a sample was drawn; "" if it was not."""
+        with self._translate_errors():
+            return str((self.db.execute(FIND_DRAW, (path,)).fetchone() or ("",))[0])
+
+    def note_drawn(self, path: str, state: str) -> None:
+        with self._writing():
+            self.db.execute(NOTE_DRAW, (path, state))
+
     def _file(self, path: str) -> tuple[str, str, str]:
         with self._translate_errors():
             return self.db.execute(FIND_FILE, (path,)).fetchone() or ("", "", "")
@@ -3945,8 +4032,8 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a share, by Wilson (1927)."""
+def wilson(successes: float, trials: float) -> tuple[float, float]:
+    """The 95 % interval of a share, by Wilson (1927); at Kish's effective size the trials are no whole number."""
     if not trials:
         return math.nan, math.nan
     z = 1.959963984540054  # the normal distribution's 97.5 % quantile
@@ -3979,7 +4066,7 @@ def shares_by(cells: Cells, labels: Sequence[str], by_values: Sequence[str] | No
 
 
 def measure_audit(labels: Sequence[str], numbers: Any, labelled: Cells, audited: Cells) -> dict[str, Any]:
-    """By label, how well rows labelled in batches agree with the same rows labelled alone."""
+    """By label, how well rows agree with the same rows asked the careful way."""
     figures = {}
     for place, label in enumerate(labels):
         first, second = labelled[:, place], audited[:, place]
@@ -3990,6 +4077,8 @@ def measure_audit(labels: Sequence[str], numbers: Any, labelled: Cells, audited:
             "agreement": confusion.agreement,
             "agreement_95": wilson(confusion.tp + confusion.tn, confusion.rows),
             "kappa": confusion.kappa,
+            "share": ratio(confusion.tp + confusion.fp, confusion.rows),
+            "share_audited": ratio(confusion.tp + confusion.fn, confusion.rows),
             "rows_that_differ": sorted(numbers[differ].tolist()),
         }
     return figures
@@ -4032,21 +4121,234 @@ def evaluate_labels(predicted: pd.DataFrame, gold: pd.DataFrame, labels: Sequenc
     return frame.astype(dict.fromkeys(["rows", "support", "tp", "fp", "fn", "tn"], "Int64"))
 
 
+FloatArray: TypeAlias = "npt.NDArray[np.float64]"
+MOST_WITHOUT = 0.5  # of a sample, for texts without a predicted label
+
+
+def sampling_sizes(predicted: BoolArray) -> FloatArray:
+    """How large a part of a sample each text is to have; they add up to 1.
+
+    Texts without a predicted label get as large a part as their share, at most half; the rest goes in equal parts to
+    the labels' predicted positives. `predicted`: texts x labels.
+    """
+    import numpy as np
+
+    without, positives = ~predicted.any(axis=1), predicted.sum(axis=0)
+    part: float = min(float(without.mean()), MOST_WITHOUT) if positives.any() else 1.0
+    sizes = without * (part / max(1, int(without.sum())))
+    each = (1 - part) / max(1, int(np.count_nonzero(positives))) / np.maximum(1, positives)
+    return np.asarray(sizes + predicted @ each, float)
+
+
+def inclusion_probabilities(sizes: FloatArray, count: int) -> FloatArray:
+    """In proportion to the sizes, adding up to `count`; what would be above 1 is certain."""
+    import numpy as np
+
+    certain = np.full(len(sizes), count >= len(sizes))
+    while True:
+        rest = sizes[~certain].sum()
+        probabilities = np.where(certain, 1.0, sizes * (count - certain.sum()) / rest if rest else 0.0)
+        above = (probabilities >= 1) & ~certain
+        if not above.any():
+            return probabilities
+        certain |= above
+
+
+def draw_sample(keys: Sequence[bytes], predicted: BoolArray, count: int, seed: int) -> tuple[IntArray, FloatArray]:
+    """The indexes of drawn texts, and the inclusion probabilities of all.
+
+    Sequential Poisson sampling (Ohlsson 1998, Journal of Official Statistics 14) with permanent random numbers, made of
+    the seed and the text, so that a larger sample holds the smaller one.
+    """
+    import numpy as np
+
+    sizes = sampling_sizes(predicted)
+    probabilities = inclusion_probabilities(sizes, count)
+    random_numbers = np.array([int.from_bytes(digest(seed, key.hex())[:8], "big") for key in keys]) / 2**64
+    with np.errstate(divide="ignore", invalid="ignore"):
+        order = np.lexsort((random_numbers / sizes, probabilities < 1))[:count]
+    return order[np.argsort(random_numbers[order])], probabilities
+
+
+class Rate(NamedTuple):
+    """A share with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def weighted_rate(positive: BoolArray, weights: FloatArray) -> Rate:
+    """With Wilson's interval at Kish's effective size (1965), the weights' squared sum over the sum of squares."""
+    total = float(weights.sum())
+    share = ratio(float(weights[positive].sum()), total)
+    size = ratio(total * total, float((weights * weights).sum()))
+    return Rate(share, *((math.nan, math.nan) if math.isnan(size) else wilson(share * size, size)))
+
+
+def correct_share(raw: float, ppv: Rate, missed: Rate) -> dict[str, Rate]:
+    """A label's share and how well it is found, from the share of predicted positives in the whole population.
+
+    `ppv` and `missed` are the rates of people's positives among predicted positives and predicted negatives. The share
+    is raw * ppv + (1 - raw) * missed; its interval combines theirs by MOVER (Zou & Donner 2008, Statistics in Medicine
+    27). The other figures rise with `ppv` and fall with `missed`, so that their limits follow from opposite limits.
+    """
+    nothing = Rate(math.nan, math.nan, math.nan)
+    ppv, missed = (ppv if raw else Rate(0.0, 0.0, 0.0)), (missed if raw < 1 else Rate(0.0, 0.0, 0.0))
+    share = raw * ppv.value + (1 - raw) * missed.value
+    below = math.hypot(raw * (ppv.value - ppv.low), (1 - raw) * (missed.value - missed.low))
+    above = math.hypot(raw * (ppv.high - ppv.value), (1 - raw) * (missed.high - missed.value))
+
+    def recall(found: float, lost: float) -> float:
+        return ratio(raw * found, raw * found + (1 - raw) * lost)
+
+    def f1(found: float, lost: float) -> float:
+        return ratio(2 * raw * found, raw + raw * found + (1 - raw) * lost)
+
+    def kappa(found: float, lost: float) -> float:
+        true = raw * found + (1 - raw) * lost
+        agreement, chance = raw * found + (1 - raw) * (1 - lost), raw * true + (1 - raw) * (1 - true)
+        return ratio(agreement - chance, 1 - chance)
+
+    def of(figure: Callable[[float, float], float]) -> Rate:
+        return Rate(figure(ppv.value, missed.value), figure(ppv.low, missed.high), figure(ppv.high, missed.low))
+
+    return {
+        "corrected_share": nothing
+        if math.isnan(share)
+        else Rate(share, max(0.0, share - below), min(1.0, share + above)),
+        "precision": ppv if raw else nothing,
+        "recall": of(recall),
+        "f1": of(f1),
+        "kappa": of(kappa),
+    }
+
+
+def corrected_shares(
+    predicted: pd.DataFrame,
+    gold: pd.DataFrame,
+    labels: Sequence[str],
+    probability: pd.Series[float],
+    counts: pd.Series[int] | None = None,
+) -> pd.DataFrame:
+    """Correct the shares of labels by a sample that people have coded.
+
+    Args:
+        predicted: the population, texts x columns, with a column of 1, 0 and blanks for each label; a unique index.
+        gold: the coded texts, indexed as in `predicted`; blanks are not coded.
+        labels: the columns.
+        probability: the inclusion probability of each coded text, by the same index.
+        counts: how often each text of `predicted` occurs; by default once.
+
+    Returns:
+        One row per label: coded (texts), raw_share (of predicted positives), corrected_share, precision, recall, f1 and
+        kappa, each with _low and _high, the limits of its 95 % interval. NaN where nobody has coded a text of the
+        predicted positives, or of the predicted negatives, though there are some.
+
+    Raises:
+        InputError: an index value of `predicted` appears more than once, or a coded text is not in it.
+    """
+    import numpy as np
+    import pandas as pd
+
+    if not predicted.index.is_unique or not gold.index.isin(predicted.index).all():
+        raise InputError("Each coded text must be one of `predicted`, whose index must be unique.")
+    often = np.ones(len(predicted)) if counts is None else counts.reindex(predicted.index).to_numpy(float)
+    places = predicted.index.get_indexer(gold.index)
+    chances = probability.reindex(gold.index).to_numpy(float)
+    rows = {}
+    for label in labels:
+        model, people = (frame[label].astype("Float64").fillna(BLANK).to_numpy(float) for frame in (predicted, gold))
+        rows[label] = share_figures(model, often, places, people, chances)
+    return pd.DataFrame.from_dict(rows, orient="index").astype({"coded": int})
+
+
+def share_figures(model: Any, counts: Any, places: Any, people: Any, chances: Any) -> dict[str, float]:
+    """What `corrected_shares` tells of one label: `places` are those of the coded texts in the population."""
+    known = model >= 0
+    raw = ratio(float(counts[known & (model == 1)].sum()), float(counts[known].sum()))
+    coded = (people >= 0) & known[places]
+    weights, positive, at = (counts[places] / chances)[coded], (people == 1)[coded], model[places][coded]
+    rates = [weighted_rate(positive[at == value], weights[at == value]) for value in (1, 0)]
+    figures = {"coded": float(coded.sum()), "raw_share": raw}
+    for name, rate in correct_share(raw, *rates).items():
+        figures |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
+    return figures
+
+
+SAMPLE_ID, PROBABILITY = "sample_id", "inclusion_probability"
+
+
+class Coded(NamedTuple):
+    """A sample as people have filled it in."""
+
+    keys: list[bytes]  # of its rows
+    cells: Cells
+    probabilities: list[float]
+    content: bytes
+
+
+def sample_id(key: bytes) -> str:
+    """A text's name in a sample; with a letter first, so that no spreadsheet takes it for a number."""
+    return f"t{key.hex()}"
+
+
+def read_sample(source: Source, labels: Sequence[str]) -> Coded:
+    """Read a sample, whatever a spreadsheet has made of its order, delimiters, line ends and decimal points."""
+    table = read_table(source, Columns(SAMPLE_ID, PROBABILITY, labels, text_is="column", advice="fix the cell"))
+    keys, probabilities = [], []
+    for number, row in enumerate(table.rows()):
+        try:
+            key, probability = bytes.fromhex(row.text.strip()[1:]), float((row.label or "").replace(",", "."))
+        except ValueError:
+            key, probability = b"", 0.0
+        if len(key) != KEY_BYTES or not 0 < probability <= 1:
+            raise InputError(
+                f"Row {number} of the sample {table.source} has no {SAMPLE_ID}, or no {PROBABILITY} above 0 and up to "
+                "1: restore them from a copy, or move the file away and draw anew."
+            )
+        keys.append(key)
+        probabilities.append(probability)
+    if len(set(keys)) < len(keys):
+        raise InputError(f"The sample {table.source} has a {SAMPLE_ID} twice: remove one of these rows.")
+    return Coded(keys, table.given, probabilities, table.content)
+
+
+def is_sample(source: Source) -> bool:
+    """Whether this is a sample that was drawn, rather than any table of labels."""
+    if isinstance(source, (str, Path)):
+        try:
+            with Path(source).open("rb") as file:
+                head = file.read(65_536)
+        except OSError:  # which is told when it is read
+            return False
+        return SAMPLE_ID.encode() in head and PROBABILITY.encode() in head
+    return {SAMPLE_ID, PROBABILITY} <= set(source.columns)
+
+
 class Gold(NamedTuple):
     """Labels made by people."""
 
-    table: Table  # in which they are the cells that are given
+    cells: Cells
     keys: list[str]  # of its rows
     numbers: IntArray  # the rows of the labelled table that have these keys, -1 where there is none
+    content: bytes
     not_compared: list[str]  # columns that match no label
+    probabilities: list[float] | None = None  # at which its rows were drawn, if they were
 
 
 def read_gold(options: Options, table: Table) -> Gold | None:
     """Read people's labels, and match them with rows of the table."""
     if options.gold is None:
         return None
+    import numpy as np
     import pandas as pd
 
+    if is_sample(options.gold):
+        coded = read_sample(options.gold, options.labels)
+        places = table.find(b"".join(coded.keys))
+        numbers = np.where(places < 0, -1, table.first_rows[places]) if len(table) else places
+        return Gold(coded.cells, list(map(sample_id, coded.keys)), numbers, coded.content, [], coded.probabilities)
     key = options.gold_key or options.text_column
     columns = Columns(key, None, options.labels, text_is="gold key (`gold_key`)", advice="fix the cell")
     gold = read_table(options.gold, columns)
@@ -4071,7 +4373,8 @@ def read_gold(options: Options, table: Table) -> Gold | None:
     if rows.drop(columns="number").groupby(level=0).nunique().gt(1).any(axis=None):
         raise InputError(f"Different rows of {table.source} have the same {key!r} as a gold row: {unique}.")
     numbers = rows["number"][~rows.index.duplicated()].reindex(people, fill_value=-1).to_numpy()
-    return Gold(gold, list(people), numbers, [name for name in gold.header if name not in {key, *options.labels}])
+    others = [name for name in gold.header if name not in {key, *options.labels}]
+    return Gold(gold.given, list(people), numbers, gold.content, others)
 
 
 class Disagreement(NamedTuple):
@@ -4089,10 +4392,15 @@ def compare_with_gold(gold: Gold, cells: Cells, labels: Sequence[str]) -> tuple[
     import pandas as pd
 
     matched = (gold.numbers >= 0).nonzero()[0]
-    model, people = cells[gold.numbers[matched]], gold.table.given[matched]
-    compared = [label for label, column in zip(labels, gold.table.given.T, strict=True) if (column >= 0).any()]
+    model, people = cells[gold.numbers[matched]], gold.cells[matched]
+    compared = [label for label, column in zip(labels, gold.cells.T, strict=True) if (column >= 0).any()]
     predicted, right = (pd.DataFrame(label_columns(each, labels)) for each in (model, people))
     figures = evaluate_labels(predicted, right, compared)
+    for rate, part, whole in (("precision", "tp", "fp"), ("recall", "tp", "fn")):
+        limits = [
+            wilson(row[part], row[part] + row[whole]) for _, row in figures[["tp", "fp", "fn"]].fillna(0).iterrows()
+        ]
+        figures[f"{rate}_95"] = limits
     differ = (model >= 0) & (people >= 0) & (model != people)
     disagreements = [
         Disagreement(int(gold.numbers[matched[at]]), gold.keys[matched[at]], labels[place], *pair)
@@ -4391,30 +4699,74 @@ def table_lines(report: Report) -> list[str]:
         values = [value or "(blank)" for value in next(iter(report.shares.values()))]
         lines += ["", f"=== Share of each label by {by!r}{shown} ===", *align(["", *values], rows)]
     if "audit" in report.figures:
-        head = ["", "rows", "agree", "95 % interval", "Cohen's kappa", "rows that differ (line)"]
+        head = ["", "rows", "agree", "95 % interval", "kappa", "share", "audited", "rows that differ (line)"]
         rows = []
         for label, figures in report.figures["audit"].items():
             agreement, interval = percent(figures["agreement"]), " to ".join(map(percent, figures["agreement_95"]))
             numbers, its_lines = figures["rows_that_differ"], figures["lines_that_differ"]
             pairs = itertools.zip_longest(numbers[:SHOWN_VALUES], its_lines[:SHOWN_VALUES], fillvalue="-")
             more = f" and {len(numbers) - SHOWN_VALUES} more" if len(numbers) > SHOWN_VALUES else ""
+            shares = percent(figures["share"]), percent(figures["share_audited"])
             shown = ", ".join(f"{row} ({line})" for row, line in pairs) + more
-            rows.append([label, str(figures["rows"]), agreement, interval, decimal(figures["kappa"]), shown])
-        lines += ["", "=== Audit: re-queried, each row alone ===", *align(head, rows)]
-    if "gold" in report.figures:
-        head = ["", "rows", "support", "precision", "recall", "f1", "accuracy", "kappa", "tp", "fp", "fn", "tn"]
+            rows.append([label, str(figures["rows"]), agreement, interval, decimal(figures["kappa"]), *shares, shown])
+        how = "each row alone" + (", each label forced" if report.options.answer_form != "one" else "")
+        lines += ["", f"=== Audit: re-queried, {how} ===", *align(head, rows)]
+    return lines + gold_lines(report)
+
+
+def gold_lines(report: Report) -> list[str]:
+    """What people's labels say of the model's."""
+    figures, lines = report.figures, [""]
+    if "gold" not in figures:
+        return []
+    if "corrected_shares" in figures:
+        shares = figures["corrected_shares"]
+        head = ["", "coded", "raw", "corrected", "95 % interval"]
+        lines += ["=== Shares, corrected by what people coded ==="]
         rows = [
-            [label, *(decimal(value) if isinstance(value, float) else str(value) for value in figures.values())]
-            for label, figures in report.figures["gold"].items()
+            [
+                label,
+                f"{each['coded']:.0f}",
+                percent(each["raw_share"]),
+                percent(each["corrected_share"]),
+                limits(each, "corrected_share", percent),
+            ]
+            for label, each in shares.items()
         ]
-        lines += ["", "=== Comparison with people ===", *align(head, rows)]
-        unmatched = report.figures["gold_unmatched"].items()
-        lines += [f"Gold rows that are {what}: {count}" for what, count in unmatched if count]
-        others = report.figures["gold_columns_not_compared"]
-        lines += [f"Gold columns that match no label (not compared): {', '.join(others)}"] if others else []
-        if report.options.output_filepath is not None:
-            lines.append(f"Where the model and people differ: {report.options.written['disagreements']}")
+        lines += [*align(head, rows), "", "=== How well labels are found, with 95 % intervals ==="]
+        names = ["precision", "recall", "f1", "kappa"]
+        rows = [
+            [label, *(f"{decimal(each[name])} ({limits(each, name, decimal)})" for name in names)]
+            for label, each in shares.items()
+        ]
+        lines += align(["", *names], rows)
+        lines += [
+            f"{label}: not corrected, since no text to which the model gave it, or none of the others, is coded"
+            for label, each in shares.items()
+            if math.isnan(each["corrected_share"])
+        ]
+    else:
+        head = ["", "rows", "support", "precision", "recall", "f1", "accuracy", "kappa"]
+        rows = []
+        for label, each in figures["gold"].items():
+            rates = [
+                f"{decimal(each[name])} ({' to '.join(map(decimal, each[f'{name}_95']))})"
+                for name in ("precision", "recall")
+            ]
+            counts = ["-" if isinstance(each[name], float) else str(each[name]) for name in ("rows", "support")]
+            rows.append([label, *counts, *rates, *(decimal(each[name]) for name in ("f1", "accuracy", "kappa"))])
+        lines += ["=== Comparison with people, with 95 % intervals ===", *align(head, rows)]
+        lines.append("Shares cannot be corrected from rows that were not drawn: `sample` draws some")
+    lines += [f"Gold rows that are {what}: {count}" for what, count in figures["gold_unmatched"].items() if count]
+    others = figures["gold_columns_not_compared"]
+    lines += [f"Gold columns that match no label (not compared): {', '.join(others)}"] if others else []
+    if report.options.output_filepath is not None:
+        lines.append(f"Where the model and people differ: {report.options.written['disagreements']}")
     return lines
+
+
+def limits(figures: Mapping[str, float], name: str, show: Callable[[float], str]) -> str:
+    return f"{show(figures[f'{name}_low'])} to {show(figures[f'{name}_high'])}"
 
 
 def percent(share: float) -> str:
@@ -4513,13 +4865,20 @@ def without_nan(value: Any) -> Any:
 # In: label columns. Out: one picture.
 
 
-def plot_labels(df: pd.DataFrame, labels: Sequence[str], by: str | None = None) -> Figure:
+def plot_labels(
+    df: pd.DataFrame,
+    labels: Sequence[str],
+    by: str | None = None,
+    corrected: Mapping[str, Mapping[str, float]] | None = None,
+) -> Figure:
     """Draw how common each label is, and which labels occur together.
 
     Args:
         df: rows x columns, with a column of 1, 0 and blanks for each label.
         labels: the label columns.
         by: a column by whose values the shares are broken down, the six most frequent of them.
+        corrected: label -> corrected_share, corrected_share_low and corrected_share_high, to be drawn beside the raw
+            ones; what `corrected_shares(...).to_dict("index")` gives.
 
     Returns:
         A matplotlib figure. Left, each label's share of the rows that have an answer, with its 95 % interval by Wilson
@@ -4536,7 +4895,7 @@ def plot_labels(df: pd.DataFrame, labels: Sequence[str], by: str | None = None) 
     height = 2.2 + 0.34 * len(labels) + 0.075 * widest
     figure = Figure(figsize=(8.5 + 0.34 * len(labels) + 0.07 * widest, height), dpi=110, layout="constrained")
     shares, together = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1 + 0.34 * len(labels)])
-    draw_shares(shares, df, labels, by)
+    draw_shares(shares, df, labels, by, corrected or {})
     draw_together(together, df, labels)
 
     def render() -> bytes:
@@ -4565,7 +4924,9 @@ def require_matplotlib() -> None:
         raise InputError("A plot needs matplotlib: pip install matplotlib.") from None
 
 
-def draw_shares(axes: Axes, df: pd.DataFrame, labels: Sequence[str], by: str | None) -> None:
+def draw_shares(
+    axes: Axes, df: pd.DataFrame, labels: Sequence[str], by: str | None, corrected: Mapping[str, Mapping[str, float]]
+) -> None:
     groups = [("all rows", df)]
     if by is not None:
         names = list(df[by].value_counts().index[:6])
@@ -4580,6 +4941,12 @@ def draw_shares(axes: Axes, df: pd.DataFrame, labels: Sequence[str], by: str | N
         axes.errorbar(
             middle, places, xerr=list(zip(*errors, strict=True)), fmt="o", markersize=4, capsize=2, label=title
         )
+    shown = {place: corrected[label] for place, label in enumerate(labels) if label in corrected}
+    if shown:
+        low, value, high = ([each[f"corrected_share{end}"] for each in shown.values()] for end in ("_low", "", "_high"))
+        widths = [[max(0.0, x - y) for x, y in zip(*pair, strict=True)] for pair in ((value, low), (high, value))]
+        places = [place + 0.25 for place in shown]
+        axes.errorbar(value, places, xerr=widths, fmt="s", markersize=4, capsize=2, label="corrected by people")
     axes.set_yticks(range(len(labels)), [label.replace("$", r"\$") for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(left=0)

@@ -205,8 +205,8 @@ def test_a_job_is_found_again_whatever_the_two_clocks_say(job: Job, skew: float)
 
 
 def test_a_second_process_on_one_output_is_refused_and_the_first_goes_on(job: Job) -> None:
-    job.server.first_token = 0.3
-    first = job.write(make_texts(120)).process()
+    job.server.first_token = 0.6
+    first = job.write(make_texts(200)).process()
     job.wait_in_flight()
     second = job.process()
     _, errors = second.communicate(timeout=30)

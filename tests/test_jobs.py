@@ -349,7 +349,8 @@ class TestUnhappyEnds:
             job.write(make_texts(100)).enrich(**FAST)
         assert len(job.server.calls) == 10
 
-    def test_a_page_of_html_is_no_job(self, job: Job) -> None:
+    def test_a_page_of_html_is_no_job(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "FIND_SECONDS", 0.2)
         page = (200, {"retry-after-ms": "1"}, "<html>Hello</html>")
         job.server.script.extend([page, None, page])
         job.write(make_texts(20)).enrich(**FAST)

@@ -213,7 +213,7 @@ class TestAudit:
         job.check()
         printed = capsys.readouterr().out
         assert "Auditing 30 rows, each alone in its call: 30 API calls...\n" in printed
-        assert "=== Audit: re-queried, each row alone ===\n" in printed
+        assert "=== Audit: re-queried, each row alone, each label forced ===\n" in printed
         assert [len(call.texts) for call in job.server.calls] == [10] * 6 + [1] * 30
 
     def test_its_answers_never_become_labels(self, job: Job) -> None:
@@ -337,7 +337,7 @@ class TestGold:
         path = write_examples(job, "violence", "praise", "not in the table", name="gold.csv")
         assert job.write(["violence", "praise", "cake", "cake"]).command("--gold", str(path)) == 0
         printed = capsys.readouterr().out
-        assert "=== Comparison with people ===\n" in printed
+        assert "=== Comparison with people, with 95 % intervals ===\n" in printed
         assert "micro average         6" in printed
         assert "Gold rows that are not in the table: 1\n" in printed
 
