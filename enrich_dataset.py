@@ -4684,9 +4684,20 @@ def dollars(amount: float) -> str:
 
 
 def summary_lines(report: Report) -> Iterator[str]:
+    advice = "check some by hand" + (", or try `answer_form` each" if report.options.answer_form == "list" else "")
     for label, (ones, zeros, blank) in report.labels.items():
         share = f" ({ones / (ones + zeros):.1%})" if ones + zeros else ""
-        yield f"{label}: {ones}/{ones + zeros}{share}{f', {blank} blank' if blank else ''}"
+        often = too_often(report.labels[label])
+        note = f": {often}; {advice}" if often else ""
+        yield f"{label}: {ones}/{ones + zeros}{share}{f', {blank} blank' if blank else ''}{note}"
+
+
+def too_often(count: LabelCount) -> str:
+    """Where a label applies to hardly believably many rows, how many; else ""."""
+    rows = count.ones + count.zeros
+    if rows >= 10 and count.ones == rows:
+        return "in every row"
+    return "in nearly every row" if rows >= 50 and count.ones > 0.95 * rows else ""
 
 
 def table_lines(report: Report) -> list[str]:
@@ -4841,6 +4852,7 @@ def run_record(report: Report) -> dict[str, Any]:
         },
         "all_runs_on_this_store": report.totals,
         "counts": {label: count._asdict() for label, count in report.labels.items()},
+        "labels_in_nearly_every_row": [label for label, count in report.labels.items() if too_often(count)],
         "counts_of_the_whole_table": {label: count._asdict() for label, count in report.table_labels.items()},
         "shares_by": {"column": options.by_column, "shares": report.shares} if report.shares else None,
         "blank_rows": [

@@ -1,7 +1,8 @@
 """Enrich the sample, HatefulData.csv, with ten labels.
 
-With OPENAI_API_KEY set this asks OpenAI (four calls, well under a cent). Without a key it asks a stand-in
-server on this machine, over real HTTP, so that you can see what a run looks like before you pay for one.
+With OPENAI_API_KEY or OPENAI_BASE_URL set this asks that server (at OpenAI four calls, well under a cent). Without, it
+asks a small real model on this machine if its two packages are installed (see tests/local_model.py), else a stand-in
+server, over real HTTP, so that you can see what a run looks like before you pay for one.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ LABELS = [
 ]
 
 
-def enrich_sample(output: Path, base_url: str | None = None) -> None:
+def enrich_sample(output: Path, **server: str) -> None:
     frame = enrich_dataset(
         input_filepath=HERE / "HatefulData.csv",
         output_filepath=output,
@@ -36,7 +37,7 @@ def enrich_sample(output: Path, base_url: str | None = None) -> None:
         new_labels=LABELS,
         batch_size=10,
         max_workers=3,
-        base_url=base_url,
+        **server,  # base_url and model, else OpenAI's and the default
     )
     print("\nThe three rows with the most labels:")
     counted = frame.assign(labels=frame[LABELS].sum(axis=1)).nlargest(3, "labels")
@@ -44,17 +45,28 @@ def enrich_sample(output: Path, base_url: str | None = None) -> None:
 
 
 def main() -> None:
-    if os.environ.get("OPENAI_API_KEY"):
+    if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"):
         enrich_sample(HERE / "HatefulData_enriched.csv")
         return
-    print("No OPENAI_API_KEY is set, so no model is asked.")
-    print("The labels below come from a stand-in server's word rule: they show how a run goes, and mean nothing.\n")
     sys.path.insert(0, str(HERE / "tests"))
+    from local_model import bundled_model, is_installed, local_model
     from stand_in_server import StandIn
 
+    model = bundled_model()
+    if is_installed() and model is not None:
+        print(
+            f"{model.stem} answers, on this machine: real inference, but a toy-size model, so poor labels; for work use"
+        )
+        print("a key or a larger model.\n")
+        with local_model() as url:
+            enrich_sample(HERE / "HatefulData_local_enriched.csv", base_url=url, model=model.stem)
+        return
+    print(
+        "No OPENAI_API_KEY is set, so no model is asked: the labels below come from a stand-in server's word rule. They"
+    )
+    print("show how a run goes, and mean nothing.\n")
     with StandIn(first_token=0.4, per_token=0.012) as server:
-        # A store of its own name, so that these answers are never taken for a model's.
-        enrich_sample(HERE / "HatefulData_stand_in_enriched.csv", server.url)
+        enrich_sample(HERE / "HatefulData_stand_in_enriched.csv", base_url=server.url)
 
 
 if __name__ == "__main__":

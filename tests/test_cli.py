@@ -341,3 +341,14 @@ def test_no_traceback_and_no_text_reaches_the_user_of_a_bug(
     assert re.fullmatch(r"  enrich_dataset\.py, line \d+, in main", frames[0])
     assert "secret" not in errors
     assert "Traceback" not in errors
+
+
+def test_a_label_that_is_in_nearly_every_row_is_marked(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.write([f"violence {number}" for number in range(60)]).command() == 0
+    line = "praising_violence: 60/60 (100.0%): in every row; check some by hand, or try --answer-form each\n"
+    assert line in capsys.readouterr().out
+    assert json.loads(Path(f"{job.output}.run.json").read_text())["labels_in_nearly_every_row"] == [LABELS[0]]
+    assert job.write([*(f"violence {number}" for number in range(60)), "tram", "cake"]).command() == 0
+    assert "praising_violence: 60/62 (96.8%): in nearly every row; check some by hand" in capsys.readouterr().out
+    assert job.write(["violence", "violence again"]).command() == 0
+    assert "praising_violence: 2/2 (100.0%)\n" in capsys.readouterr().out

@@ -158,9 +158,13 @@ def test_the_example_works_without_a_key(tmp_path: Path) -> None:
     for name in ("example_usage.py", "enrich_dataset.py", "HatefulData.csv"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "stand_in_server.py", tmp_path / "tests")
-    run = subprocess.run([sys.executable, "example_usage.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.startswith("No OPENAI_API_KEY is set, so no model is asked.\n")
+    for name in ("stand_in_server.py", "local_model.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    code = "import importlib.util as u, runpy\nfind = u.find_spec\n"  # as if the local model were not installed
+    code += "u.find_spec = lambda name, *more: None if name == 'xllamacpp' else find(name, *more)\n"
+    code += "runpy.run_path('example_usage.py', run_name='__main__')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("No OPENAI_API_KEY is set, so no model is asked: ")
     assert "word rule" in run.stdout
     assert "psychological_attacks: 3/38 (7.9%)\n" in run.stdout
     assert (tmp_path / "HatefulData_stand_in_enriched.csv").exists()
