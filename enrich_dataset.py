@@ -2615,7 +2615,9 @@ class Pace:
         self.refusals = 0  # in a row
         self.refused_at = -math.inf
         self.spent = {"requests": 0.0, "tokens": 0.0}
-        self.reserve = 1.0  # calls for which a limit must have room besides the next one, since levels are estimates
+        # Calls for which a limit must have room besides the next one, since levels are estimates: at first one in eight
+        # of those that may be in flight, whose completions may still have to be charged.
+        self.reserve = max(1.0, max_workers / 8)
         self.charge = 1.0  # what the server takes off its limit of tokens for one of ours
         self.fallen = self.guessed = 0.0  # over the calls seen lately
         self.seen: tuple[float, float, float] | None = None  # the last report: departed at, remaining, spent by then
@@ -4397,10 +4399,10 @@ def compare_with_gold(gold: Gold, cells: Cells, labels: Sequence[str]) -> tuple[
     predicted, right = (pd.DataFrame(label_columns(each, labels)) for each in (model, people))
     figures = evaluate_labels(predicted, right, compared)
     for rate, part, whole in (("precision", "tp", "fp"), ("recall", "tp", "fn")):
-        limits = [
-            wilson(row[part], row[part] + row[whole]) for _, row in figures[["tp", "fp", "fn"]].fillna(0).iterrows()
+        counts = figures[["tp", "fp", "fn"]].fillna(0)
+        figures[[f"{rate}_low", f"{rate}_high"]] = [
+            wilson(hits, hits + others) for hits, others in zip(counts[part], counts[whole], strict=True)
         ]
-        figures[f"{rate}_95"] = limits
     differ = (model >= 0) & (people >= 0) & (model != people)
     disagreements = [
         Disagreement(int(gold.numbers[matched[at]]), gold.keys[matched[at]], labels[place], *pair)
@@ -4732,24 +4734,15 @@ def gold_lines(report: Report) -> list[str]:
         return []
     if "corrected_shares" in figures:
         shares = figures["corrected_shares"]
-        head = ["", "coded", "raw", "corrected", "95 % interval"]
-        lines += ["=== Shares, corrected by what people coded ==="]
+        head = ["", "coded", "raw", "corrected"]
+        lines += ["=== Shares, corrected by what people coded, with 95 % intervals ==="]
         rows = [
-            [
-                label,
-                f"{each['coded']:.0f}",
-                percent(each["raw_share"]),
-                percent(each["corrected_share"]),
-                limits(each, "corrected_share", percent),
-            ]
+            [label, f"{each['coded']:.0f}", percent(each["raw_share"]), rate_words(each, "corrected_share", percent)]
             for label, each in shares.items()
         ]
         lines += [*align(head, rows), "", "=== How well labels are found, with 95 % intervals ==="]
         names = ["precision", "recall", "f1", "kappa"]
-        rows = [
-            [label, *(f"{decimal(each[name])} ({limits(each, name, decimal)})" for name in names)]
-            for label, each in shares.items()
-        ]
+        rows = [[label, *(rate_words(each, name, decimal) for name in names)] for label, each in shares.items()]
         lines += align(["", *names], rows)
         lines += [
             f"{label}: not corrected, since no text to which the model gave it, or none of the others, is coded"
@@ -4760,10 +4753,7 @@ def gold_lines(report: Report) -> list[str]:
         head = ["", "rows", "support", "precision", "recall", "f1", "accuracy", "kappa"]
         rows = []
         for label, each in figures["gold"].items():
-            rates = [
-                f"{decimal(each[name])} ({' to '.join(map(decimal, each[f'{name}_95']))})"
-                for name in ("precision", "recall")
-            ]
+            rates = [rate_words(each, name, decimal) for name in ("precision", "recall")]
             counts = ["-" if isinstance(each[name], float) else str(each[name]) for name in ("rows", "support")]
             rows.append([label, *counts, *rates, *(decimal(each[name]) for name in ("f1", "accuracy", "kappa"))])
         lines += ["=== Comparison with people, with 95 % intervals ===", *align(head, rows)]
@@ -4776,8 +4766,10 @@ def gold_lines(report: Report) -> list[str]:
     return lines
 
 
-def limits(figures: Mapping[str, float], name: str, show: Callable[[float], str]) -> str:
-    return f"{show(figures[f'{name}_low'])} to {show(figures[f'{name}_high'])}"
+def rate_words(figures: Mapping[str, float], name: str, show: Callable[[float], str]) -> str:
+    """A figure with its interval, if it has one."""
+    value, low, high = figures[name], figures[f"{name}_low"], figures[f"{name}_high"]
+    return show(value) if math.isnan(low) or math.isnan(value) else f"{show(value)} ({show(low)} to {show(high)})"
 
 
 def percent(share: float) -> str:

@@ -54,17 +54,13 @@ def main() -> None:
 
     model = bundled_model()
     if is_installed() and model is not None:
-        print(
-            f"{model.stem} answers, on this machine: real inference, but a toy-size model, so poor labels; for work use"
-        )
-        print("a key or a larger model.\n")
+        print(f"{model.stem} answers, on this machine: real inference, but a toy-size model, so poor labels.")
+        print("For work use a key or a larger model.\n")
         with local_model() as url:
             enrich_sample(HERE / "HatefulData_local_enriched.csv", base_url=url, model=model.stem)
         return
-    print(
-        "No OPENAI_API_KEY is set, so no model is asked: the labels below come from a stand-in server's word rule. They"
-    )
-    print("show how a run goes, and mean nothing.\n")
+    print("No OPENAI_API_KEY is set, so no model is asked.")
+    print("The labels below come from a stand-in server's word rule: they show how a run goes, and mean nothing.\n")
     with StandIn(first_token=0.4, per_token=0.012) as server:
         enrich_sample(HERE / "HatefulData_stand_in_enriched.csv", base_url=server.url)
 

@@ -81,7 +81,7 @@ def test_the_tables_of_quality_are_what_the_readme_shows(
     block = README.split("```console\n$ ")[3].partition("\n```")[0]
     command, _, shown = block.partition("\n")
     shutil.copy(ROOT / "HatefulData.csv", tmp_path)
-    gold = README.partition("here `gold.csv`,\n\n")[2].partition("\n\nand one command")[0]
+    gold = README.partition("With `gold.csv`,\n\n")[2].partition("\n\nand one command")[0]
     (tmp_path / "gold.csv").write_text("".join(f"{line.strip()}\n" for line in gold.splitlines()))
     monkeypatch.chdir(tmp_path)
     with StandIn(flips=0.05) as server:
@@ -164,7 +164,7 @@ def test_the_example_works_without_a_key(tmp_path: Path) -> None:
     code += "u.find_spec = lambda name, *more: None if name == 'xllamacpp' else find(name, *more)\n"
     code += "runpy.run_path('example_usage.py', run_name='__main__')"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.startswith("No OPENAI_API_KEY is set, so no model is asked: ")
+    assert run.stdout.startswith("No OPENAI_API_KEY is set, so no model is asked.\n")
     assert "word rule" in run.stdout
     assert "psychological_attacks: 3/38 (7.9%)\n" in run.stdout
     assert (tmp_path / "HatefulData_stand_in_enriched.csv").exists()

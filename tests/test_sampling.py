@@ -162,9 +162,9 @@ class TestCommand:
         assert job.command("--gold", str(path)) == 0
         printed = capsys.readouterr().out
         assert len(job.server.calls) == calls
-        assert "=== Shares, corrected by what people coded ===\n" in printed
+        assert "=== Shares, corrected by what people coded, with 95 % intervals ===\n" in printed
         table = printed.partition("=== Shares, corrected")[2].splitlines()
-        assert table[1].split() == ["coded", "raw", "corrected", "95", "%", "interval"]
+        assert table[1].split() == ["coded", "raw", "corrected"]
         assert table[2].split()[:2] == ["praising_violence", "50"]
         record = json.loads(Path(f"{job.output}.run.json").read_text())["corrected_shares"][LABELS[0]]
         right = np.mean([truth(text)[0] == "1" for text in job.texts])
