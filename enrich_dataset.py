@@ -1546,7 +1546,7 @@ class Prompt:
     questions: tuple[Question, ...]
     examples: tuple[Example, ...] = ()
 
-    @property
+    @functools.cached_property
     def labels(self) -> tuple[str, ...]:
         return tuple(question.label for question in self.questions)
 
@@ -1824,6 +1824,15 @@ class Request:
         """Its name in a Batch API job."""
         return digest(self.prompt.questions, [row.key.hex() for row in self.rows]).hex()
 
+    @functools.cached_property
+    def message(self) -> str:
+        """The user's message."""
+        return user_message(self.rows, self.id_set)
+
+    @functools.cached_property
+    def message_tokens(self) -> int:
+        return count_tokens(self.message)
+
     @property
     def sendable(self) -> Request | None:
         """Its rows whose texts this run has: not all those of an earlier run's job, whose questions may be others."""
@@ -1892,7 +1901,7 @@ def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
         "model": request.prompt.model,
         "messages": [
             {"role": "system", "content": request.prompt.system_message},
-            {"role": "user", "content": user_message(request.rows, request.id_set)},
+            {"role": "user", "content": request.message},
         ],
     }
     if parameters.format is not Format.TEXT:
@@ -1977,7 +1986,7 @@ def prompt_tokens(request: Request, parameters: Parameters) -> int:
     """About what a call's prompt has: the messages, and the schema, which is billed like them."""
     prompt = request.prompt
     fixed = fixed_tokens(prompt.system_message, prompt.labels, len(request.rows), prompt.form, parameters.format)
-    return fixed + count_tokens(user_message(request.rows, request.id_set))
+    return fixed + request.message_tokens
 
 
 def most_answer_tokens(request: Request) -> int:
@@ -2281,7 +2290,7 @@ class Server:
         self.unknown_refusals = 0  # in a row
         self.served: dict[str, str | int | None] = {}  # model asked for -> model that answered first
         self.told_of_model = False
-        self.answered: dict[bytes, bytes] = {}  # mark of a reply -> digest of the request that it came to first
+        self.answered: dict[int, int] = {}  # hash of a reply -> hash of the request that it came to first
         self.false_alarms = 0  # replies that were suspect and were right
 
     # Calls, which may be made in any thread.
@@ -2429,9 +2438,9 @@ class Server:
             return is_other
         message = response.body["choices"][0]["message"]
         name = look_up(response.body, "id")
-        mark = digest(name, look_up(response.body, "created"), look_up(message, "content"))
-        keys = digest(request.prompt.labels, b"".join(row.key for row in request.rows).hex())
-        is_other = self.answered.setdefault(mark, keys) != keys
+        mark = hash((name, look_up(response.body, "created"), look_up(message, "content")))
+        asked = hash((request.prompt.labels, *[row.key for row in request.rows]))
+        is_other = self.answered.setdefault(mark, asked) != asked
         return is_other and name is not None and self.false_alarms < FALSE_ALARMS
 
     def _note_model(self, asked: str, served: str | int | None) -> None:
@@ -3664,6 +3673,7 @@ class Store:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.run: int | None = None
+        self.numbers: dict[Question, int | None] = {}  # of questions, as far as they were used
         try:
             with contextlib.suppress(FileExistsError):
                 if path:
@@ -3722,16 +3732,18 @@ class Store:
                 "kept."
             ) from None
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Notice a file that is gone or another one, into which nothing would ever come."""
-        if self.path and self.file and not (self.path.exists() and os.path.samestat(self.path.stat(), self.file)):
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        """As `_translate_errors`, but notice a file that is gone or another one, into which nothing would ever come."""
+        is_there = not self.path or not self.file
+        if self.path and self.file:
+            with contextlib.suppress(OSError):
+                is_there = os.path.samestat(os.stat(self.path), self.file)  # noqa: PTH116 # once per call, so fast
+        if not is_there:
             raise EnrichmentError(
                 f"The store {self.path} was deleted or replaced while this run went on: nothing more is sent; the "
                 "output has all that came back. Make that the input of the next run, and nothing is paid twice."
             )
-        with self._translate_errors():
-            yield
+        return self._translate_errors()
 
     def known(self, prompt: Prompt, table: Table, answers: bool = True) -> Cells:
         """The cells of the table's distinct rows: the newest answer, whatever was asked with it, else IN_JOB.
@@ -3849,11 +3861,11 @@ class Store:
 
     def _question_numbers(self, prompt: Prompt) -> str:
         """The numbers of a prompt's questions, which get one where they have none."""
-        numbers = []
         for question in prompt.questions:
-            found = self.db.execute(FIND_QUESTION, question).fetchone()
-            numbers.append(found[0] if found else self.db.execute(ADD_QUESTION, question).lastrowid)
-        return " ".join(map(str, numbers))
+            if question not in self.numbers:
+                found = self.db.execute(FIND_QUESTION, question).fetchone()
+                self.numbers[question] = found[0] if found else self.db.execute(ADD_QUESTION, question).lastrowid
+        return " ".join(str(self.numbers[question]) for question in prompt.questions)
 
     def plan_job(self, job: Job) -> None:
         """Keep a job before it is created, and give it its number."""
