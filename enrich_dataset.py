@@ -2060,6 +2060,11 @@ class Response:
     outcome: Outcome = Outcome.TRANSIENT  # that the reason means
     was_sent: bool = True
 
+    @functools.cached_property
+    def usage(self) -> Usage | None:
+        """The tokens that a completion reports."""
+        return read_usage(self.body)
+
     @property
     def may_be_billed(self) -> bool:
         """Whether a model may have worked for it, seen or unseen."""
@@ -2456,7 +2461,7 @@ class Server:
 
     def _make_room(self, response: Response) -> None:
         """Leave room for twice the reasoning seen, so that an answer which it crowded out fits at the next try."""
-        room = min(MOST_REASONING, 2 * (read_usage(response.body) or Usage()).reasoning)
+        room = min(MOST_REASONING, 2 * (response.usage or Usage()).reasoning)
         if room > self.parameters.reasoning_room:
             self.parameters = replace(self.parameters, reasoning_room=room)
 
@@ -2464,7 +2469,7 @@ class Server:
         """An answer that was cut off at our own bound is sent again with a higher one, before rows are split."""
         if sent_with.completion_bound is None:
             return Outcome.ANSWERED, ""
-        reasoning = (read_usage(response.body) or Usage()).reasoning
+        reasoning = (response.usage or Usage()).reasoning
         self._make_room(response)
         if reasoning and sent_with.reasoning_room >= MOST_REASONING:
             return Outcome.FAILED, f"the model reasoned for {reasoning:,} tokens and came to no answer"
@@ -2526,7 +2531,7 @@ class Server:
 
     def cost(self, response: Response, prices: Prices) -> float | None:
         """What a response says that it cost, in US dollars; None: it does not say, or the price is not known."""
-        usage = read_usage(response.body)
+        usage = response.usage
         return None if usage is None else prices.of(usage, str(look_up(response.body, "model") or ""))
 
     def worst_cost(self, request: Request, tier: str) -> float:
@@ -2766,7 +2771,8 @@ class Attempt:
     cost: float | None = None  # US dollars; None: the price or the usage is not known
     unconfirmed_cost: float = 0.0  # at most, of calls without a bill that may have been billed all the same
     unconfirmed_calls: int = 0  # how many these are
-    body: Mapping[str, Any] = field(default_factory=dict)  # of the last reply
+    usage: Usage | None = None  # of the last reply, as is the body
+    body: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""  # why there is no completion to be read in it
     is_splittable: bool = True  # whether fewer rows at a time may succeed
 
@@ -2780,6 +2786,7 @@ class Attempt:
             cost=known,
             unconfirmed_cost=self.unconfirmed_cost + unconfirmed_cost,
             unconfirmed_calls=self.unconfirmed_calls + (unconfirmed_cost > 0),
+            usage=response.usage,
             body=response.body if isinstance(response.body, dict) else {},
         )
 
@@ -3007,7 +3014,8 @@ class ThreadSender(Sender):
                     self._launch(requests)  # before the caller takes its time over the attempt
                     yield landed
             for _, _, flight in self.waiting:  # their calls were made, so they are recorded
-                yield replace(flight.attempt, body={}, problem="not answered before the stop", is_splittable=False)
+                stopped = "not answered before the stop"
+                yield replace(flight.attempt, body={}, usage=None, problem=stopped, is_splittable=False)
         finally:
             self.pool.shutdown(wait=False, cancel_futures=True)
         error = self.error or self.server.fatal_error
@@ -3831,7 +3839,7 @@ class Store:
 
     def record(self, attempt: Attempt, answers: Mapping[Row, str]) -> None:
         """Keep what came of an attempt."""
-        request, body, usage = attempt.request, attempt.body, read_usage(attempt.body)
+        request, body, usage = attempt.request, attempt.body, attempt.usage
         with self._writing():
             values = (
                 now_text(),
@@ -4515,7 +4523,7 @@ class Report:
         self.attempts += 1
         self.answered += answered
         self.call_seconds += attempt.seconds
-        self.usage = Usage(*map(sum, zip(self.usage, read_usage(attempt.body) or Usage(), strict=True)))
+        self.usage = Usage(*map(sum, zip(self.usage, attempt.usage or Usage(), strict=True)))
         self.cost += attempt.cost or 0.0
         self.unconfirmed_cost += attempt.unconfirmed_cost
         self.unconfirmed_calls += attempt.unconfirmed_calls

@@ -60,9 +60,12 @@ def write_texts(path: Path, texts: Sequence[str]) -> Path:
     return path
 
 
-def expected(texts: Sequence[str], labels: Sequence[str] = LABELS) -> list[list[str]]:
-    """The cells by the word rule."""
-    return [[str(int(label in labels_of(text, list(labels)))) for label in labels] for text in texts]
+def expected(texts: Sequence[str], labels: Sequence[str] = LABELS, form: str = "list") -> list[list[str]]:
+    """The cells by the word rule; where one label is chosen, it is the first that applies, or the last of all."""
+    applying = [labels_of(text, list(labels)) for text in texts]
+    if form == "one":
+        applying = [(found or [labels[-1]])[:1] for found in applying]
+    return [[str(int(label in found)) for label in labels] for found in applying]
 
 
 def read_cells(path: Path, labels: Sequence[str] = LABELS) -> list[list[str]]:
@@ -78,8 +81,8 @@ def prompt_of(labels: Sequence[str] = LABELS, model: str = "m", **options: Any) 
 class Job:
     """A table of texts in a folder of its own, and the ways to have it labelled."""
 
-    def __init__(self, folder: Path, server: StandIn) -> None:
-        self.server = server
+    def __init__(self, folder: Path, server: StandIn, form: str = "list") -> None:
+        self.server, self.form = server, form
         self.input = folder / "in.csv"
         self.output = folder / "out.csv"
         self.store = folder / "out.csv.answers.sqlite3"
@@ -91,12 +94,12 @@ class Job:
         return self
 
     def enrich(self, labels: Sequence[str] = LABELS, **options: Any) -> pd.DataFrame:
-        options = {"base_url": self.server.url, "quiet": True, "model": MODEL} | options
+        options = {"base_url": self.server.url, "quiet": True, "model": MODEL, "answer_form": self.form} | options
         return module.enrich_dataset(self.input, self.output, "text", None, labels, **options)
 
     def arguments(self, *more: str) -> list[str]:
         paths = ["--input", str(self.input), "--output", str(self.output), "--text-column", "text"]
-        return [*paths, "--model", MODEL, "--labels", *LABELS, *more]
+        return [*paths, "--model", MODEL, "--answer-form", self.form, "--labels", *LABELS, *more]
 
     def command(self, *more: str) -> int:
         return module.main(self.arguments("--base-url", self.server.url, *more))
@@ -123,15 +126,19 @@ class Job:
 
     def check(self, blank_rows: Sequence[int] = ()) -> None:
         """Every cell is right, and these rows alone are blank."""
-        right = expected(self.texts)
+        right = expected(self.texts, form=self.form)
         for number in blank_rows:
             right[number] = [""] * len(LABELS)
         assert self.cells == right
 
 
+# A test that is to hold under every form of the answer.
+in_every_form = pytest.mark.parametrize("job", ["list", "each", "one"], indirect=True)
+
+
 @pytest.fixture
-def job(tmp_path: Path, server: StandIn) -> Job:
-    return Job(tmp_path, server)
+def job(tmp_path: Path, server: StandIn, request: pytest.FixtureRequest) -> Job:
+    return Job(tmp_path, server, getattr(request, "param", "list"))
 
 
 @pytest.fixture

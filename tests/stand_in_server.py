@@ -557,7 +557,8 @@ def asked_labels(body: dict[str, Any]) -> list[str]:
     if schema:
         return list(schema.get("enum") or schema.get("properties") or schema["items"]["enum"])
     return [
-        json.loads(name) for name in re.findall(r'^(".*?[^\\]")(?::|$)', body["messages"][0]["content"], re.MULTILINE)
+        json.loads(name)
+        for name in re.findall(r'^(?:- )?(".*?[^\\]")(?::|$)', body["messages"][0]["content"], re.MULTILINE)
     ]
 
 

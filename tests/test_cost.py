@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import LABELS, Job, expected, make_texts
+from conftest import LABELS, Job, expected, in_every_form, make_texts
 from stand_in_server import Call, Handler
 
 import enrich_dataset as module
@@ -26,6 +26,7 @@ def figures(frame: Any) -> dict[str, Any]:
 
 
 class TestAfter:
+    @in_every_form
     def test_the_cost_is_the_list_price_of_each_call(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         told = figures(job.write(make_texts(60)).enrich(quiet=False))
         assert told["cost"] == pytest.approx(price(job.server.calls))
@@ -164,6 +165,7 @@ class TestBefore:
 
 
 class TestCap:
+    @in_every_form
     def test_a_capped_run_ends_at_or_under_it_and_a_higher_cap_ends_the_job(
         self, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LABELS, ROOT, Job, make_texts
+from conftest import LABELS, ROOT, Job, in_every_form, make_texts
 from stand_in_server import StandIn, error_body
 from test_cost import MINI, price
 
@@ -36,6 +36,7 @@ def billed(job: Job) -> float:
 
 
 class TestMoney:
+    @in_every_form
     @pytest.mark.parametrize("factor", [1.0, 4.0, 40.0])
     def test_the_cap_holds_whatever_a_server_bills_but_for_one_calls_excess(self, job: Job, factor: float) -> None:
         job.server.bills, job.server.first_token = factor, 0.02
@@ -192,6 +193,7 @@ class TestReach:
 
 
 class TestCaches:
+    @in_every_form
     def test_a_gateway_that_answers_from_a_cache_of_other_requests_ends_the_run(
         self, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:

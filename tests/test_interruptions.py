@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 import pytest
-from conftest import Job, make_texts
+from conftest import Job, in_every_form, make_texts
 
 
 def wait_for_calls(job: Job, count: int) -> None:
@@ -17,6 +17,7 @@ def wait_for_calls(job: Job, count: int) -> None:
         time.sleep(0.01)
 
 
+@in_every_form
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_what_came_back_and_goes_on(job: Job, number: signal.Signals) -> None:
     job.server.first_token = 0.5

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import LABELS, Job, make_texts, prompt_of
+from conftest import LABELS, Job, in_every_form, make_texts, prompt_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -154,6 +154,7 @@ def test_figures_that_a_server_misshapes_cost_no_answer(job: Job, usage: Any) ->
     job.check()
 
 
+@in_every_form
 def test_a_poisoned_row_stays_blank_alone_and_is_named(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     texts = make_texts(40)
     texts[3], texts[17], texts[31] = "poison-filter", "poison-refusal", "poison-garbage"
@@ -166,6 +167,7 @@ def test_a_poisoned_row_stays_blank_alone_and_is_named(job: Job, capsys: pytest.
     assert "  row 31 (line 33): the answer was not valid JSON\n" in printed
 
 
+@in_every_form
 @pytest.mark.parametrize("fault", ["400-filter", "400-context", "length", "missing", "foreign", "doubled", "unknown"])
 def test_each_fault_of_content_stays_with_its_row(job: Job, fault: str) -> None:
     texts = make_texts(12)
@@ -176,6 +178,7 @@ def test_each_fault_of_content_stays_with_its_row(job: Job, fault: str) -> None:
     job.check(blank_rows=[5])
 
 
+@in_every_form
 def test_a_row_that_failed_is_pending_at_the_next_run(job: Job) -> None:
     job.write(["cake", "poison-garbage"])
     assert job.command("--quiet") == 3

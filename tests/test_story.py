@@ -6,11 +6,12 @@ import sqlite3
 
 import pandas as pd
 import pytest
-from conftest import LABELS, ROOT, Job, expected, make_texts
+from conftest import LABELS, ROOT, Job, expected, in_every_form, make_texts
 
 import enrich_dataset as module
 
 
+@in_every_form
 def test_every_cell_is_what_the_server_answered(job: Job) -> None:
     job.write(make_texts(95)).enrich()
     job.check()
@@ -30,6 +31,7 @@ def test_the_frame_is_what_pandas_reads_plus_nullable_labels(job: Job) -> None:
     assert frame.attrs["enrichment"]["calls"] == 2
 
 
+@in_every_form
 def test_a_second_run_makes_no_call(job: Job) -> None:
     job.write(make_texts(30)).enrich()
     before = job.output.read_bytes()
@@ -48,6 +50,7 @@ def test_a_second_run_needs_no_key(job: Job) -> None:
     job.check()
 
 
+@in_every_form
 def test_equal_rows_are_asked_once(job: Job) -> None:
     job.write(["an attack", "cake"] * 10).enrich()
     assert sorted(job.asked) == ["an attack", "cake"]
@@ -63,6 +66,7 @@ def test_rows_with_another_existing_label_are_other_rows(job: Job) -> None:
     assert sorted(sent) == ['{"660":["attack","a"]}', '{"660":["attack","b"]}']
 
 
+@in_every_form
 def test_added_rows_cost_only_themselves(job: Job) -> None:
     texts = make_texts(40)
     job.write(texts[:30]).enrich()
@@ -122,6 +126,7 @@ def test_rows_outside_the_window_keep_what_the_store_has(job: Job) -> None:
     job.check(blank_rows=range(10, 20))
 
 
+@in_every_form
 def test_blank_texts_are_not_sent_and_stay_blank(job: Job) -> None:
     job.write(["", "  \t", "cake"]).enrich()
     assert job.asked == ["cake"]
