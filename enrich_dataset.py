@@ -4734,18 +4734,19 @@ def table_lines(report: Report) -> list[str]:
         values = [value or "(blank)" for value in next(iter(report.shares.values()))]
         lines += ["", f"=== Share of each label by {by!r}{shown} ===", *align(["", *values], rows)]
     if "audit" in report.figures:
-        head = ["", "rows", "agree", "95 % interval", "kappa", "share", "audited", "rows that differ (line)"]
-        rows = []
+        head = ["", "rows", "agree", "95 % interval", "kappa", "share", "audited"]
+        rows, differing = [], ["rows that differ (line)"]
         for label, figures in report.figures["audit"].items():
             agreement, interval = percent(figures["agreement"]), " to ".join(map(percent, figures["agreement_95"]))
             numbers, its_lines = figures["rows_that_differ"], figures["lines_that_differ"]
             pairs = itertools.zip_longest(numbers[:SHOWN_VALUES], its_lines[:SHOWN_VALUES], fillvalue="-")
             more = f" and {len(numbers) - SHOWN_VALUES} more" if len(numbers) > SHOWN_VALUES else ""
             shares = percent(figures["share"]), percent(figures["share_audited"])
-            shown = ", ".join(f"{row} ({line})" for row, line in pairs) + more
-            rows.append([label, str(figures["rows"]), agreement, interval, decimal(figures["kappa"]), *shares, shown])
+            rows.append([label, str(figures["rows"]), agreement, interval, decimal(figures["kappa"]), *shares])
+            differing.append(", ".join(f"{row} ({line})" for row, line in pairs) + more)
         how = "each row alone" + (", each label forced" if report.options.answer_form != "one" else "")
-        lines += ["", f"=== Audit: re-queried, {how} ===", *align(head, rows)]
+        table = zip(align(head, rows), differing, strict=True)
+        lines += ["", f"=== Audit: re-queried, {how} ===", *(f"{line}  {numbers}".rstrip() for line, numbers in table)]
     return lines + gold_lines(report)
 
 

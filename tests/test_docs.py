@@ -75,23 +75,6 @@ def test_the_tour_prints_what_the_readme_shows(tmp_path: Path) -> None:
     assert (tmp_path / "HatefulData_enriched.csv").read_text(encoding="utf-8").startswith(excerpt)
 
 
-def test_the_tables_of_quality_are_what_the_readme_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    block = README.split("```console\n$ ")[3].partition("\n```")[0]
-    command, _, shown = block.partition("\n")
-    shutil.copy(ROOT / "HatefulData.csv", tmp_path)
-    gold = README.partition("With `gold.csv`,\n\n")[2].partition("\n\nand one command")[0]
-    (tmp_path / "gold.csv").write_text("".join(f"{line.strip()}\n" for line in gold.splitlines()))
-    monkeypatch.chdir(tmp_path)
-    with StandIn(flips=0.05) as server:
-        assert module.main(shlex.split(command.replace("http://127.0.0.1:8000/v1", server.url))[2:]) == 0
-    assert capsys.readouterr().out.partition("=== Audit")[2].strip() == shown.partition("=== Audit")[2].strip()
-    assert shown.startswith("=== Audit")
-    assert (tmp_path / "labels.png").exists()
-    assert (tmp_path / "HatefulData_checked_enriched.csv.run.json").exists()
-
-
 def test_the_dry_run_prints_what_the_readme_shows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

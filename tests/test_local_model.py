@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -111,6 +113,26 @@ def test_the_audit_and_the_comparison_with_people_have_finite_figures(tmp_path: 
         assert math.isfinite(told["audit"][label]["agreement"])
         assert told["audit"][label]["rows"] == 3
         assert math.isfinite(told["gold"][label]["accuracy"])
+
+
+def without_figures(text: str) -> list[str]:
+    """A report's lines without what a model thinks: the first word of a table's rows, other lines whole."""
+    return [re.sub(r" {2,}.*", "", line) for line in text.splitlines()]
+
+
+def test_the_tables_of_quality_are_like_the_readme_shows(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (ROOT / "ENRICHMENT_README.md").read_text(encoding="utf-8")
+    command, _, shown = readme.split("```console\n$ ")[3].partition("\n```")[0].partition("\n")
+    (tmp_path / "HatefulData.csv").write_bytes((ROOT / "HatefulData.csv").read_bytes())
+    gold = readme.partition("With `gold.csv`,\n\n")[2].partition("\n\nand one command")[0]
+    (tmp_path / "gold.csv").write_text("".join(f"{line.strip()}\n" for line in gold.splitlines()))
+    monkeypatch.chdir(tmp_path)
+    assert module.main(shlex.split(command.replace("http://127.0.0.1:34335/v1", url))[2:]) == 0
+    printed = capsys.readouterr().out.partition("=== Audit")[2].strip()
+    assert without_figures(printed) == without_figures(shown.partition("=== Audit")[2].strip())
+    assert (tmp_path / "labels.png").exists()
 
 
 def test_the_example_asks_it_and_its_server_ends_with_it(tmp_path: Path) -> None:
