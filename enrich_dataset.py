@@ -759,12 +759,16 @@ class Run:
                 file.write(text.getvalue().encode("utf-8", "replace"))
         return figures
 
+    @property
+    def left_to_model(self) -> Any:
+        """For each row, whether none of its cells was given or comes from an example."""
+        return (self.table.given < 0).all(axis=1) & (self.from_examples < 0).all(axis=1)
+
     def population(self, cells: Cells) -> tuple[IntArray, IntArray]:
         """The first rows of the requested distinct texts that the model labelled, and how often each occurs."""
         import numpy as np
 
-        by_model = (self.table.given < 0).all(axis=1) & (self.from_examples < 0).all(axis=1)
-        eligible = self.requested & by_model & (cells >= 0).all(axis=1)
+        eligible = self.requested & self.left_to_model & (cells >= 0).all(axis=1)
         _, firsts, counts = np.unique(self.table.key_indexes[eligible], return_index=True, return_counts=True)
         return eligible.nonzero()[0][firsts], counts
 
@@ -814,8 +818,7 @@ class Run:
 
     def draw_audit(self, prompt: Prompt, labelled: Any) -> tuple[IntArray, IntArray]:
         """The numbers of the rows to audit, of those that the model labelled, and of these the ones to send."""
-        by_model = (self.table.given < 0).all(axis=1) & (self.from_examples < 0).all(axis=1)
-        eligible = self.requested & labelled & by_model
+        eligible = self.requested & labelled & self.left_to_model
         numbers = draw_rows(self.table, eligible, self.options.audit, self.options.seed)
         known = self.store.known(prompt, self.table)[self.table.key_indexes[numbers]]
         return numbers, numbers[(known == BLANK).any(axis=1)]
