@@ -795,7 +795,7 @@ class Run:
         count = max(self.options.sample, len(before.keys) if before else 0)
         drawn, probabilities = draw_sample(keys, predicted, count, self.options.seed)
         state = digest(self.options.seed, [key.hex() for key in keys], predicted.tobytes().hex()).hex()
-        if before and state != self.store.drawn(str(path.resolve())):
+        if before and state != self.store.noted(f"draw of {path.resolve()}", ""):
             return [
                 "",
                 f"✗ The labels have changed since {path} was drawn, so it is left as it is: move it away to draw anew",
@@ -807,7 +807,7 @@ class Run:
         for place, row in zip(drawn.tolist(), self.table.rows(numbers[drawn]), strict=True):
             coded = ["" if value < 0 else value for value in filled.get(row.key, [BLANK] * len(self.options.labels))]
             writer.writerow([sample_id(row.key), row.text, *coded, repr(float(probabilities[place]))])
-        self.store.note_drawn(str(path.resolve()), state)
+        self.store.note(f"draw of {path.resolve()}", state)
         with self.files.replacing(path, is_edited=True) as file:
             file.write(text.getvalue().encode("utf-8-sig", "replace"))
         return [
@@ -1342,9 +1342,8 @@ class Files:
         """Refuse to write a file that is there already, unless it is as this program left it."""
         for what, path in written.items():
             found, name = file_digest(path), self._name(path)
-            known = self.store.digests(name)
-            if self.store.draft(name):  # of a run that was killed
-                path.resolve().with_name(self.store.draft(name)).unlink(missing_ok=True)
+            known = self._known(name)
+            self._draft(path).unlink(missing_ok=True)  # of a run that was killed
             if found and not path.stat().st_mode & stat.S_IWUSR:
                 raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
             if self.overwrite:
@@ -1365,17 +1364,14 @@ class Files:
         `is_edited`: people are meant to have changed it.
         """
         target, name = path.resolve(), self._name(path)  # behind a link, the file that it points to
-        draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        draft = self._draft(path)
         try:
             found = file_digest(target)
-            if found and not is_edited and found not in {*self.store.digests(name), *self.overwritten}:
+            if found and not is_edited and found not in {*self._known(name), *self.overwritten}:
                 raise EnrichmentError(
                     f"{path} was changed while this run went on, and is left as it is: move it away, then run the same "
                     "command; no answer is lost."
                 )
-            failing = contextlib.suppress(*[EnrichmentError] * even_unnoted)
-            with failing:
-                self.store.note_draft(name, draft.name)
             with open_draft(draft, target) as file:
                 yield file
                 file.flush()
@@ -1383,8 +1379,8 @@ class Files:
             # Noted before the move, so that a kill between the two leaves a file that is known.
             written = file_digest(draft)
             self.overwritten.add(written)
-            with failing:
-                self.store.note_file(name, found, written)
+            with contextlib.suppress(*[EnrichmentError] * even_unnoted):
+                self.store.note(f"digests of {name}", f"{found} {written}")
             draft.replace(target)
         except OSError as error:
             raise EnrichmentError(
@@ -1394,6 +1390,16 @@ class Files:
         finally:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
+
+    def _known(self, name: str) -> list[str]:
+        """Digests of what was found where this file was written last, and of what was written in its place."""
+        return self.store.noted(f"digests of {name}", "").split(" ")
+
+    def _draft(self, path: Path) -> Path:
+        """Always the same for this store, so that the next run finds what a killed one has left."""
+        target, store = path.resolve(), self.store.path
+        mark = digest(store.name if store else os.getpid(), self._name(path)).hex()
+        return target.with_name(f".{target.name}.{mark}.tmp")
 
     def _name(self, path: Path) -> str:
         """As the store has it: seen from its own folder, so that both can be moved."""
@@ -2833,8 +2839,9 @@ class Budget:
 
     def __init__(self, cap: float | None, store: Store) -> None:
         self.cap, self.store = cap, store
-        self.spent, self.for_jobs, self.reached = store.money()  # by all runs on this store
-        self.spent_before = self.spent
+        self.spent, self.for_jobs = store.money()  # by all runs on this store
+        self.reached = store.noted("reached_cap", -1.0)  # the highest cap that a run has ended at
+        self.unsettled = store.noted("unsettled_cost", 0.0)  # by runs that were killed
         self.in_flight = self.noted = 0.0  # bounds of calls; noted in the store, so that they count after a kill
         self.excess = 1.0  # the most that a call was billed, by its bound: a tokenizer that we guess too short
         self.is_untried = cap is not None  # until a first bill
@@ -2858,9 +2865,12 @@ class Budget:
             return False
         self.in_flight += bound
         if self.in_flight * self.excess > self.noted:
-            self.noted = self.in_flight * self.excess
-            self.store.note_in_flight(self.noted)
+            self._note()
         return True
+
+    def _note(self) -> None:
+        self.noted = self.in_flight * self.excess
+        self.store.note("unsettled_cost", self.unsettled + self.noted)
 
     def settle(self, bound: float, cost: float | None, unconfirmed: float) -> None:
         """Put what was billed in place of what was set aside; without a bill that stays."""
@@ -2883,8 +2893,7 @@ class Budget:
     def close(self) -> None:
         """No call will come back any more: what is still in flight counts as spent."""
         if self.noted:
-            self.noted = self.in_flight * self.excess
-            self.store.note_in_flight(self.noted)
+            self._note()
 
     def exceeded(self, amount: float) -> BudgetExceeded:
         """For a call that may cost this amount."""
@@ -2893,7 +2902,7 @@ class Budget:
         why = f"The next call may cost up to {most}, which could exceed `max_cost` {self.cap:g} {spent}"
         if self.is_reached:
             why = f"An earlier run on this store has ended at `max_cost` {self.cap:g} or a higher one {spent}"
-        self.store.note_cap(self.cap or 0.0)
+        self.store.note("reached_cap", max(self.cap or 0.0, self.reached))
         return BudgetExceeded(f"{why}: raise it and run the same command to continue.")
 
 
@@ -2977,15 +2986,79 @@ CALL_SECONDS = 600.0  # after which a call is given up whose reply only drips; t
 STOP_SECONDS = 8.0  # how long a stop waits for calls in flight, or as long as the slowest answer has taken
 MOST_UNPROVEN = 20  # calls at once, until a row has been answered
 LONGEST_WAIT = 3600.0  # that a server may ask for
-NO_CALL = (-1, Response(0, {}, None, 0.0))
+
+
+class Calls:
+    """Calls in threads, at most `workers` at once, each of which has an end, however its reply drips.
+
+    Threads only call. Everything that decides runs in the main thread, so there is no lock.
+    """
+
+    def __init__(self, workers: int, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.workers, self.clock = workers, clock
+        self.longest = max(CALL_SECONDS, timeout)
+        self.pool = self._new_pool()
+        self.completed: queue.SimpleQueue[tuple[int, Response | Exception]] = queue.SimpleQueue()
+        self.started: dict[int, float] = {}  # by the number of a call that has not come back, the oldest first
+        self.numbers = itertools.count()
+        self.slowest = 0.0  # seconds that an answer has taken
+        self.stopped_at = math.inf
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.workers, thread_name_prefix="enrich")
+
+    def __enter__(self) -> Calls:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def start(self, call: Callable[[], Response]) -> int:
+        """Have a call made; return its number."""
+        number = next(self.numbers)
+        self.started[number] = self.clock()
+
+        def make() -> None:
+            try:
+                self.completed.put((number, call()))
+            except Exception as error:  # a bug is raised in the main thread
+                self.completed.put((number, error))
+
+        self.pool.submit(make)
+        return number
+
+    def next(self, pause: float, is_stopping: bool) -> tuple[int, Response] | None:
+        """The number of a call that came back, and its response; None if none does within `pause` seconds.
+
+        The oldest comes back as if it had timed out if it takes too long; its thread is left behind with its pool.
+        """
+        now, number = self.clock(), next(iter(self.started), None)
+        self.stopped_at = min(self.stopped_at, now) if is_stopping else math.inf
+        if number is not None:
+            age, stopped_for = now - self.started[number], now - self.stopped_at
+            if age > self.longest or stopped_for > max(STOP_SECONDS, self.slowest):
+                self.pool.shutdown(wait=False)
+                self.pool = self._new_pool()
+                del self.started[number]
+                return number, Response(0, {}, None, age, "no whole answer in time")
+        try:
+            number, response = self.completed.get(timeout=pause)
+        except queue.Empty:
+            return None
+        if self.started.pop(number, None) is None:  # it had been given up
+            return None
+        if isinstance(response, Exception):
+            raise response
+        if response.status == 200:
+            self.slowest = max(self.slowest, response.seconds)
+        return number, response
 
 
 @dataclass
 class ThreadSender(Sender):
     """Makes chat calls, at most `max_workers` at once.
 
-    Workers only call; everything that decides runs in the main thread, so there is no lock, no worker sleeps while it
-    waits, and what is in flight is all that can still be billed after a stop.
+    No worker sleeps while a request waits, and what is in flight is all that can still be billed after a stop.
     """
 
     headline = "Parallel workers: {max_workers}"
@@ -2995,32 +3068,25 @@ class ThreadSender(Sender):
 
     def __post_init__(self) -> None:
         self.pace = Pace(int(self.options.max_workers))
-        self.pool = self._new_pool()
-        self.completed: queue.SimpleQueue[tuple[int, Response | Exception]] = queue.SimpleQueue()
-        self.in_flight: dict[int, Flight] = {}  # by the number of the call, the oldest first
+        self.calls = Calls(int(self.options.max_workers), self.options.timeout, self.clock)
+        self.in_flight: dict[int, Flight] = {}  # by the number of the call
         self.waiting: list[tuple[float, int, Flight]] = []  # a heap, by the time at which a retry is due
-        self.numbers = itertools.count()  # of calls; they also settle ties in the heap
-        self.slowest = 0.0  # seconds that an answer has taken
+        self.ties = itertools.count()  # in that heap, settled in order
         self.limited_since = math.inf  # since when only 429s have come
-        self.stopped_at = math.inf
         self.error: EnrichmentError | None = None
 
-    def _new_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(int(self.options.max_workers), thread_name_prefix="enrich")
-
     def send(self, requests: Queue) -> Generator[Attempt, None, None]:
-        try:
+        with self.calls:
             while self.in_flight or (self.is_running and (self.waiting or requests.peek())):
-                number, response = self._overdue() or self._next_completed(self._launch(requests))
-                landed = self._take_in(number, response) if number in self.in_flight else None
+                pause = self._launch(requests)
+                returned = self.calls.next(pause, is_stopping=not self.is_running)
+                landed = self._take_in(*returned) if returned else None
                 if landed:
                     self._launch(requests)  # before the caller takes its time over the attempt
                     yield landed
             for _, _, flight in self.waiting:  # their calls were made, so they are recorded
                 stopped = "not answered before the stop"
                 yield replace(flight.attempt, body={}, usage=None, problem=stopped, is_splittable=False)
-        finally:
-            self.pool.shutdown(wait=False, cancel_futures=True)
         error = self.error or self.server.fatal_error
         if error:
             raise error
@@ -3051,9 +3117,7 @@ class ThreadSender(Sender):
             flight = heapq.heappop(self.waiting)[2] if is_retry else Flight(Attempt(requests.pop(), tier=self.tier))
             flight.attempt = replace(flight.attempt, parameters=self.server.parameters)
             flight.departure, flight.bound = self.pace.leave(tokens, now), bound
-            number = next(self.numbers)
-            self.in_flight[number] = flight
-            self.pool.submit(self._call, number, flight.attempt)
+            self.in_flight[self.calls.start(partial(self._call, flight.attempt))] = flight
         return 0.5
 
     @property
@@ -3063,37 +3127,8 @@ class ThreadSender(Sender):
             return 1
         return int(self.pace.slots) if self.is_proven else min(int(self.pace.slots), MOST_UNPROVEN)
 
-    def _call(self, number: int, attempt: Attempt) -> None:
-        """In a worker: all that one does."""
-        response: Response | Exception
-        try:
-            response = self.server.call("/chat/completions", build_body(attempt.request, attempt.parameters))
-        except Exception as error:  # a bug is raised in the main thread
-            response = error
-        self.completed.put((number, response))
-
-    def _next_completed(self, pause: float) -> tuple[int, Response]:
-        """The number of a call and its response; a number that is not in flight if none comes in time."""
-        try:
-            number, response = self.completed.get(timeout=pause)
-        except queue.Empty:
-            return NO_CALL
-        if isinstance(response, Exception):
-            raise response
-        return number, response
-
-    def _overdue(self) -> tuple[int, Response] | None:
-        """The oldest call as if it had timed out, if it takes too long; its thread is left behind with its pool."""
-        now, number = self.clock(), next(iter(self.in_flight), None)
-        self.stopped_at = math.inf if self.is_running else min(self.stopped_at, now)
-        if number is None:
-            return None
-        longest, age = max(CALL_SECONDS, self.options.timeout), now - self.in_flight[number].departure.at
-        if age <= longest and now - self.stopped_at <= max(STOP_SECONDS, self.slowest):
-            return None
-        self.pool.shutdown(wait=False)
-        self.pool = self._new_pool()
-        return number, Response(0, {}, None, age, "no whole answer in time")
+    def _call(self, attempt: Attempt) -> Response:
+        return self.server.call("/chat/completions", build_body(attempt.request, attempt.parameters))
 
     def _take_in(self, number: int, response: Response) -> Attempt | None:
         """The attempt if it has landed, or None if it is to be sent again, later."""
@@ -3111,7 +3146,6 @@ class ThreadSender(Sender):
         self.limited_since = min(self.limited_since, now) if outcome is Outcome.LIMITED else math.inf
         if outcome in {Outcome.ANSWERED, Outcome.REFUSED, Outcome.FAILED}:
             self.pace.succeed()
-            self.slowest = max(self.slowest, response.seconds)
             return replace(flight.attempt, problem=reason, is_splittable=outcome is not Outcome.FAILED)
         if max(wait, now - self.limited_since) > LONGEST_WAIT:
             self.error = self.error or ProviderError(long_wait_line(self.server.host, wait))
@@ -3129,7 +3163,7 @@ class ThreadSender(Sender):
         return None
 
     def _send_again(self, flight: Flight, due: float) -> None:
-        heapq.heappush(self.waiting, (due, next(self.numbers), flight))
+        heapq.heappush(self.waiting, (due, next(self.ties), flight))
 
     def _retry(self, flight: Flight, wait: float, reason: str, now: float) -> Attempt | None:
         """Retry after a pause, until the retries are used up or the server proves to be gone."""
@@ -3190,10 +3224,10 @@ class Job:
     parameters: Parameters
     user_price: tuple[float, float] | None  # US dollars per million tokens; it is billed as it was ordered
     planned_at: float = field(default_factory=time.time)  # seconds since 1970
-    attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
     set_aside: float = 0.0  # US dollars
-    number: int = 0  # in the store
     batch_id: str | None = None
+    number: int = 0  # in the store
+    attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
     looks: int = 0  # at its files, in vain
 
 
@@ -3216,6 +3250,7 @@ class JobSender(Sender):
     start_line = "Submitting them to the Batch API..."
 
     def __post_init__(self) -> None:
+        self.calls = Calls(1, self.options.timeout)
         self.jobs: list[Job] = []
         self.waiting: deque[Attempt] = deque()  # for the next job, because an earlier one left them undone
         self.most_requests = JOB_REQUESTS  # per job; fewer once the account's queue has proved to be shorter
@@ -3225,22 +3260,23 @@ class JobSender(Sender):
         self.completions = 0  # that could be read, whatever they said
 
     def send(self, requests: Queue) -> Generator[Attempt, None, None]:
-        self._resume()
-        while self.jobs or self.waiting or requests.peek():
-            self._submit(requests)
-            ended = self._poll()
-            for job, batch in ended:
-                yield from self._collect(job, batch)
-                if self.server.fatal_error:
-                    raise self.server.fatal_error
-                if self.completions and not (self.is_proven or job.looks or self.waiting):
-                    raise ProviderError(
-                        f"Job {job.batch_id} has given no answer that can be used: try live calls first."
-                    )
-            if not ended or any(job.looks for job in self.jobs):
-                if self.options.no_wait:
-                    return
-                self._pause(self.options.poll_interval)
+        with self.calls:
+            self._resume()
+            while self.jobs or self.waiting or requests.peek():
+                self._submit(requests)
+                ended = self._poll()
+                for job, batch in ended:
+                    yield from self._collect(job, batch)
+                    if self.server.fatal_error:
+                        raise self.server.fatal_error
+                    if self.completions and not (self.is_proven or job.looks or self.waiting):
+                        raise ProviderError(
+                            f"Job {job.batch_id} has given no answer that can be used: try live calls first."
+                        )
+                if not ended or any(job.looks for job in self.jobs):
+                    if self.options.no_wait:
+                        return
+                    self._pause(self.options.poll_interval)
 
     def _pause(self, seconds: float) -> None:
         if self.stop.wait(seconds):
@@ -3368,29 +3404,13 @@ class JobSender(Sender):
             path = f"/batches?limit=100&after={last}"
 
     def _call(self, call: Callable[[], Response]) -> Response:
-        """A call made in another thread, so that it has an end however its reply drips, and a stop finds one soon."""
-        done: queue.SimpleQueue[Response | BaseException] = queue.SimpleQueue()
-
-        def make() -> None:
-            try:
-                done.put(call())
-            except BaseException as error:  # raised where it is waited for
-                done.put(error)
-
-        threading.Thread(target=make, daemon=True).start()
-        longest, started, stopped_at = max(CALL_SECONDS, self.options.timeout), time.monotonic(), math.inf
+        self.calls.start(call)
         while True:
-            with contextlib.suppress(queue.Empty):
-                result = done.get(timeout=0.2)
-                if isinstance(result, BaseException):
-                    raise result
-                return result
-            now = time.monotonic()
-            stopped_at = min(stopped_at, now) if self.stop.is_set() else math.inf
-            if now - stopped_at > STOP_SECONDS:
+            returned = self.calls.next(0.2, is_stopping=self.stop.is_set())
+            if returned and self.stop.is_set() and not returned[1].status:
                 raise Stopped
-            if now - started > longest:
-                return Response(0, {}, None, now - started, "no whole answer in time")
+            if returned:
+                return returned[1]
 
     def _call_with_retries(
         self,
@@ -3584,7 +3604,7 @@ def reply_mark(line: dict[str, Any]) -> bytes:
 # cells, what was spent. It holds no text and no key, only digests, labels and figures.
 
 STORE_ID = 0x656E7263  # "enrc", in SQLite's application_id
-STORE_VERSION = 3
+STORE_VERSION = 4
 
 CREATE = f"""
 CREATE TABLE questions (id INTEGER PRIMARY KEY, {", ".join(Question._fields)});
@@ -3600,24 +3620,21 @@ CREATE TABLE jobs (
     batch_id TEXT
 );
 CREATE TABLE job_requests (custom_id TEXT PRIMARY KEY, job INTEGER, questions TEXT, row_keys BLOB, failures TEXT);
-CREATE TABLE draws (path TEXT PRIMARY KEY, state TEXT);
-CREATE TABLE files (path TEXT PRIMARY KEY, found TEXT, written TEXT, draft TEXT);
-CREATE TABLE runs (id INTEGER PRIMARY KEY, started_at TEXT, in_flight_cost REAL, reached_cap REAL);
+CREATE TABLE notes (name TEXT PRIMARY KEY, value);
 """
-FIND_QUESTION = (
-    f"SELECT id FROM questions WHERE ({', '.join(Question._fields)}) = ({', '.join('?' * len(Question._fields))})"
-)
-ADD_QUESTION = f"INSERT INTO questions VALUES (NULL{', ?' * len(Question._fields)})"
-ALL_QUESTIONS = "SELECT * FROM questions"
-ADD_ATTEMPT = f"INSERT INTO attempts VALUES (NULL{', ?' * 22})"
 # The newest last, so that it counts.
 ALL_ANSWERS = "SELECT id, questions, row_keys, answers FROM attempts WHERE answers != '' ORDER BY id"
 OPEN_ROWS = "SELECT 0, questions, row_keys, '' FROM job_requests"
-MONEY = """
-SELECT (SELECT coalesce(sum(cost), 0) + coalesce(sum(unconfirmed_cost), 0) FROM attempts)
-    + (SELECT coalesce(sum(in_flight_cost), 0) FROM runs),
-    (SELECT coalesce(sum(set_aside), 0) FROM jobs WHERE id IN (SELECT job FROM job_requests)),
-    (SELECT coalesce(max(reached_cap), -1) FROM runs)
+OF_OPEN_JOBS = "FROM jobs WHERE id IN (SELECT job FROM job_requests)"
+MONEY = f"""
+SELECT coalesce(sum(cost), 0) + coalesce(sum(unconfirmed_cost), 0)
+    + coalesce((SELECT value FROM notes WHERE name = 'unsettled_cost'), 0),
+    (SELECT coalesce(sum(set_aside), 0) {OF_OPEN_JOBS})
+FROM attempts
+"""
+UNSETTLE_JOBS = f"""
+INSERT OR REPLACE INTO notes SELECT 'unsettled_cost',
+    coalesce((SELECT value FROM notes WHERE name = 'unsettled_cost'), 0) + coalesce(sum(set_aside), 0) {OF_OPEN_JOBS}
 """
 EXPERIENCE = """
 SELECT coalesce(1.0 * sum(prompt_tokens) / sum(guessed_prompt), 1),
@@ -3626,42 +3643,6 @@ SELECT coalesce(1.0 * sum(prompt_tokens) / sum(guessed_prompt), 1),
 FROM attempts
 WHERE model = ? AND outcome = 'answered' AND prompt_tokens > 0 AND guessed_prompt > 0 AND guessed_completion > 0
 """
-LAST_ATTEMPT = "SELECT coalesce(max(id), 0) FROM attempts"
-SENT = "SELECT id, requested, questions, parameters, tier, model_served, system_fingerprint FROM attempts ORDER BY id"
-TOTALS = """
-SELECT sum(calls), sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens), sum(reasoning_tokens), sum(cost)
-FROM attempts
-"""
-FIND_FILE = "SELECT found, written, draft FROM files WHERE path = ?"
-NOTE_FILE = """
-INSERT INTO files (path, found, written) VALUES (?, ?, ?)
-ON CONFLICT (path) DO UPDATE SET found = excluded.found, written = excluded.written
-"""
-NOTE_DRAFT = "INSERT INTO files (path, draft) VALUES (?, ?) ON CONFLICT (path) DO UPDATE SET draft = excluded.draft"
-FIND_DRAW = "SELECT state FROM draws WHERE path = ?"
-NOTE_DRAW = "INSERT OR REPLACE INTO draws VALUES (?, ?)"
-ADD_RUN = "INSERT INTO runs (started_at) VALUES (?)"
-NOTE_IN_FLIGHT = "UPDATE runs SET in_flight_cost = ? WHERE id = ?"
-NOTE_CAP = "UPDATE runs SET reached_cap = ? WHERE id = ?"
-ADD_JOB = "INSERT INTO jobs (tag, server, parameters, user_price, planned_at, set_aside) VALUES (?, ?, ?, ?, ?, ?)"
-NOTE_JOB = "UPDATE jobs SET batch_id = ? WHERE id = ?"
-OPEN_JOBS = """
-SELECT id, tag, server, parameters, user_price, planned_at, set_aside, batch_id FROM jobs
-WHERE id IN (SELECT job FROM job_requests)
-"""
-ADD_REQUEST = "INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?)"
-OPEN_REQUESTS = "SELECT custom_id, job, questions, row_keys, failures FROM job_requests"
-END_REQUEST = "DELETE FROM job_requests WHERE custom_id = ?"
-GIVE_UP_MONEY = """
-INSERT INTO runs (started_at, in_flight_cost)
-SELECT ?, sum(set_aside) FROM jobs WHERE id IN (SELECT job FROM job_requests)
-"""
-GIVE_UP_JOBS = "DELETE FROM job_requests"
-FORGET_JOB = "DELETE FROM job_requests WHERE job = ?"
-
-
-def now_text() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class Origin(NamedTuple):
@@ -3685,7 +3666,6 @@ class Store:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.run: int | None = None
         self.numbers: dict[Question, int | None] = {}  # of questions, as far as they were used
         try:
             with contextlib.suppress(FileExistsError):
@@ -3793,11 +3773,8 @@ class Store:
 
     def _questions(self) -> dict[str, Question]:
         """The questions by their numbers; SQLite has no truth values of its own."""
-        stored = {str(number): Question._make(values) for number, *values in self.db.execute(ALL_QUESTIONS)}
-        return {
-            number: question._replace(sends_label=bool(question.sends_label), is_audit=bool(question.is_audit))
-            for number, question in stored.items()
-        }
+        found = ((number, Question._make(values)) for number, *values in self.db.execute("SELECT * FROM questions"))
+        return {str(n): q._replace(sends_label=bool(q.sends_label), is_audit=bool(q.is_audit)) for n, q in found}
 
     def stale(self, prompt: Prompt, table: Table, batches: Sequence[Batch]) -> list[str]:
         """Why earlier answers about the rows and labels of these batches do not count, a line for each reason."""
@@ -3828,8 +3805,9 @@ class Store:
         most_rows: Counter[int] = Counter()
         with self._translate_errors():
             stored = self._questions()
-            indexes = np.zeros(1 + self._one(LAST_ATTEMPT)[0], np.int32)  # by attempt
-            for attempt, rows, *kind in self.db.execute(SENT):
+            indexes = np.zeros(1 + self._one("SELECT coalesce(max(id), 0) FROM attempts")[0], np.int32)  # by attempt
+            kinds = "questions, parameters, tier, model_served, system_fingerprint"
+            for attempt, rows, *kind in self.db.execute(f"SELECT id, requested, {kinds} FROM attempts ORDER BY id"):
                 index = indexes[attempt] = found.setdefault(tuple(kind), 1 + len(found))
                 most_rows[index] = max(rows, most_rows[index])
         of_cells = np.zeros((len(table.first_rows), len(prompt.questions)), np.int32)
@@ -3844,150 +3822,110 @@ class Store:
         """Keep what came of an attempt."""
         request, body, usage = attempt.request, attempt.body, attempt.usage
         with self._writing():
-            values = (
-                now_text(),
-                attempt.seconds,
-                attempt.calls,
-                self._question_numbers(request.prompt),
-                request.prompt.model,
-                attempt.tier,
-                attempt.parameters.as_json(),
-                len(request.rows),
-                look_up(body, "model"),
-                look_up(body, "system_fingerprint"),
-                prompt_tokens(request, attempt.parameters) if all(row.text for row in request.rows) else None,
-                count_tokens(str(look_up(first_message(body), "content") or "")),
-                *(
-                    (usage.prompt, usage.cached, usage.written, usage.completion, usage.reasoning)
-                    if usage
-                    else [None] * 5
-                ),
-                attempt.cost,
-                attempt.unconfirmed_cost,
-                attempt.problem or ("answered" if answers else "no row answered"),
-                b"".join(row.key for row in answers),
-                "".join(answers.values()),
-            )
-            self.db.execute(ADD_ATTEMPT, values)
+            has_texts = all(row.text for row in request.rows)  # else it is an earlier run's
+            values = {
+                "ended_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "seconds": attempt.seconds,
+                "calls": attempt.calls,
+                "questions": self._question_numbers(request.prompt),
+                "model": request.prompt.model,
+                "tier": attempt.tier,
+                "parameters": attempt.parameters.as_json(),
+                "requested": len(request.rows),
+                "model_served": look_up(body, "model"),
+                "system_fingerprint": look_up(body, "system_fingerprint"),
+                "guessed_prompt": prompt_tokens(request, attempt.parameters) if has_texts else None,
+                "guessed_completion": count_tokens(str(look_up(first_message(body), "content") or "")),
+                **{f"{kind}_tokens": count for kind, count in (usage._asdict() if usage else {}).items()},
+                "cost": attempt.cost,
+                "unconfirmed_cost": attempt.unconfirmed_cost,
+                "outcome": attempt.problem or ("answered" if answers else "no row answered"),
+                "row_keys": b"".join(row.key for row in answers),
+                "answers": "".join(answers.values()),
+            }
+            self._insert("attempts", values)
             if attempt.from_job:
-                self.db.execute(END_REQUEST, (request.custom_id,))
+                self.db.execute("DELETE FROM job_requests WHERE custom_id = ?", (request.custom_id,))
+
+    def _insert(self, table: str, values: Mapping[str, object]) -> int:
+        """Add a row, and return its number."""
+        marks = ", ".join("?" * len(values))
+        added = self.db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
+        return added.lastrowid or 0
 
     def _question_numbers(self, prompt: Prompt) -> str:
         """The numbers of a prompt's questions, which get one where they have none."""
         for question in prompt.questions:
             if question not in self.numbers:
-                found = self.db.execute(FIND_QUESTION, question).fetchone()
-                self.numbers[question] = found[0] if found else self.db.execute(ADD_QUESTION, question).lastrowid
+                names = ", ".join(question._fields)
+                where = f"({names}) = ({', '.join('?' * len(question))})"
+                found = self.db.execute(f"SELECT id FROM questions WHERE {where}", question).fetchone()
+                self.numbers[question] = found[0] if found else self._insert("questions", question._asdict())
         return " ".join(str(self.numbers[question]) for question in prompt.questions)
 
     def plan_job(self, job: Job) -> None:
         """Keep a job before it is created, and give it its number."""
         with self._writing():
-            price = json.dumps(job.user_price)
-            values = (job.tag, job.server, job.parameters.as_json(), price, job.planned_at, job.set_aside)
-            job.number = int(self.db.execute(ADD_JOB, values).lastrowid or 0)
+            values = {"tag": job.tag, "server": job.server, "planned_at": job.planned_at, "set_aside": job.set_aside}
+            values |= {"parameters": job.parameters.as_json(), "user_price": json.dumps(job.user_price)}
+            job.number = self._insert("jobs", values)
             for name, attempt in job.attempts.items():
                 request = attempt.request
                 keys, failures = b"".join(row.key for row in request.rows), json.dumps(request.failures)
-                self.db.execute(ADD_REQUEST, (name, job.number, self._question_numbers(request.prompt), keys, failures))
+                asked = (name, job.number, self._question_numbers(request.prompt), keys, failures)
+                self.db.execute("INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?)", asked)
 
     def note_job(self, job: Job) -> None:
         """Keep what the provider calls it, once it is created."""
         with self._writing():
-            self.db.execute(NOTE_JOB, (job.batch_id, job.number))
+            self.db.execute("UPDATE jobs SET batch_id = ? WHERE id = ?", (job.batch_id, job.number))
 
     def forget_job(self, job: Job) -> None:
         """There is nothing more to be had from it."""
         with self._writing():
-            self.db.execute(FORGET_JOB, (job.number,))
+            self.db.execute("DELETE FROM job_requests WHERE job = ?", (job.number,))
 
     def give_up_jobs(self) -> None:
-        """Free the rows of all open jobs; what these may cost stays set aside, as for calls in flight at a kill."""
+        """Free the rows of all open jobs; what these may cost counts as spent, as for calls in flight at a kill."""
         with self._writing():
-            self.db.execute(GIVE_UP_MONEY, (now_text(),))
-            self.db.execute(GIVE_UP_JOBS)
+            self.db.execute(UNSETTLE_JOBS)
+            self.db.execute("DELETE FROM job_requests")
 
     def open_jobs(self) -> list[Job]:
         """The jobs that have not been collected; their rows have no text here."""
+        columns = "id, tag, server, parameters, user_price, planned_at, set_aside, batch_id"
         with self._translate_errors():
-            stored = self._questions()
-            jobs = {
-                number: Job(
-                    tag,
-                    server,
-                    Parameters.from_json(parameters),
-                    json.loads(price),
-                    planned_at,
-                    {},
-                    set_aside,
-                    number,
-                    batch_id,
-                )
-                for number, tag, server, parameters, price, planned_at, set_aside, batch_id in self.db.execute(
-                    OPEN_JOBS
-                )
-            }
-            for name, number, numbers, row_keys, failures in self.db.execute(OPEN_REQUESTS):
-                job = jobs[number]
-                starts = range(0, len(row_keys), KEY_BYTES)
+            stored, jobs = self._questions(), {}
+            for number, tag, server, parameters, price, *rest in self.db.execute(f"SELECT {columns} {OF_OPEN_JOBS}"):
+                jobs[number] = Job(tag, server, Parameters.from_json(parameters), json.loads(price), *rest)
+                jobs[number].number = number
+            for name, number, numbers, row_keys, failures in self.db.execute("SELECT * FROM job_requests"):
+                job, starts = jobs[number], range(0, len(row_keys), KEY_BYTES)
                 rows = tuple(Row(row_keys[start : start + KEY_BYTES], "", None) for start in starts)
                 prompt = Prompt(tuple(stored[number] for number in numbers.split()))
                 request = Request(rows, prompt, tuple(json.loads(failures)))
                 job.attempts[name] = Attempt(request, parameters=job.parameters, tier=JobSender.tier, from_job=True)
         return list(jobs.values())
 
-    def note_in_flight(self, cost: float) -> None:
-        """Keep the most that this run's calls in flight may cost, in US dollars; it counts if the run is killed."""
-        self._note_of_run(NOTE_IN_FLIGHT, cost)
-
-    def note_cap(self, cap: float) -> None:
-        """Keep that this run has ended at its cap."""
-        self._note_of_run(NOTE_CAP, cap)
-
-    def _note_of_run(self, statement: str, amount: float) -> None:
+    def note(self, name: str, value: object) -> None:
+        """Keep a value under a name, in place of what it had."""
         with self._writing():
-            if self.run is None:
-                self.run = self.db.execute(ADD_RUN, (now_text(),)).lastrowid
-            self.db.execute(statement, (amount, self.run))
+            self.db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, value))
 
-    def drawn(self, path: str) -> str:
-        """The state of the population, as a digest, in which a sample was drawn; "" if it was not."""
+    def noted(self, name: str, default: T) -> T:
+        """The value that is kept under a name."""
         with self._translate_errors():
-            return str((self.db.execute(FIND_DRAW, (path,)).fetchone() or ("",))[0])
-
-    def note_drawn(self, path: str, state: str) -> None:
-        with self._writing():
-            self.db.execute(NOTE_DRAW, (path, state))
-
-    def _file(self, path: str) -> tuple[str, str, str]:
-        with self._translate_errors():
-            return self.db.execute(FIND_FILE, (path,)).fetchone() or ("", "", "")
-
-    def digests(self, path: str) -> tuple[str, str]:
-        """Of what was found where a file was written last, and of what was written in its place."""
-        return self._file(path)[:2]
-
-    def draft(self, path: str) -> str:
-        """The name of the file that was made last to be moved into its place."""
-        return self._file(path)[2]
-
-    def note_file(self, path: str, found: str, written: str) -> None:
-        with self._writing():
-            self.db.execute(NOTE_FILE, (path, found, written))
-
-    def note_draft(self, path: str, draft: str) -> None:
-        with self._writing():
-            self.db.execute(NOTE_DRAFT, (path, draft))
+            found = self.db.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
+        return found[0] if found else default
 
     def _one(self, statement: str, *values: object) -> tuple[Any, ...]:
         with self._translate_errors():
             return tuple(self.db.execute(statement, values).fetchone())
 
-    def money(self) -> tuple[float, float, float]:
-        """US dollars: what all runs have cost, with what was in flight when one was killed; what open jobs may cost;
-        the highest cap that a run has ended at, -1 if none has."""
-        spent, set_aside, reached = self._one(MONEY)
-        return spent, set_aside, reached
+    def money(self) -> tuple[float, float]:
+        """US dollars: what all runs have cost, with what was in flight when one was killed; what open jobs may cost."""
+        spent, set_aside = self._one(MONEY)
+        return spent, set_aside
 
     def experience(self, model: str) -> Experience:
         """What the calls of this model so far tell of those to come."""
@@ -3996,8 +3934,9 @@ class Store:
 
     def totals(self) -> dict[str, Any]:
         """Of all runs."""
-        names = ("calls", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "dollars")
-        return dict(zip(names, self._one(TOTALS), strict=True))
+        names = ("calls", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "cost")
+        sums = self._one(f"SELECT {', '.join(f'sum({name})' for name in names)} FROM attempts")
+        return dict(zip((*names[:-1], "dollars"), sums, strict=True))
 
 
 def open_store(options: Options, prepare: Callable[[], object] | None) -> Store:

@@ -625,20 +625,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["content-length"]))
+        with self.server.lock:
+            self.server.in_flight += 1
+            self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
+        try:
+            self.take(raw)
+        finally:
+            with self.server.lock:
+                self.server.in_flight -= 1
+
+    def take(self, raw: bytes) -> None:
         if self.server.drips_everywhere:
             return self.be_hostile(self.server.drips_everywhere, {})
         if self.path in {"/v1/files", "/v1/batches"} and self.server.has_batch_api:
             return self.take_job_or_file(raw)
         if self.path != "/v1/chat/completions":
             return self.send(404, "<html>Not found</html>")
-        with self.server.lock:
-            self.server.in_flight += 1
-            self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
-        try:
-            self.answer(json.loads(raw))
-        finally:
-            with self.server.lock:
-                self.server.in_flight -= 1
+        return self.answer(json.loads(raw))
 
     def take_job_or_file(self, raw: bytes) -> None:
         server, point = self.server, "create" if self.path == "/v1/batches" else "upload"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -87,7 +89,7 @@ class TestTime:
         if more:
             job.server.drips_everywhere = fault
         process = job.process(*more)
-        time.sleep(3)
+        job.wait_in_flight()  # before that, a signal that the test's own parent ignores is ignored here, too
         process.send_signal(signal.SIGINT)
         started = time.monotonic()
         _, errors = process.communicate(timeout=30)
@@ -240,11 +242,10 @@ class TestDisk:
         assert labelled >= 10 * (len(job.server.calls) - 1)
         job.check(blank_rows=range(labelled, 200))
 
-    def test_a_store_that_cannot_be_written_stops_the_run_at_once(
-        self, job: Job, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_store_that_cannot_be_written_stops_the_run_at_once(self, job: Job) -> None:
         job.write(make_texts(200)).enrich(limit=20)
-        monkeypatch.setattr(module, "ADD_ATTEMPT", "INSERT INTO nowhere VALUES (1)")
+        with contextlib.closing(sqlite3.connect(job.store)) as db:
+            db.execute("CREATE TRIGGER full BEFORE INSERT ON attempts BEGIN SELECT raise(ABORT, 'disk full'); END")
         with pytest.raises(module.EnrichmentError, match=r"The store .* failed"):
             job.enrich(max_workers=1)
         assert len(job.server.calls) <= 2 + 2
@@ -325,7 +326,7 @@ class TestJobs:
         job.server.job_seconds = 60
         job.write(make_texts(100)).enrich(**FAST, no_wait=True)
         with module.Store(job.store) as store:
-            spent, set_aside, _ = store.money()
+            spent, set_aside = store.money()
         assert spent == 0
         assert set_aside > price(job.server.calls)
         with pytest.raises(module.BudgetExceeded, match=rf"set aside: \{module.dollars(set_aside)}"):
