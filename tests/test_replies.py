@@ -141,13 +141,13 @@ def test_only_what_is_missing_is_asked_again(job: Job) -> None:
 
 def reply_without_half() -> dict[str, Any]:
     """A reply to `make_texts(4)` that answers its first two rows."""
-    content = json.dumps({module.row_id(0): ["praising_violence"], module.row_id(1): ["praising_violence"]})
+    content = json.dumps({key: ["praising_violence"] for key in module.row_ids(2)})
     return {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
 
 
 @pytest.mark.parametrize("usage", [None, "many", {"prompt_tokens": 2**70, "prompt_tokens_details": []}])
 def test_figures_that_a_server_misshapes_cost_no_answer(job: Job, usage: Any) -> None:
-    content = json.dumps({module.row_id(0): []})
+    content = json.dumps({key: [] for key in module.row_ids(1)})
     body = {"choices": [{"message": {"content": content}}], "usage": usage, "model": ["m"], "system_fingerprint": 1.5}
     job.server.script.append((200, {}, body))
     job.write(["cake"]).enrich()

@@ -27,7 +27,7 @@ def attempt(labels: tuple[str, ...] = tuple(LABELS)) -> module.Attempt:
 
 def known(store: module.Store) -> list[list[int]]:
     """The cells of TABLE, by what the store has."""
-    return store.known(PROMPT, TABLE)[TABLE.key_indexes].tolist()
+    return store.known(PROMPT, TABLE)[0][TABLE.key_indexes].tolist()
 
 
 class TestFresh:
