@@ -157,19 +157,16 @@ def default_model(today: date) -> str:
     return before if today < day else after
 
 
-def about(
-    text: str, limits: tuple[float, float] | None = None, flag: str = "", heading: str = "", **argument: Any
-) -> dict[str, Any]:
-    """An option's field metadata: `limits` are a number's, a `heading` of the help holds until the next one, `argument`
-    goes to argparse."""
-    return {"help": text, "limits": limits, "flag": flag, "heading": heading, "argument": argument}
+def option(
+    default: T, text: str, limits: tuple[float, float] | None = None, flag: str = "", heading: str = "", **argument: Any
+) -> T:
+    """An option's field: `limits` are a number's, a `heading` of the help holds until the next one, `argument` goes to
+    argparse."""
+    metadata = {"help": text, "limits": limits, "flag": flag, "heading": heading, "argument": argument}
+    return field(default=default, metadata=metadata)
 
 
-def option(default: T, text: str, limits: tuple[float, float] | None = None, **more: Any) -> T:
-    """The field of an option that may be left out."""
-    return field(default=default, metadata=about(text, limits, **more))
-
-
+REQUIRED: Any = dataclasses.MISSING
 FILES, SERVER, SPEED = "input and output", "model and server", "speed"
 
 
@@ -177,16 +174,16 @@ FILES, SERVER, SPEED = "input and output", "model and server", "speed"
 class Options:
     """The options of one run, with their defaults; an instance has been checked."""
 
-    input_filepath: Source = field(
-        metadata=about("the CSV with the texts", flag="--input", heading=FILES, metavar="CSV", required=True)
+    input_filepath: Source = option(
+        REQUIRED, "the CSV with the texts", flag="--input", heading=FILES, metavar="CSV", required=True
     )
-    output_filepath: str | Path | None = field(
-        metadata=about("the CSV to write", flag="--output", metavar="CSV", required=True)
+    output_filepath: str | Path | None = option(
+        REQUIRED, "the CSV to write", flag="--output", metavar="CSV", required=True
     )
-    text_column: str = field(metadata=about("the column that holds the texts", required=True))
-    label_column: str | None = field(metadata=about("a column with an existing label, sent along with each text"))
-    new_labels: Sequence[str] | Mapping[str, str] = field(
-        metadata=about("the labels to fill in (in Python also a dict, label -> definition)", flag="--labels", nargs="+")
+    text_column: str = option(REQUIRED, "the column that holds the texts", required=True)
+    label_column: str | None = option(REQUIRED, "a column with an existing label, sent along with each text")
+    new_labels: Sequence[str] | Mapping[str, str] = option(
+        REQUIRED, "the labels to fill in (in Python also a dict, label -> definition)", flag="--labels", nargs="+"
     )
     api_key: str | None = option(
         None, "the key, else OPENAI_API_KEY; a command line is visible to other users of the machine",
@@ -219,7 +216,7 @@ class Options:
     max_cost: float | None = option(None, "US dollars for all runs on this store; stop before exceeding it", ANY_COUNT)
     price: tuple[float, float] | None = option(
         None, "US dollars per million prompt and completion tokens, for jobs too; else the list of genai-prices",
-        ANY_COUNT, type=float, nargs=2, metavar=("IN", "OUT"),
+        ANY_COUNT, nargs=2, metavar=("IN", "OUT"),
     )  # fmt: skip
     instructions: str | Path | None = option(
         None, "extra instructions for the model, in a file (in Python also a text)", heading="better labels"
@@ -257,11 +254,8 @@ class Options:
         for declared in dataclasses.fields(self):
             value = getattr(self, declared.name)
             is_left_out = value is None and declared.default is None
-            if (
-                declared.metadata["limits"]
-                and not is_left_out
-                and not ("auto" in str(declared.type) and value == "auto")
-            ):
+            is_auto = "auto" in str(declared.type) and value == "auto"
+            if declared.metadata["limits"] and not is_left_out and not is_auto:
                 are_several = isinstance(value, (tuple, list))
                 plain = tuple(check_number(number, declared) for number in (value if are_several else (value,)))
                 object.__setattr__(self, declared.name, plain if are_several else plain[0])
@@ -287,7 +281,7 @@ class Options:
                 f"{column!r} is a column that is read, and cannot be a new label as well: rename the label."
             )
         if self.plot is not None:
-            check_plot(Path(self.plot))
+            require_matplotlib(Path(self.plot))
         try:
             self._check_paths()
         except OSError as error:
@@ -406,7 +400,8 @@ def check_number(value: Any, declared: dataclasses.Field[Any]) -> int | float:
     """A number in its limits, as Python's own, which numpy's are not."""
     whole, (low, high) = "int" in str(declared.type), declared.metadata["limits"]
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
-        raise InputError(f"`{declared.name}` must be a {'whole ' if whole else ''}number, not {value!r}.")
+        or_auto = " or auto" if "auto" in str(declared.type) else ""
+        raise InputError(f"`{declared.name}` must be a {'whole ' if whole else ''}number{or_auto}, not {value!r}.")
     if not low <= value <= high:
         limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         raise InputError(f"`{declared.name}` must be {limits}, not {value}.")
@@ -551,7 +546,10 @@ class Run:
     """One run on one table; start reading at `label`. Only this section uses it: the steps take what they need."""
 
     def __init__(self, options: Options, table: Table, server: Server, console: Console) -> None:
-        self.requested = requested_rows(table, options.start_index, options.limit)
+        import numpy as np
+
+        self.requested = np.zeros(len(table), bool)
+        self.requested[options.start_index : options.start_index + (options.limit or len(table))] = True
         self.options = options = fit_to_table(options, table, self.requested)
         self.table, self.server, self.console = table, server, console
         self.sender: type[Sender] = JobSender if options.use_batch_api else ThreadSender
@@ -631,8 +629,8 @@ class Run:
     def send(self, requests: Iterable[Request], count: int) -> None:
         """Have the requests answered; whatever ends that early, the CSV is written with what there is."""
         with (
+            stop_on_signals() as stop,  # first, since a Ctrl-C within an import may be lost
             self.server.connect(self.sender.calls_server),
-            stop_on_signals() as stop,
             self.console.progress(count) as progress,
         ):
             sender = self.sender(
@@ -687,7 +685,11 @@ class Run:
         """End a run none of whose answers can be used, and split no more while hardly any can."""
         report, recent = self.report, self.report.recent
         if not report.answered and report.calls + attempt.calls >= MOST_USELESS_CALLS and not any(recent):
-            self.server.fatal_error = self.server.fatal_error or useless_error(report)
+            kinds = ", ".join(f"{reason} ({count})" for reason, count in report.problems.most_common(3))
+            self.server.fatal_error = self.server.fatal_error or ProviderError(
+                f"No call of this run has given an answer that can be used; rows by what came: {kinds}. Try another "
+                "`model`, another server, or fewer rows per call (`batch_size`)."
+            )
         if len(recent) == RECENT_REPLIES and sum(recent) < RECENT_REPLIES * LEAST_USEFUL and attempt.is_splittable:
             report.unsplit += 1
             return replace(attempt, is_splittable=False)
@@ -741,25 +743,16 @@ class Run:
             measured["lines_that_differ"] = list(self.table.line_numbers(measured["rows_that_differ"]))
         return figures
 
-    def compare(self, gold: Gold, cells: Cells) -> dict[str, Any]:
-        """Compare the requested rows with people's labels, and list where they differ beside the output."""
-        requested = cells.copy()
-        requested[~self.requested] = BLANK
-        figures, disagreements = compare_with_gold(gold, requested, self.options.labels)
-        if gold.probabilities is not None:
-            figures["corrected_shares"] = self.corrected(gold, gold.probabilities, cells)
-        if self.options.output_filepath is not None:
-            rows = sorted({each.row for each in disagreements})
-            lines = dict(zip(rows, self.table.line_numbers(rows), strict=True))
-            named = self.options.gold_key or gold.probabilities
-            text = io.StringIO(newline="")
-            writer = csv.writer(text)
-            writer.writerow(["row", "line", "key", "label", "model", "people"])
-            for row, key, *rest in disagreements:
-                writer.writerow([row, lines[row], key if named else "", *rest])
-            with self.files.replacing(self.options.written["disagreements"]) as file:
-                file.write(text.getvalue().encode("utf-8", "replace"))
-        return figures
+    def draw_audit(self, prompt: Prompt, labelled: Any) -> tuple[IntArray, IntArray]:
+        """The numbers of the rows to audit, of those that the model labelled, and of these the ones to send."""
+        import numpy as np
+
+        distinct, _ = self.table.distinct_rows(self.requested & labelled & self.left_to_model)
+        seed, key = self.options.seed, self.table.key  # by digests, so that a larger audit holds the smaller one
+        drawn = heapq.nsmallest(self.options.audit, distinct.tolist(), lambda row: digest(seed, key(row).hex()))
+        numbers = np.array(drawn, np.intp)
+        known = self.store.known(prompt, self.table)[0][self.table.key_indexes[numbers]]
+        return numbers, numbers[(known == BLANK).any(axis=1)]
 
     @property
     def left_to_model(self) -> Any:
@@ -768,26 +761,24 @@ class Run:
 
     def population(self, cells: Cells) -> tuple[IntArray, IntArray]:
         """The first rows of the requested distinct texts that the model labelled, and how often each occurs."""
-        import numpy as np
+        return self.table.distinct_rows(self.requested & self.left_to_model & (cells >= 0).all(axis=1))
 
-        eligible = self.requested & self.left_to_model & (cells >= 0).all(axis=1)
-        _, firsts, counts = np.unique(self.table.key_indexes[eligible], return_index=True, return_counts=True)
-        return eligible.nonzero()[0][firsts], counts
-
-    def corrected(self, gold: Gold, probabilities: Sequence[float], cells: Cells) -> dict[str, Any]:
-        """The labels' shares, corrected by a coded sample."""
-        import numpy as np
-
-        numbers, counts = self.population(cells)
-        place_of = {self.table.key(number): place for place, number in enumerate(numbers.tolist())}
-        places = [place_of.get(self.table.key(number), -1) if number >= 0 else -1 for number in gold.numbers.tolist()]
-        found = np.array(places) >= 0
-        at, chances = np.array(places)[found], np.array(probabilities)[found]
-        return {
-            label: share_figures(cells[numbers, column], counts, at, gold.cells[found, column], chances)
-            for column, label in enumerate(self.options.labels)
-            if (gold.cells[:, column] >= 0).any()
-        }
+    def compare(self, gold: Gold, cells: Cells) -> dict[str, Any]:
+        """Compare the requested rows with people's labels, and list where they differ beside the output."""
+        requested = cells.copy()
+        requested[~self.requested] = BLANK
+        figures, disagreements = compare_with_gold(gold, requested, self.options.labels)
+        if gold.probabilities is not None:
+            population = self.population(cells)
+            figures["corrected_shares"] = correct_by_sample(gold, self.table, cells, population, self.options.labels)
+        if self.options.output_filepath is not None:
+            numbers = sorted({each.row for each in disagreements})
+            lines = dict(zip(numbers, self.table.line_numbers(numbers), strict=True))
+            is_named = self.options.gold_key or gold.probabilities  # else the key is a text
+            rows = ([row, lines[row], key if is_named else "", *rest] for row, key, *rest in disagreements)
+            with self.files.replacing(self.options.written["disagreements"]) as file:
+                file.write(csv_bytes(["row", "line", "key", "label", "model", "people"], rows))
+        return figures
 
     def extend_sample(self, path: Path, cells: Cells) -> list[str]:
         """Draw texts for people to code, and keep what they have filled in already."""
@@ -798,32 +789,20 @@ class Run:
         drawn, probabilities = draw_sample(keys, predicted, count, self.options.seed)
         state = digest(self.options.seed, [key.hex() for key in keys], predicted.tobytes().hex()).hex()
         if before and state != self.store.noted(f"draw of {path.resolve()}", ""):
-            return [
-                "",
-                f"✗ The labels have changed since {path} was drawn, so it is left as it is: move it away to draw anew",
-            ]
-        filled = dict(zip(before.keys, before.cells, strict=True)) if before else {}
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, delimiter=";" if self.table.delimiter == ";" else ",")
-        writer.writerow([SAMPLE_ID, self.options.text_column, *self.options.labels, PROBABILITY])
-        for place, row in zip(drawn.tolist(), self.table.rows(numbers[drawn]), strict=True):
-            coded = ["" if value < 0 else value for value in filled.get(row.key, [BLANK] * len(self.options.labels))]
-            writer.writerow([sample_id(row.key), row.text, *coded, repr(float(probabilities[place]))])
+            told = (
+                f"✗ The labels have changed since {path} was drawn, so it is left as it is: move it away to draw anew"
+            )
+            return ["", told]
+        filled = dict(zip(before.keys, before.cells.tolist(), strict=True)) if before else {}
+        rows = zip(self.table.rows(numbers[drawn]), probabilities[drawn].tolist(), strict=True)
         self.store.note(f"draw of {path.resolve()}", state)
         with self.files.replacing(path, is_edited=True) as file:
-            file.write(text.getvalue().encode("utf-8-sig", "replace"))
+            file.write(sample_content(rows, filled, self.options, self.table.delimiter))
         return [
             "",
             f"✓ Sample: {len(drawn)} of {len(numbers)} distinct texts that the model labelled, in {path}",
             "  Fill in 1 or 0 for each label without looking at the model's, then pass the file as `gold`",
         ]
-
-    def draw_audit(self, prompt: Prompt, labelled: Any) -> tuple[IntArray, IntArray]:
-        """The numbers of the rows to audit, of those that the model labelled, and of these the ones to send."""
-        eligible = self.requested & labelled & self.left_to_model
-        numbers = draw_rows(self.table, eligible, self.options.audit, self.options.seed)
-        known = self.store.known(prompt, self.table)[0][self.table.key_indexes[numbers]]
-        return numbers, numbers[(known == BLANK).any(axis=1)]
 
     def dry_run_lines(self, batches: Sequence[Batch]) -> list[str]:
         """What would be sent, and last what it would cost."""
@@ -881,15 +860,6 @@ RECENT_REPLIES = 200
 LEAST_USEFUL = 0.1  # of the recent replies: with fewer than that, splitting only costs more
 
 
-def useless_error(report: Report) -> ProviderError:
-    """For a run none of whose answers can be used."""
-    kinds = ", ".join(f"{reason} ({count})" for reason, count in report.problems.most_common(3))
-    return ProviderError(
-        f"No call of this run has given an answer that can be used; rows by what came: {kinds}. Try another `model`, "
-        "another server, or fewer rows per call (`batch_size`)."
-    )
-
-
 def fit_to_table(options: Options, table: Table, requested: BoolArray) -> Options:
     """The options with "auto" resolved, by the length of the texts and the number of rows."""
     if options.start_index >= max(1, len(table)):
@@ -930,11 +900,6 @@ CELL_VALUES = {"": BLANK} | {text: int(text in {"1", "1.0", "1,0", "true"}) for 
 )}  # fmt: skip
 
 
-def parse_cell(text: str) -> int | None:
-    """The value of a cell of a file; None if it is not one."""
-    return CELL_VALUES.get(text.strip().lower())
-
-
 def merge(below: Cells, above: Cells) -> Cells:
     """`above`, and `below` where that is blank."""
     import numpy as np
@@ -942,13 +907,8 @@ def merge(below: Cells, above: Cells) -> Cells:
     return np.where(above < 0, below, above)
 
 
-def answer_text(applying: Iterable[str], labels: Sequence[str]) -> str:
-    """A row's answer as the store keeps it: answer_text(["b"], ["a", "b"]) == "01"."""
-    return "".join(["01"[label in applying] for label in labels])
-
-
 def answer_cells(texts: str, labels: int) -> Cells:
-    """The concatenated answers of many rows as cells."""
+    """The answers of many rows as cells; the store has them one after the other: 0 or 1 for each label."""
     import numpy as np
 
     return (np.frombuffer(texts.encode(), np.int8) - ord("0")).reshape(-1, labels)
@@ -1020,10 +980,6 @@ class Row(NamedTuple):
     label: str | None
 
 
-def make_row(text: str, label: str | None) -> Row:
-    return Row(digest(text, label), text, label)
-
-
 class Columns(NamedTuple):
     """The columns of a table that are read, the labels' as far as it has them."""
 
@@ -1084,6 +1040,13 @@ class Table:
             return np.full(len(wanted), -1)
         places = np.searchsorted(self.distinct, wanted).clip(max=len(self.distinct) - 1)
         return np.where(self.distinct[places] == wanted, places, -1)
+
+    def distinct_rows(self, eligible: BoolArray) -> tuple[IntArray, IntArray]:
+        """Of the rows that are equal only the first one's number, and how often each occurs among the eligible."""
+        import numpy as np
+
+        _, firsts, counts = np.unique(self.key_indexes[eligible], return_index=True, return_counts=True)
+        return eligible.nonzero()[0][firsts], counts
 
     def record(self, number: int) -> str:
         """A record's raw text, with its line end."""
@@ -1186,11 +1149,16 @@ def frame_content(df: pd.DataFrame, columns: Columns) -> bytes:
                 raise InputError(f"Row {row} of the column {name!r} holds a {type(value).__name__}: make it a text.")
             yield "" if is_missing else str(value)
 
+    return csv_bytes(named, zip(*map(values, named), strict=True), quoting=csv.QUOTE_ALL)
+
+
+def csv_bytes(header: Iterable[str], rows: Iterable[Iterable[object]], **style: Any) -> bytes:
+    """A CSV in UTF-8; a lone surrogate, which that has no bytes for and no server takes, becomes a question mark."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
-    writer.writerow(named)
-    writer.writerows(zip(*map(values, named), strict=True))
-    return text.getvalue().encode("utf-8", "replace")  # a lone surrogate cannot be sent
+    writer = csv.writer(text, **style)
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "replace")
 
 
 def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> Table:
@@ -1250,7 +1218,7 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
             by_values.append(sys.intern(fields[by_at]))
         for place, column in held.items():
             cell = fields[held_at[place] or 0]
-            value = parse_cell(cell)
+            value = CELL_VALUES.get(cell.strip().lower())
             if value is None:
                 shown = repr(cell) if re.fullmatch(r"\S{,12}", cell) else f"a text of {len(cell)} characters"
                 raise InputError(
@@ -1433,7 +1401,7 @@ def open_draft(draft: Path, target: Path) -> IO[bytes]:
 
 # --- Batches ----------------------------------------------------------------------------------------------
 #
-# In: a table and what its cells lack. Out: batches of rows that share a request, and rows drawn for an audit.
+# In: a table and what its cells lack. Out: batches of rows that share a request.
 
 BATCH_CHARACTERS = 60_000  # of texts; at worst a token each, which is half of what gpt-4o-mini can take in
 
@@ -1443,14 +1411,6 @@ class Batch(NamedTuple):
 
     numbers: IntArray
     lacks: tuple[bool, ...]
-
-
-def requested_rows(table: Table, start_index: int, limit: int | None) -> BoolArray:
-    """For each row, whether it is between `start_index` and `limit`."""
-    import numpy as np
-
-    numbers = np.arange(len(table))
-    return (numbers >= start_index) & (numbers < (math.inf if limit is None else start_index + limit))
 
 
 def make_batches(table: Table, lacking: BoolArray, batch_size: int) -> list[Batch]:
@@ -1480,16 +1440,6 @@ def make_batches(table: Table, lacking: BoolArray, batch_size: int) -> list[Batc
             batches.append(Batch(batch, tuple(map(bool, pattern))))
             start += len(batch)
     return batches
-
-
-def draw_rows(table: Table, eligible: BoolArray, count: int, seed: int) -> IntArray:
-    """The numbers of distinct rows, drawn so that a larger sample holds the smaller one."""
-    import numpy as np
-
-    firsts = np.unique(table.key_indexes[eligible], return_index=True)[1]
-    numbers = eligible.nonzero()[0][firsts].tolist()
-    drawn = heapq.nsmallest(count, numbers, key=lambda number: digest(seed, table.key(number).hex()))
-    return np.array(drawn, np.intp)
 
 
 # --- Prompt -----------------------------------------------------------------------------------------------
@@ -1643,15 +1593,9 @@ def explain_difference(stored: Question, asked: Question) -> str:
         "wording": f"had version {stored.wording} of this program's wording, not {asked.wording}",
     }
     reasons = [words for name, words in names.items() if words and getattr(stored, name) != getattr(asked, name)]
-    places = [
-        f"{one.model} at {one.server}"
-        if stored.model != asked.model and stored.server != asked.server
-        else one.model
-        if stored.model != asked.model
-        else one.server
-        for one in (stored, asked)
-    ]
-    if places[0] != places[1]:
+    parts = [name for name in ("model", "server") if getattr(stored, name) != getattr(asked, name)]
+    places = [" at ".join(getattr(question, name) for name in parts) for question in (stored, asked)]
+    if parts:
         reasons.append(f"are from {places[0]}; this run asks {places[1]}")
     return " and ".join(reasons)
 
@@ -1704,7 +1648,7 @@ def example_words(examples: Sequence[Example], labels: Sequence[str], form: Answ
     """The examples as a message and its answer, in the very form of the real ones."""
     if not examples:
         return ""
-    message = user_message([make_row(example.text, None) for example in examples])
+    message = user_message([Row(b"", example.text, None) for example in examples])
     answers = (form_answer(form, example.applying, labels) for example in examples)
     answer = dict(zip(row_ids(len(examples)), answers, strict=True))
     return f"An example of a message:\n{message}\nIts right answer:\n{compact_json(answer)}"
@@ -1750,7 +1694,7 @@ def read_answers(attempt: Attempt) -> tuple[dict[Row, str], dict[Row, str]]:
         if reason:
             problems[row] = reason
         else:
-            answers[row] = answer_text(applying, prompt.labels)
+            answers[row] = "".join(["01"[label in applying] for label in prompt.labels])
     return answers, problems
 
 
@@ -2085,12 +2029,12 @@ class Response:
         return self.was_sent and (self.status // 100 in {0, 2, 5} or self.status in {408, 409})
 
 
-class ReplyTooLarge(Exception):  # noqa: N818 # it is a reply's property
-    """More came than any answer can be."""
+class Unacceptable(Exception):  # noqa: N818
+    """A reply that is not taken, for a reason in our own words, and what that means."""
 
-
-class ForeignRedirect(Exception):  # noqa: N818
-    """The server wants the request to be sent to another one, which its user has not named."""
+    def __init__(self, reason: str, outcome: Outcome) -> None:
+        super().__init__(reason)
+        self.reason, self.outcome = reason, outcome
 
 
 REPLY_BYTES = 8_000_000  # decoded; the longest answer, 500 rows with all of many labels, has some 500,000
@@ -2114,7 +2058,7 @@ def bounded_client() -> Any:
                     f"{url.scheme}://{url.netloc.decode()}" for url in (request.url, response.next_request.url)
                 )
                 if here != there:
-                    raise ForeignRedirect(f"{here} redirects to {there}")
+                    raise Unacceptable(f"{here} redirects to {there}", Outcome.FATAL)
                 request = response.next_request
                 response = super().send(request, **settings)
             chunks = response.iter_bytes()
@@ -2132,7 +2076,7 @@ def bounded_client() -> Any:
         for chunk in chunks:
             size += len(chunk)
             if size > REPLY_BYTES:
-                raise ReplyTooLarge("reply too large")
+                raise Unacceptable("reply too large", Outcome.REFUSED)
             yield chunk
 
     return BoundedClient
@@ -2158,28 +2102,24 @@ FALSE_ALARMS = 2  # after which replies that look like another's are believed
 UNKNOWN_LIMIT = 10  # refusals for unknown reasons in a row, after which every request is taken to be refused
 
 
-def is_completion(body: Any) -> bool:
-    match body:
-        case {"choices": [{"message": {}}, *_]}:
-            return True
-    return False
-
-
 def first_message(body: Any) -> Any:
-    """The message of a completion, of which servers may leave out or misshape any part."""
+    """The message of a completion, of which servers may leave out or misshape any part; None if it has none."""
     match body:
         case {"choices": [{"message": {**message}}, *_]}:
             return message
-    return {}
+    return None
 
 
-def classify(response: Response, is_expected: Callable[[Any], bool] = is_completion) -> tuple[Outcome, str]:
-    """What a response means, and a reason in our own words, which hold nothing of a text."""
+def classify(response: Response, expected: Callable[[Any], Any] = first_message) -> tuple[Outcome, str]:
+    """What a response means, and a reason in our own words, which hold nothing of a text.
+
+    `expected`: gives None for a body that is not what was asked for.
+    """
     if response.status == 0:
         return response.outcome, response.reason
     if response.status // 100 == 2:
-        expected = is_expected(response.body)
-        return (Outcome.ANSWERED, "") if expected else (Outcome.TRANSIENT, "no completion in the reply")
+        is_answer = expected(response.body) is not None
+        return (Outcome.ANSWERED, "") if is_answer else (Outcome.TRANSIENT, "no completion in the reply")
     codes, message = error_words(response.body)
     words = " ".join([*codes, message]).lower()
     status = f"HTTP {response.status}"
@@ -2399,24 +2339,18 @@ class Server:
                 response = self.client.post(path, cast_to=raw, body=body, **settings).response
         except openai.APIStatusError as error:
             response = error.response
-        except (ReplyTooLarge, ForeignRedirect) as error:
-            return self._no_reply(error, False, started)
-        except openai.APIConnectionError as error:  # its cause's own text may hold the key
-            return self._no_reply(error.__cause__, isinstance(error, openai.APITimeoutError), started)
+        except Unacceptable as error:
+            seconds, was_sent = time.perf_counter() - started, error.outcome is not Outcome.FATAL
+            return Response(0, {}, None, seconds, error.reason, error.outcome, was_sent)
+        except openai.APIConnectionError as error:
+            name = type(error.__cause__).__name__  # its own text may hold the key
+            reason = "no answer in time" if isinstance(error, openai.APITimeoutError) else f"no connection ({name})"
+            was_sent = name not in {"ConnectError", "ConnectTimeout"}
+            return Response(0, {}, None, time.perf_counter() - started, reason, was_sent=was_sent)
         content = response.extensions.get("file")
         with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(response.content) if content is None else content
         return Response(response.status_code, response.headers, content, time.perf_counter() - started)
-
-    def _no_reply(self, cause: BaseException | None, is_late: bool, started: float) -> Response:
-        name = type(cause).__name__
-        reason = "no answer in time" if is_late else f"no connection ({name})"
-        outcome, was_sent = Outcome.TRANSIENT, name not in {"ConnectError", "ConnectTimeout"}
-        if isinstance(cause, ReplyTooLarge):
-            reason, outcome = str(cause), Outcome.REFUSED
-        if isinstance(cause, ForeignRedirect):
-            reason, outcome, was_sent = str(cause), Outcome.FATAL, False
-        return Response(0, {}, None, time.perf_counter() - started, reason, outcome, was_sent)
 
     # Judgements, which are made in the main thread.
 
@@ -3435,7 +3369,7 @@ class JobSender(Sender):
         started, failures, limits = time.monotonic(), 0, 0
         while True:
             response = self._call(call)
-            outcome, reason = classify(response, lambda body: body is not None and not isinstance(body, (str, int)))
+            outcome, reason = classify(response, lambda body: None if isinstance(body, (str, int)) else body)
             self.server.reached |= response.status > 0
             if outcome is Outcome.ANSWERED:
                 return response.body
@@ -4285,6 +4219,20 @@ def read_sample(source: Source, labels: Sequence[str]) -> Coded:
     return Coded(keys, table.given, probabilities, table.content)
 
 
+def sample_content(
+    rows: Iterable[tuple[Row, float]], filled: Mapping[bytes, Sequence[int]], options: Options, delimiter: str
+) -> bytes:
+    """A sample for people to fill in, of rows with their probabilities, with what is filled in already, by row key."""
+    header = [SAMPLE_ID, options.text_column, *options.labels, PROBABILITY]
+    unfilled = [BLANK] * len(options.labels)
+    lines = (
+        [sample_id(row.key), row.text, *("" if value < 0 else value for value in filled.get(row.key, unfilled)), chance]
+        for row, chance in rows
+    )
+    # A byte-order mark, and the input's semicolons, are how Excel knows what it opens.
+    return b"\xef\xbb\xbf" + csv_bytes(header, lines, delimiter=";" if delimiter == ";" else ",")
+
+
 def is_sample(source: Source) -> bool:
     """Whether this is a sample that was drawn, rather than any table of labels."""
     if isinstance(source, (str, Path)):
@@ -4346,6 +4294,24 @@ def read_gold(options: Options, table: Table) -> Gold | None:
     numbers = rows["number"][~rows.index.duplicated()].reindex(people, fill_value=-1).to_numpy()
     others = [name for name in gold.header if name not in {key, *options.labels}]
     return Gold(gold.given, list(people), numbers, gold.content, others)
+
+
+def correct_by_sample(
+    gold: Gold, table: Table, cells: Cells, population: tuple[IntArray, IntArray], labels: Sequence[str]
+) -> dict[str, Any]:
+    """The labels' shares in a population (first rows, and how often each occurs), corrected by a coded sample of it."""
+    import numpy as np
+
+    numbers, counts = population
+    place_of = {table.key(number): place for place, number in enumerate(numbers.tolist())}
+    places = np.array([place_of.get(table.key(row), -1) if row >= 0 else -1 for row in gold.numbers.tolist()], np.intp)
+    found = places >= 0
+    at, chances = places[found], np.array(gold.probabilities)[found]
+    return {
+        label: share_figures(cells[numbers, column], counts, at, gold.cells[found, column], chances)
+        for column, label in enumerate(labels)
+        if (gold.cells[:, column] >= 0).any()
+    }
 
 
 class Disagreement(NamedTuple):
@@ -4620,14 +4586,14 @@ def closing_lines(report: Report) -> list[str]:
     if speedup >= 1:
         lines.append(f"✓ Speedup from parallelization: ~{speedup:g}x faster")
     if report.calls:
-        lines += [f"✓ Tokens: {usage_words(report.usage)}", f"✓ Cost: {cost_words(report)}"]
+        prompt, cached, _, completion, reasoning = report.usage
+        notes = [
+            f" ({count:,} of them {what})" if count else ""
+            for count, what in ((cached, "cached"), (reasoning, "reasoning"))
+        ]
+        lines.append(f"✓ Tokens: {prompt:,} in{notes[0]}, {completion:,} out{notes[1]}")
+        lines.append(f"✓ Cost: {cost_words(report)}")
     return [*lines, "", "=== Summary ===", *summary_lines(report), *table_lines(report)]
-
-
-def usage_words(usage: Usage) -> str:
-    cached = f" ({usage.cached:,} of them cached)" if usage.cached else ""
-    reasoning = f" ({usage.reasoning:,} of them reasoning)" if usage.reasoning else ""
-    return f"{usage.prompt:,} in{cached}, {usage.completion:,} out{reasoning}"
 
 
 def cost_words(report: Report) -> str:
@@ -4881,21 +4847,15 @@ def plot_labels(
     return figure
 
 
-def check_plot(path: Path) -> None:
+def require_matplotlib(path: Path | None = None) -> None:
     """Refuse, before anything is sent, a picture that could not be drawn."""
-    require_matplotlib()
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise InputError(f"The plot {path} must end in a kind of picture that can be drawn: .{', .'.join(kinds)}.")
-
-
-def require_matplotlib() -> None:
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise InputError("A plot needs matplotlib: pip install matplotlib.") from None
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path and path.suffix[1:].lower() not in kinds:
+        raise InputError(f"The plot {path} must end in a kind of picture that can be drawn: .{', .'.join(kinds)}.")
 
 
 def draw_shares(
@@ -5109,7 +5069,9 @@ def build_parser() -> Parser:
         if kind == "bool":
             settings["action"] = "store_true"
         else:
-            converter, metavar = argument_kind(kind)
+            metavars = {"int": "N", "float": "USD", "str | Path": "FILE"}
+            metavar = next((metavar for start, metavar in metavars.items() if kind.startswith(start)), "NAME")
+            converter = parse_number if about["limits"] else str
             settings |= {"type": converter, "metavar": metavar, **about["argument"]}
         (keys if name == "api_key" else group).add_argument(flag_of(name), **settings)
     keys.add_argument("--api-key-file", metavar="FILE", help="a file that holds the key")
@@ -5120,18 +5082,12 @@ def build_parser() -> Parser:
     return parser
 
 
-def argument_kind(annotation: str) -> tuple[Callable[[str], Any], str]:
-    """The argument's converter, and its metavar."""
-    if "auto" in annotation:
-        return whole_or_auto, "N"
-    kinds: dict[str, tuple[Callable[[str], Any], str]] = {"int": (int, "N"), "float": (float, "USD")}
-    return kinds.get(annotation.partition(" ")[0], (str, "FILE" if "Path" in annotation else "NAME"))
-
-
-def whole_or_auto(text: str) -> int | str:
-    if text != "auto" and not text.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"a whole number or auto was expected, not {text!r}")
-    return text if text == "auto" else int(text)
+def parse_number(text: str) -> int | float | str:
+    """A number if it is one; Options says what else is wrong with it."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def choose_labels(names: Sequence[str] | None, codebook: str | None) -> Sequence[str] | Mapping[str, str]:

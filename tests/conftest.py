@@ -54,6 +54,10 @@ def make_texts(count: int) -> list[str]:
     return [f"{WORDS[i % 10]} and {WORDS[i * 7 // 10 % 10]}, number {i}" for i in range(count)]
 
 
+def make_row(text: str, label: str | None = None) -> module.Row:
+    return module.Row(module.digest(text, label), text, label)
+
+
 def write_texts(path: Path, texts: Sequence[str]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([["id", "text"], *([i, text] for i, text in enumerate(texts))])

@@ -132,10 +132,10 @@ def test_a_terminal_without_the_check_mark_gets_a_plain_sign(job: Job, encoding:
 WRONG = {
     "no arguments": ([], "the following arguments are required"),
     "batch size": (["--batch-size", "0"], "--batch-size must be from 1 to 500, not 0."),
-    "batch size text": (["--batch-size", "ten"], "a whole number or auto was expected, not 'ten'"),
+    "batch size text": (["--batch-size", "ten"], "--batch-size must be a whole number or auto, not 'ten'"),
     "workers": (["--max-workers", "501"], "--max-workers must be from 1 to 500, not 501."),
     "limit": (["--limit", "0"], "--limit must be at least 1, not 0."),
-    "timeout": (["--timeout", "0"], "--timeout must be from 0.001 to 86400, not 0.0."),
+    "timeout": (["--timeout", "0"], "--timeout must be from 0.001 to 86400, not 0."),
     "timeout nan": (["--timeout", "nan"], "--timeout must be"),
     "retries": (["--max-retries", "-1"], "--max-retries must be"),
     "start": (["--start-index", "3"], "--start-index 3 is past the last row"),
@@ -273,8 +273,8 @@ def test_shares_are_broken_down_by_a_column_that_is_never_sent(job: Job, capsys:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 2.5}, "whole number, not 2.5"),
-        ({"batch_size": True}, "whole number, not True"),
+        ({"batch_size": 2.5}, "whole number or auto, not 2.5"),
+        ({"batch_size": True}, "whole number or auto, not True"),
         ({"timeout": None}, "timeout must be a number, not None"),
         ({"limit": "auto"}, "limit must be a whole number, not 'auto'"),
         ({"new_labels": "racist"}, r"pass \['racist'\]"),

@@ -7,6 +7,7 @@ import signal
 import time
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import LABELS, Job, expected, in_every_form, make_texts
@@ -71,11 +72,15 @@ class TestAfter:
         assert figures(job.enrich())["reused_rows"] == 5
         assert figures(job.enrich())["reused_rows"] == 20
 
-    def test_cached_and_reasoning_tokens_are_told_and_cached_ones_cost_less(self) -> None:
-        usage = module.Usage(prompt=2_000_000, cached=1_000_000, completion=1_000_000, reasoning=5)
-        assert module.usage_words(usage) == (
-            "2,000,000 in (1,000,000 of them cached), 1,000,000 out (5 of them reasoning)"
-        )
+    def test_cached_and_reasoning_tokens_are_told(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        usage = {"prompt_tokens": 2_000_000, "completion_tokens": 1_000_000}
+        usage |= {"prompt_tokens_details": {"cached_tokens": 1_000_000}}
+        usage |= {"completion_tokens_details": {"reasoning_tokens": 5}}
+        body = {"choices": [{"message": {"content": '{"660": []}'}}], "usage": usage}
+        job.server.script.append((200, {}, body))
+        assert job.write(["tram"]).command() == 0
+        told = "2,000,000 in (1,000,000 of them cached), 1,000,000 out (5 of them reasoning)"
+        assert f"✓ Tokens: {told}\n" in capsys.readouterr().out
 
     def test_a_reply_without_usage_is_counted_at_its_worst(self, job: Job) -> None:
         body = {"choices": [{"message": {"content": '{"660": []}'}}]}
@@ -300,7 +305,7 @@ class TestSizes:
         frame = pd.DataFrame({"text": ["x" * length] * rows}, dtype=object)
         options = module.frame_options(frame, "text", ["a"], batch_size="auto", max_workers="auto")
         table = module.read_table(frame, options.columns)
-        fitted = module.fit_to_table(options, table, module.requested_rows(table, 0, None))
+        fitted = module.fit_to_table(options, table, np.ones(len(table), bool))
         assert (fitted.batch_size, fitted.max_workers) == sizes
 
     def test_auto_works_from_the_command(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
 from pathlib import Path
 
@@ -85,7 +84,7 @@ class TestOverwriting:
 
                 def kill(*_: object) -> None:
                     patch.setattr(Path, "unlink", lambda *_, **__: None)
-                    os.kill(os.getpid(), signal.SIGINT)
+                    raise KeyboardInterrupt
 
                 patch.setattr(Path, "replace", kill)
                 with pytest.raises(KeyboardInterrupt):

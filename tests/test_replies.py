@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 import pytest
-from conftest import LABELS, Job, in_every_form, make_texts, prompt_of
+from conftest import LABELS, Job, in_every_form, make_row, make_texts, prompt_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 import enrich_dataset as module
 
 PROMPT = prompt_of()
-ROWS = tuple(module.make_row(text, None) for text in ("a", "b", "c"))
+ROWS = tuple(make_row(text) for text in ("a", "b", "c"))
 A, B, C = "660", "149", "538"
 FIRST, SECOND, THIRD = LABELS
 
@@ -103,7 +103,7 @@ def test_any_reply_gives_each_row_an_answer_or_a_reason(content: Any) -> None:
 
 @given(st.integers(1, 40), st.data())
 def test_splitting_asks_for_each_problem_once_and_ends(count: int, data: st.DataObject) -> None:
-    rows = tuple(module.make_row(str(number), None) for number in range(count))
+    rows = tuple(make_row(str(number)) for number in range(count))
     poisoned = data.draw(st.sets(st.sampled_from(rows), min_size=1))
     open_requests, failed, calls = [module.Request(rows, PROMPT)], {}, 0
     while open_requests:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import LABELS, Job, make_texts, prompt_of
+from conftest import LABELS, Job, make_row, make_texts, prompt_of
 from hypothesis import given
 from hypothesis import strategies as st
 from stand_in_server import check_body
@@ -21,7 +21,7 @@ PROMPT = prompt_of(model="gpt-4o-mini")
 
 
 def request(texts: list[str], label: str | None = None) -> module.Request:
-    return module.Request(tuple(module.make_row(text, label) for text in texts), PROMPT)
+    return module.Request(tuple(make_row(text, label) for text in texts), PROMPT)
 
 
 @given(counts=st.lists(st.integers(1, 40), max_size=4), batch_size=st.integers(1, 500))

@@ -8,7 +8,7 @@ from email.utils import formatdate
 from typing import Any
 
 import pytest
-from conftest import LABELS, Job, make_texts
+from conftest import LABELS, Job, make_row, make_texts
 from hypothesis import given
 from hypothesis import strategies as st
 from stand_in_server import error_body
@@ -445,7 +445,7 @@ def test_a_server_is_quoted_without_key_or_text(job: Job, capsys: pytest.Capture
     assert "nobody" not in capsys.readouterr().err
     options = module.Options(job.input, job.output, "text", None, LABELS, api_key="my-own-key")
     words = "bad key my-own-key sk-abc***d and  more"
-    quoted = module.Server(options, print).quote(words, [module.make_row("text", None)])
+    quoted = module.Server(options, print).quote(words, [make_row("text")])
     assert quoted == "bad key [key] [key] and more"
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import LABELS, Job, make_texts, prompt_of
+from conftest import LABELS, Job, make_row, make_texts, prompt_of
 from stand_in_server import StandIn
 
 import enrich_dataset as module
 
 PROMPT = prompt_of()
-ROW = module.make_row("cake", None)
+ROW = make_row("cake")
 
 
 TABLE = module.read_table(pd.DataFrame({"text": ["cake", "tram"]}), module.Columns("text", None, ()))
@@ -111,7 +111,7 @@ class TestFailing:
         job.write(make_texts(20)).enrich()
         with module.Store(job.store) as store:
             store.db.execute("PRAGMA max_page_count = 1")
-            many = {module.make_row(str(number), None): "000" for number in range(5000)}
+            many = {make_row(str(number)): "000" for number in range(5000)}
             with pytest.raises(module.EnrichmentError, match=r"failed \(database or disk is full\)"):
                 store.record(attempt(), many)
         job.enrich()
