@@ -29,6 +29,7 @@ hypothesis.settings.register_profile("long", max_examples=1_000_000, deadline=No
 ROOT = Path(__file__).parent.parent
 LABELS = ["praising_violence", "personal_attacks", "sexual_harassment"]
 MODEL = "gpt-4o-mini"  # named, so that the day on which the default changes changes no test
+FORMS = ["list", "each", "one"]
 WORDS = ["violence", "praise", "person", "attack", "sexual", "harass", "weather", "cake", "tram", "holiday"]
 
 
@@ -113,6 +114,11 @@ class Job:
         arguments = self.arguments("--base-url", self.server.url, *more)
         return subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
+    def wait_until_it_calls(self, process: subprocess.Popen[str], before: int) -> None:
+        """Until the server has been called again, or the process has nothing to call for."""
+        while self.server.arrived == before and process.poll() is None:
+            time.sleep(0.02)
+
     def wait_in_flight(self, count: int = 1) -> None:
         """Until the server is at so many calls, or 20 seconds have passed."""
         deadline = time.monotonic() + 20
@@ -136,8 +142,14 @@ class Job:
         assert self.cells == right
 
 
-# A test that is to hold under every form of the answer.
-in_every_form = pytest.mark.parametrize("job", ["list", "each", "one"], indirect=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test marked `every_form`, by itself, its class or its file, is run under each form of the answer.
+
+    But for those marked `one_form`: of a reply that is written out in the test, or too slow to be run three times.
+    """
+    has = metafunc.definition.get_closest_marker
+    if "job" in metafunc.fixturenames and has("every_form") and not has("one_form"):
+        metafunc.parametrize("job", FORMS, indirect=True)
 
 
 @pytest.fixture

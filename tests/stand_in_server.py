@@ -190,7 +190,7 @@ class StandIn(ThreadingHTTPServer):
         self.held = threading.Event()
         self.let_go = threading.Event()
         self.calls: list[Call] = []
-        self.in_flight = self.most_in_flight = 0
+        self.arrived = self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
         for name, value in settings.items():
             getattr(self, name)
@@ -611,6 +611,8 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection |= cut
 
     def do_GET(self) -> None:
+        with self.server.lock:
+            self.server.arrived += 1
         if self.server.drips_everywhere:
             return self.be_hostile(self.server.drips_everywhere, {})
         if self.path == "/stand-in/calls":
@@ -626,6 +628,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["content-length"]))
         with self.server.lock:
+            self.server.arrived += 1
             self.server.in_flight += 1
             self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
         try:

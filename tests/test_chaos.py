@@ -25,7 +25,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from conftest import LABELS, ROOT, Job, expected, make_texts  # noqa: E402
+from conftest import FORMS, LABELS, ROOT, Job, expected, make_texts  # noqa: E402
 from stand_in_server import FAULTS, StandIn  # noqa: E402
 
 import enrich_dataset as module  # noqa: E402
@@ -40,15 +40,17 @@ def storm(folder: Path, seed: int, rows: int = 400) -> Counter[str]:
         server.faults = dict.fromkeys(FAULTS, 0.02)
         server.tells_limits = dice.random() < 0.5
         server.set_limit("requests", 6000, burst=dice.choice([5, 50, 500]))
-        job = Job(folder, server).write(make_texts(rows))
+        job = Job(folder, server, FORMS[seed % 3]).write(make_texts(rows))
         options = ["--max-workers", str(WORKERS), "--batch-size", str(BATCH), "--timeout", "5", "--quiet"]
         options += ["--batch-api", "--poll-interval", "0.1"] * (seed % 4 == 3)
         server.job_seconds = 0.1
         for _ in range(4):
+            arrived = server.arrived
             process = job.process(*options)
+            job.wait_until_it_calls(process, arrived)  # a signal before that may find a module half imported
             signalled = dice.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             try:
-                process.wait(0.5 + dice.random() * 2)
+                process.wait(dice.random() * 2)
             except subprocess.TimeoutExpired:
                 process.send_signal(signalled)
                 seen["killed" if signalled == signal.SIGKILL else "told to stop"] += 1
@@ -70,7 +72,7 @@ def assert_nothing_wrong(job: Job) -> None:
     """The CSV, if there is one by now, is whole, and each cell in it is right or blank."""
     if job.output.exists():
         assert len(job.cells) == len(job.texts)
-        for cells, right in zip(job.cells, expected(job.texts), strict=True):
+        for cells, right in zip(job.cells, expected(job.texts, form=job.form), strict=True):
             assert cells in (right, [""] * len(LABELS))
 
 

@@ -273,6 +273,9 @@ def test_shares_are_broken_down_by_a_column_that_is_never_sent(job: Job, capsys:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"price": 0.5}, r"price must be 2 numbers \(IN, OUT\), not 0.5"),
+        ({"max_cost": (1, 2)}, r"max_cost must be a number, not \(1, 2\)"),
+        ({"answer_form": "long"}, "answer_form must be list, each, one, not 'long'"),
         ({"batch_size": 2.5}, "whole number or auto, not 2.5"),
         ({"batch_size": True}, "whole number or auto, not True"),
         ({"timeout": None}, "timeout must be a number, not None"),

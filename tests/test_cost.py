@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import LABELS, Job, expected, in_every_form, make_texts
+from conftest import LABELS, Job, expected, make_texts
 from stand_in_server import Call, Handler
 
 import enrich_dataset as module
 
 MINI = (0.15, 0.60)  # dollars for a million tokens of gpt-4o-mini
+
+pytestmark = pytest.mark.every_form
 
 
 def price(calls: list[Call], into: float = MINI[0], out: float = MINI[1]) -> float:
@@ -27,7 +29,6 @@ def figures(frame: Any) -> dict[str, Any]:
 
 
 class TestAfter:
-    @in_every_form
     def test_the_cost_is_the_list_price_of_each_call(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         told = figures(job.write(make_texts(60)).enrich(quiet=False))
         assert told["cost"] == pytest.approx(price(job.server.calls))
@@ -46,6 +47,7 @@ class TestAfter:
         assert told["tokens"]["prompt"] > 0
         assert "Cost: unknown: no price of 'llama3.2' is known (pass price)" in capsys.readouterr().out
 
+    @pytest.mark.one_form
     def test_a_reply_is_priced_as_the_model_that_answered(self, job: Job) -> None:
         completion = {"choices": [{"message": {"content": '{"660": []}'}}], "model": "gpt-4.1-2025-04-14"}
         usage = {"prompt_tokens": 1000, "completion_tokens": 1000}
@@ -57,7 +59,7 @@ class TestAfter:
         assert told["cost"] == pytest.approx(price(job.server.calls, 10, 20))
 
     def test_a_price_is_two_numbers_none_below_0(self, job: Job) -> None:
-        for wrong, words in (((1,), "must be two numbers"), ((1, -1), "price must be at least 0")):
+        for wrong, words in (((1,), "must be 2 numbers"), ((1, -1), "price must be at least 0")):
             with pytest.raises(module.InputError, match=words):
                 job.write(["cake"]).enrich(price=wrong)
 
@@ -72,6 +74,7 @@ class TestAfter:
         assert figures(job.enrich())["reused_rows"] == 5
         assert figures(job.enrich())["reused_rows"] == 20
 
+    @pytest.mark.one_form
     def test_cached_and_reasoning_tokens_are_told(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         usage = {"prompt_tokens": 2_000_000, "completion_tokens": 1_000_000}
         usage |= {"prompt_tokens_details": {"cached_tokens": 1_000_000}}
@@ -81,6 +84,15 @@ class TestAfter:
         assert job.write(["tram"]).command() == 0
         told = "2,000,000 in (1,000,000 of them cached), 1,000,000 out (5 of them reasoning)"
         assert f"✓ Tokens: {told}\n" in capsys.readouterr().out
+
+    def test_the_tokens_of_an_answer_that_was_cut_off_count_beside_those_of_the_next(self, job: Job) -> None:
+        cut_off = {"message": {"content": "{"}, "finish_reason": "length"}
+        usage = {"prompt_tokens": 100, "completion_tokens": 50}
+        job.server.script.append((200, {}, {"choices": [cut_off], "usage": usage}))
+        tokens = figures(job.write(["tram"]).enrich())["tokens"]
+        (answered,) = [call for call in job.server.calls if call.prompt_tokens and call.texts][-1:]
+        assert tokens["prompt"] == 100 + answered.prompt_tokens
+        assert tokens["completion"] == 50 + answered.completion_tokens
 
     def test_a_reply_without_usage_is_counted_at_its_worst(self, job: Job) -> None:
         body = {"choices": [{"message": {"content": '{"660": []}'}}]}
@@ -112,6 +124,7 @@ class TestBefore:
             assert f"{line}\n" in printed
         assert job.server.calls == []
 
+    @pytest.mark.one_form
     def test_a_dry_run_returns_what_is_known(self, job: Job) -> None:
         job.write(make_texts(20)).enrich(limit=5)
         calls, before = len(job.server.calls), job.output.read_bytes()
@@ -170,7 +183,6 @@ class TestBefore:
 
 
 class TestCap:
-    @in_every_form
     def test_a_capped_run_ends_at_or_under_it_and_a_higher_cap_ends_the_job(
         self, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -204,6 +216,7 @@ class TestCap:
         assert told in capsys.readouterr().out
         job.check()
 
+    @pytest.mark.one_form
     def test_what_was_in_flight_when_a_run_was_killed_counts(self, job: Job) -> None:
         job.server.first_token = 20
         process = job.write(make_texts(40)).process("--max-cost", "1", "--max-workers", "2")
@@ -222,6 +235,7 @@ class TestCap:
         with module.Store(job.store) as store:  # a run that ends in order leaves nothing in flight
             assert store.money()[0] == pytest.approx(in_flight + price(job.server.calls), rel=0.5)
 
+    @pytest.mark.one_form
     def test_what_was_in_flight_at_a_second_ctrl_c_counts(self, job: Job) -> None:
         job.server.first_token = 20
         process = job.write(make_texts(40)).process("--max-cost", "1", "--max-workers", "2")
@@ -234,6 +248,7 @@ class TestCap:
         with module.Store(job.store) as store:
             assert store.money()[0] > price([Call(0, 0, 200, "", (), (), {}, 400, 60)])
 
+    @pytest.mark.one_form
     def test_with_the_cap_reached_the_same_command_spends_nothing_more(
         self, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -356,6 +371,7 @@ class TestNeverForNothing:
             ("strange-ids", "its id was missing from the answer"),
         ],
     )
+    @pytest.mark.one_form
     def test_a_model_none_of_whose_answers_can_be_used_ends_the_run_soon(
         self, job: Job, fault: str, kind: str, workers: int, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -382,6 +398,7 @@ class TestNeverForNothing:
         job.check(blank_rows=poisoned)
         assert len(job.server.calls) < 100 + 10 * 12
 
+    @pytest.mark.one_form
     def test_splitting_stops_while_hardly_any_reply_can_be_used(
         self, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -416,6 +433,7 @@ class TestBounds:
 
 class TestCharges:
     @pytest.mark.parametrize("later", [False, True])
+    @pytest.mark.one_form
     def test_a_limit_of_tokens_is_kept_under_both_ways_of_charging(self, job: Job, later: bool) -> None:
         job.server.set_limit("tokens", 600_000, burst=30_000)
         job.server.charges_later, job.server.first_token = later, 0.1

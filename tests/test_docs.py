@@ -51,7 +51,8 @@ def test_the_flag_table_is_the_parsers() -> None:
 
 def test_the_exit_codes_are_the_modules() -> None:
     told = re.findall(r"(\d+) [a-z]", (module.__doc__ or "").partition("Exit codes:")[2].partition("\n\n")[0])
-    assert [row[0] for row in table("Exit codes")] == told == ["0", "1", "2", "3", "130"]
+    line = README.partition("\nExit codes:")[2].partition("\n")[0]
+    assert re.findall(r"(?:^|;) (\d+) ", line) == told == ["0", "1", "2", "3", "130"]
 
 
 def without_times(text: str) -> str:
@@ -129,7 +130,7 @@ def test_the_query_of_the_store_works(tmp_path: Path, server: StandIn) -> None:
     module.enrich_dataset(
         ROOT / "HatefulData.csv", tmp_path / "out.csv", "text", "label", ["a label"], base_url=server.url, quiet=True
     )
-    (query,) = re.findall(r'sqlite3 "(SELECT .*)"', README.replace("HatefulData_enriched.csv.answers.", ""))
+    (query,) = re.findall(r'sqlite3 "(SELECT [^"]*)"', README.replace("HatefulData_enriched.csv.answers.", ""))
     with sqlite3.connect(tmp_path / "out.csv.answers.sqlite3") as db:
         calls, prompt, completion = db.execute(query).fetchone()
     assert calls == len(server.calls) == 4

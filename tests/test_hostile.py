@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LABELS, ROOT, Job, in_every_form, make_texts
+from conftest import LABELS, ROOT, Job, make_texts
 from stand_in_server import StandIn, error_body
 from test_cost import MINI, price
 
@@ -37,8 +37,8 @@ def billed(job: Job) -> float:
     return sum(price([call], MINI[0] * job.server.bills) for call in job.server.calls)
 
 
+@pytest.mark.every_form
 class TestMoney:
-    @in_every_form
     @pytest.mark.parametrize("factor", [1.0, 4.0, 40.0])
     def test_the_cap_holds_whatever_a_server_bills_but_for_one_calls_excess(self, job: Job, factor: float) -> None:
         job.server.bills, job.server.first_token = factor, 0.02
@@ -194,8 +194,8 @@ class TestReach:
         assert [path.name for path in job.input.parent.iterdir()] == ["in.csv"]
 
 
+@pytest.mark.every_form
 class TestCaches:
-    @in_every_form
     def test_a_gateway_that_answers_from_a_cache_of_other_requests_ends_the_run(
         self, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -284,6 +284,7 @@ class TestTables:
         )
 
 
+@pytest.mark.every_form
 class TestJobs:
     @pytest.mark.parametrize("kind", ["null", "empty", "html", "error", "half"])
     def test_files_that_have_less_than_the_job_says_are_looked_at_again(self, job: Job, kind: str) -> None:

@@ -8,7 +8,9 @@ import time
 from collections import Counter
 
 import pytest
-from conftest import Job, in_every_form, make_texts
+from conftest import Job, make_texts
+
+pytestmark = pytest.mark.every_form
 
 
 def wait_for_calls(job: Job, count: int) -> None:
@@ -17,7 +19,6 @@ def wait_for_calls(job: Job, count: int) -> None:
         time.sleep(0.01)
 
 
-@in_every_form
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_what_came_back_and_goes_on(job: Job, number: signal.Signals) -> None:
     job.server.first_token = 0.5
@@ -39,6 +40,7 @@ def test_an_interrupted_run_keeps_what_came_back_and_goes_on(job: Job, number: s
     job.check()
 
 
+@pytest.mark.one_form
 def test_a_second_ctrl_c_leaves_at_once(job: Job) -> None:
     job.server.first_token = 20
     process = job.write(make_texts(30)).process()
@@ -54,6 +56,7 @@ def test_a_second_ctrl_c_leaves_at_once(job: Job) -> None:
     assert "Traceback" not in errors
 
 
+@pytest.mark.one_form
 def test_killed_at_random_moments_and_finished_is_as_unbroken(job: Job) -> None:
     workers, kills, dice = 4, 6, random.Random(1)
     job.server.first_token = 0.03
@@ -74,6 +77,7 @@ def test_killed_at_random_moments_and_finished_is_as_unbroken(job: Job) -> None:
     assert max(again.values()) <= 1 + kills
 
 
+@pytest.mark.one_form
 def test_a_killed_run_leaves_the_earlier_csv_whole(job: Job) -> None:
     job.write(make_texts(20)).enrich(limit=10)
     before = job.output.read_bytes()
@@ -86,6 +90,7 @@ def test_a_killed_run_leaves_the_earlier_csv_whole(job: Job) -> None:
     assert job.output.read_bytes() == before
 
 
+@pytest.mark.one_form
 def test_a_reader_of_the_report_that_goes_away_does_not_end_the_job(job: Job) -> None:
     job.server.first_token = 0.3
     process = job.write(make_texts(30)).process()

@@ -9,12 +9,14 @@ import time
 from typing import Any
 
 import pytest
-from conftest import LABELS, Job, in_every_form, make_texts
+from conftest import LABELS, Job, make_texts
 from test_cost import price
 
 import enrich_dataset as module
 
 FAST = {"use_batch_api": True, "poll_interval": 0.05}
+
+pytestmark = pytest.mark.every_form
 
 
 def by_job(job: Job) -> dict[str, list[str]]:
@@ -30,7 +32,6 @@ def open_requests(job: Job) -> int:
         return sum(len(open_job.attempts) for open_job in store.open_jobs())
 
 
-@in_every_form
 def test_cells_are_right_at_half_the_price_without_a_live_call(job: Job) -> None:
     job.server.job_seconds = 0.2
     frame = job.write([*make_texts(95), "cake", "cake"]).enrich(**FAST)
@@ -70,7 +71,6 @@ def test_a_price_of_the_users_is_taken_as_it_is(job: Job) -> None:
 class TestKilled:
     POINTS = ("upload", "uploaded", "create", "created", "poll", "download")
 
-    @in_every_form
     @pytest.mark.parametrize("point", POINTS)
     def test_whenever_it_is_killed_the_same_command_ends_the_job_and_all_is_paid_once(
         self, job: Job, point: str
@@ -139,6 +139,7 @@ class TestLeft:
         job.check()
         assert sorted(job.asked) == sorted(job.texts)
 
+    @pytest.mark.one_form
     def test_a_label_that_is_added_meanwhile_is_asked_for_itself(self, job: Job) -> None:
         job.server.job_seconds = 0.3
         job.write(make_texts(20)).enrich(LABELS[:2], **FAST, no_wait=True)
@@ -165,6 +166,7 @@ class TestLeft:
         job.check()
         assert len(job.asked) == 30
 
+    @pytest.mark.one_form
     def test_ctrl_c_leaves_the_job_running_and_says_so(self, job: Job) -> None:
         job.server.job_seconds = 1.0
         process = job.write(make_texts(40)).process("--batch-api", "--poll-interval", "30")
@@ -183,7 +185,6 @@ class TestLeft:
 
 
 class TestUnhappyEnds:
-    @in_every_form
     @pytest.mark.parametrize("end", ["expired", "cancelled"])
     def test_half_of_a_job_that_ends_early_goes_into_the_next(self, job: Job, end: str) -> None:
         job.server.job_plans.append({"ends": end, "share": 0.5})
@@ -203,7 +204,6 @@ class TestUnhappyEnds:
         job.enrich(**FAST)
         job.check()
 
-    @in_every_form
     def test_content_failures_go_into_smaller_jobs_three_in_all(self, job: Job) -> None:
         texts = make_texts(40)
         for number, fault in ((3, "refusal"), (17, "garbage"), (25, "400-filter"), (35, "missing")):
@@ -284,6 +284,7 @@ class TestUnhappyEnds:
         job.enrich(**FAST)
         job.check()
 
+    @pytest.mark.one_form
     def test_a_reply_to_creating_a_job_that_is_lost_creates_no_second(self, job: Job) -> None:
         job.server.hold_at = "created"
         job.server.job_seconds = 0.1

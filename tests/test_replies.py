@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import LABELS, Job, in_every_form, make_row, make_texts, prompt_of
+from conftest import LABELS, Job, make_row, make_texts, prompt_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +16,8 @@ PROMPT = prompt_of()
 ROWS = tuple(make_row(text) for text in ("a", "b", "c"))
 A, B, C = "660", "149", "538"
 FIRST, SECOND, THIRD = LABELS
+
+pytestmark = pytest.mark.every_form
 
 
 def attempt(content: Any, **choice: Any) -> module.Attempt:
@@ -95,6 +97,7 @@ json_values = st.recursive(
 
 
 @given(json_values.map(json.dumps) | st.text() | json_values)
+@pytest.mark.one_form
 def test_any_reply_gives_each_row_an_answer_or_a_reason(content: Any) -> None:
     answers, problems = read(content)
     assert sorted([*answers, *problems]) == ["a", "b", "c"]
@@ -132,6 +135,7 @@ def test_failures_of_other_kinds_do_not_use_up_a_lone_rows_tries(job: Job) -> No
     job.check()
 
 
+@pytest.mark.one_form
 def test_only_what_is_missing_is_asked_again(job: Job) -> None:
     job.server.script.append((200, {}, reply_without_half()))
     job.write(make_texts(4)).enrich()
@@ -154,7 +158,6 @@ def test_figures_that_a_server_misshapes_cost_no_answer(job: Job, usage: Any) ->
     job.check()
 
 
-@in_every_form
 def test_a_poisoned_row_stays_blank_alone_and_is_named(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     texts = make_texts(40)
     texts[3], texts[17], texts[31] = "poison-filter", "poison-refusal", "poison-garbage"
@@ -167,7 +170,6 @@ def test_a_poisoned_row_stays_blank_alone_and_is_named(job: Job, capsys: pytest.
     assert "  row 31 (line 33): the answer was not valid JSON\n" in printed
 
 
-@in_every_form
 @pytest.mark.parametrize("fault", ["400-filter", "400-context", "length", "missing", "foreign", "doubled", "unknown"])
 def test_each_fault_of_content_stays_with_its_row(job: Job, fault: str) -> None:
     texts = make_texts(12)
@@ -178,7 +180,6 @@ def test_each_fault_of_content_stays_with_its_row(job: Job, fault: str) -> None:
     job.check(blank_rows=[5])
 
 
-@in_every_form
 def test_a_row_that_failed_is_pending_at_the_next_run(job: Job) -> None:
     job.write(["cake", "poison-garbage"])
     assert job.command("--quiet") == 3

@@ -52,6 +52,11 @@ def test_openai_would_take_the_schema(form: module.Format, count: int) -> None:
     assert check_body(body) is None
 
 
+def test_a_blank_line_in_a_definition_is_sent_as_it_is() -> None:
+    message = prompt_of({"racist": "against a race\n\nnot a nation", "sexist": "against a sex"}).system_message
+    assert '"racist": against a race\n\nnot a nation\n"sexist": against a sex\nAnswer with JSON' in message
+
+
 def test_a_request_in_full() -> None:
     body = module.build_body(
         request(['say "praise"\n\x18', "é"]), module.first_parameters("gpt-4o-mini", must_be_bounded=False)

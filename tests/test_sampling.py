@@ -246,6 +246,18 @@ class TestCommand:
         assert f"The labels have changed since {path} was drawn, so it is left as it is" in capsys.readouterr().out
         assert path.read_bytes() == before
 
+    def test_it_grows_in_another_folder_too(self, job: Job, tmp_path: Path) -> None:
+        job.write(make_texts(100)).enrich(sample=20)
+        code(Path(f"{job.output}.sample.csv"))
+        moved = tmp_path / "moved"
+        moved.mkdir()
+        for path in [each for each in tmp_path.iterdir() if each.is_file()]:
+            path.rename(moved / path.name)
+        again = Job(moved, job.server)
+        again.enrich(sample=30)
+        with Path(f"{again.output}.sample.csv").open(encoding="utf-8-sig", newline="") as file:
+            assert len(list(csv.DictReader(file))) == 30
+
     def test_the_plot_shows_corrected_shares_too(self, job: Job) -> None:
         path, plot = Path(f"{job.output}.sample.csv"), job.output.with_suffix(".svg")
         job.write(make_texts(200)).enrich(sample=50)

@@ -17,6 +17,8 @@ import enrich_dataset as module
 
 TRANSPORT_FAULTS = ["500", "503", "reset", "cut", "html", "empty"]
 
+pytestmark = pytest.mark.every_form
+
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("fault", TRANSPORT_FAULTS)
+@pytest.mark.one_form
 def test_a_fault_on_the_way_is_retried(job: Job, fault: str) -> None:
     job.server.faults = {fault: 0.3}
     job.write(make_texts(60)).enrich(batch_size=3)
@@ -47,6 +50,7 @@ def test_a_storm_of_all_faults_leaves_right_cells_and_only_the_poisoned_rows_bla
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("fault", TRANSPORT_FAULTS)
+@pytest.mark.one_form
 def test_a_request_on_which_the_server_always_fails_is_given_up_whole(job: Job, fault: str) -> None:
     texts = make_texts(60)
     texts[5] = f"poison-{fault}"
@@ -59,6 +63,7 @@ def test_a_request_on_which_the_server_always_fails_is_given_up_whole(job: Job, 
     assert len(job.server.calls) == 1
 
 
+@pytest.mark.one_form
 def test_a_timeout_is_retried(job: Job) -> None:
     job.server.first_token = 0.5
     with pytest.raises(module.ProviderError, match="no answer in time"):
@@ -79,6 +84,7 @@ def test_rate_limits_alone_leave_no_row_blank(job: Job) -> None:
 
 
 @pytest.mark.parametrize(("kind", "per_minute", "burst"), [("requests", 3000, 20), ("tokens", 400_000, 6000)])
+@pytest.mark.one_form
 def test_a_limit_that_is_told_is_kept_before_it_refuses(job: Job, kind: str, per_minute: int, burst: int) -> None:
     job.server.set_limit(kind, per_minute, burst)
     job.write(make_texts(200)).enrich(batch_size=1, max_workers=8)
@@ -95,6 +101,7 @@ def test_all_workers_wait_as_long_as_a_429_asks(job: Job) -> None:
     job.check()
 
 
+@pytest.mark.one_form
 def test_a_long_wait_is_told_and_can_be_interrupted(job: Job) -> None:
     job.server.script.append((429, {"retry-after": "3000"}, error_body("slow down")))
     process = job.write(make_texts(10)).process()
@@ -372,6 +379,7 @@ STOPPING = {
 
 
 @pytest.mark.parametrize("name", STOPPING)
+@pytest.mark.one_form
 def test_a_pointless_job_stops_at_once_with_one_line(job: Job, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, body, line = STOPPING[name]
     job.server.first_token = 0.05
@@ -418,6 +426,7 @@ def test_a_server_that_goes_away_stops_the_job(job: Job) -> None:
     job.check(blank_rows=range(30, 400))
 
 
+@pytest.mark.one_form
 def test_a_server_that_cannot_be_reached_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "UNREACHABLE_SECONDS", 1.0)
     with socket.socket() as taken:
@@ -447,6 +456,8 @@ def test_a_server_is_quoted_without_key_or_text(job: Job, capsys: pytest.Capture
     words = "bad key my-own-key sk-abc***d and  more"
     quoted = module.Server(options, print).quote(words, [make_row("text")])
     assert quoted == "bad key [key] [key] and more"
+    nobodys = module.Server(module.Options(job.input, job.output, "text", None, LABELS, base_url=job.server.url), print)
+    assert nobodys.quote("none of these", []) == "none of these"
 
 
 def test_a_proxy_is_not_asked_for_this_machine(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

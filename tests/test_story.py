@@ -6,12 +6,13 @@ import sqlite3
 
 import pandas as pd
 import pytest
-from conftest import LABELS, ROOT, Job, expected, in_every_form, make_texts
+from conftest import LABELS, ROOT, Job, expected, make_texts
 
 import enrich_dataset as module
 
+pytestmark = pytest.mark.every_form
 
-@in_every_form
+
 def test_every_cell_is_what_the_server_answered(job: Job) -> None:
     job.write(make_texts(95)).enrich()
     job.check()
@@ -19,6 +20,7 @@ def test_every_cell_is_what_the_server_answered(job: Job) -> None:
     assert sorted(job.asked) == sorted(job.texts)
 
 
+@pytest.mark.one_form
 def test_the_frame_is_what_pandas_reads_plus_nullable_labels(job: Job) -> None:
     job.write([*make_texts(20), " "])
     frame = job.enrich()
@@ -31,7 +33,6 @@ def test_the_frame_is_what_pandas_reads_plus_nullable_labels(job: Job) -> None:
     assert frame.attrs["enrichment"]["calls"] == 2
 
 
-@in_every_form
 def test_a_second_run_makes_no_call(job: Job) -> None:
     job.write(make_texts(30)).enrich()
     before = job.output.read_bytes()
@@ -50,7 +51,6 @@ def test_a_second_run_needs_no_key(job: Job) -> None:
     job.check()
 
 
-@in_every_form
 def test_equal_rows_are_asked_once(job: Job) -> None:
     job.write(["an attack", "cake"] * 10).enrich()
     assert sorted(job.asked) == ["an attack", "cake"]
@@ -66,7 +66,6 @@ def test_rows_with_another_existing_label_are_other_rows(job: Job) -> None:
     assert sorted(sent) == ['{"660":["attack","a"]}', '{"660":["attack","b"]}']
 
 
-@in_every_form
 def test_added_rows_cost_only_themselves(job: Job) -> None:
     texts = make_texts(40)
     job.write(texts[:30]).enrich()
@@ -75,6 +74,7 @@ def test_added_rows_cost_only_themselves(job: Job) -> None:
     job.check()
 
 
+@pytest.mark.one_form
 def test_one_more_label_asks_only_for_that_label(job: Job) -> None:
     job.write(make_texts(10)).enrich(LABELS[:2])
     job.enrich(LABELS)
@@ -82,12 +82,14 @@ def test_one_more_label_asks_only_for_that_label(job: Job) -> None:
     job.check()
 
 
+@pytest.mark.one_form
 def test_the_labels_that_are_asked_are_said_when_others_are_known(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job.write(make_texts(10)).enrich(LABELS[:2])
     job.enrich(quiet=False)
     assert "Labels to send (the others are known): ['sexual_harassment']\n" in capsys.readouterr().out
 
 
+@pytest.mark.one_form
 def test_fewer_or_reordered_labels_ask_nothing(job: Job) -> None:
     job.write(make_texts(10)).enrich()
     frame = job.enrich([LABELS[2], LABELS[0]])
@@ -102,6 +104,7 @@ def test_another_model_asks_anew(job: Job) -> None:
     assert [call.body["model"] for call in job.server.calls] == ["gpt-4o-mini", "gpt-4.1"]
 
 
+@pytest.mark.one_form
 def test_fresh_asks_again_and_the_newest_answer_stands(job: Job) -> None:
     job.write(["cake"] * 3).enrich()
     answer = '{"660": ["personal_attacks"]}'
@@ -126,13 +129,13 @@ def test_rows_outside_the_window_keep_what_the_store_has(job: Job) -> None:
     job.check(blank_rows=range(10, 20))
 
 
-@in_every_form
 def test_blank_texts_are_not_sent_and_stay_blank(job: Job) -> None:
     job.write(["", "  \t", "cake"]).enrich()
     assert job.asked == ["cake"]
     job.check(blank_rows=[0, 1])
 
 
+@pytest.mark.one_form
 def test_a_label_column_of_the_input_keeps_its_cells_and_only_blanks_are_asked(job: Job) -> None:
     job.input.write_text(
         'text,personal_attacks,id\nan attack,0,1\n"two\nattacks",,2\nthree attacks,"",3\ncake,1,4\ntram, ,5\n'
@@ -154,6 +157,7 @@ def test_equal_rows_of_which_some_have_cells_are_asked_once_for_all_that_is_lack
     assert job.output.read_text() == "text,praising_violence,personal_attacks\nattack,1,1\nattack,0,0\nattack,1,1\n"
 
 
+@pytest.mark.one_form
 def test_the_output_may_be_the_next_input(job: Job) -> None:
     job.write(make_texts(10)).enrich(LABELS[:1])
     job.output.rename(job.input)
@@ -191,6 +195,7 @@ def test_the_csv_is_written_while_the_job_runs(job: Job, monkeypatch: pytest.Mon
     assert seen[-1]
 
 
+@pytest.mark.one_form
 def test_a_csv_that_cannot_be_written_meanwhile_does_not_end_the_job(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
