@@ -1177,24 +1177,31 @@ def csv_bytes(header: Iterable[str], rows: Iterable[Iterable[object]], **style: 
     return text.getvalue().encode("utf-8", "replace")
 
 
+def find_header(head: list[str], text_column: str, source: str) -> tuple[str, str, list[str]]:
+    """What a CSV's first lines are: what stands before the header, the delimiter, and the header's fields.
+
+    Excel may name the delimiter in a line of its own, which is taken off `head`. Else it is the one by which the header
+    names the text column, else the one that finds most columns.
+    """
+    told = re.fullmatch('\ufeff*"?sep=(.)"?[\r\n]*', head[0], re.IGNORECASE) if head else None
+    preamble = head.pop(0) if told else ""
+    headers = {
+        delimiter: next((fields for fields, _, _ in read_records(head, delimiter, source) if fields), [])
+        for delimiter in (told[1] if told else ",;\t|")
+    }
+    delimiter = max(headers, key=lambda each: (text_column in headers[each], len(headers[each])))
+    if not headers[delimiter]:
+        raise InputError(f"{source} is empty: a CSV with a header line was expected.")
+    return preamble, delimiter, headers[delimiter]
+
+
 def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> Table:
+    """Find each record's place, key, given cells and length of text in one pass."""
     import numpy as np
 
     lines: Iterator[str] = io.TextIOWrapper(io.BytesIO(content), encoding, newline="")
     head = list(itertools.islice(lines, 100))  # enough for a header whose names hold newlines
-
-    def header_of(delimiter: str) -> list[str]:
-        return next((fields for fields, _, _ in read_records(head, delimiter, source) if fields), [])
-
-    # A first line of Excel's names the delimiter. Else it is the one by which the header names the text column, else
-    # the one that finds most columns in it.
-    told = re.fullmatch('\ufeff*"?sep=(.)"?[\r\n]*', head[0], re.IGNORECASE) if head else None
-    preamble = head.pop(0) if told else ""
-    headers = {delimiter: header_of(delimiter) for delimiter in (told[1] if told else ",;\t|")}
-    delimiter = max(headers, key=lambda each: (columns.text in headers[each], len(headers[each])))
-    header = headers[delimiter]
-    if not header:
-        raise InputError(f"{source} is empty: a CSV with a header line was expected.")
+    preamble, delimiter, header = find_header(head, columns.text, source)
     text_at = find_column(header, columns.text, columns.text_is, source)
     label_at = None if columns.label is None else find_column(header, columns.label, "column", source)
     by_at = None if columns.by is None else find_column(header, columns.by, "`by` column", source)
@@ -2380,8 +2387,10 @@ class Server:
         """What a response means after all that came before it, and why. FATAL leaves its line in `fatal_error`."""
         outcome, reason = classify(response)
         self.reached |= response.status > 0
-        if outcome is Outcome.ANSWERED and self._is_suspect(response, request):
-            outcome = Outcome.FATAL if self.fatal_error else Outcome.SUSPECT
+        if outcome is Outcome.ANSWERED and request.id_set and self._has_first_ids(response, request):
+            outcome = Outcome.FATAL
+        if outcome is Outcome.ANSWERED and not request.id_set and self._is_suspect(response, request):
+            outcome = Outcome.SUSPECT
         if outcome is Outcome.ANSWERED and look_up(response.body["choices"][0], "finish_reason") == "length":
             outcome, reason = self._judge_cut_off(response, sent_with)
         if outcome is Outcome.ANSWERED:
@@ -2404,23 +2413,25 @@ class Server:
         An id alone proves nothing, since some servers make it of the second; so such a request is sent again, under
         other row ids, and an answer with the first ones is another's.
         """
-        if request.id_set:
-            chosen = set(read_message(response.body)[1])
-            first, second = (set(row_ids(len(request.rows), id_set)) for id_set in (0, 1))
-            is_other = bool(chosen & first) and not chosen & second
-            self.false_alarms += not is_other
-            if is_other:
-                self.fatal_error = ProviderError(
-                    f"{self.host} answers from a cache of other requests, so that rows would get other rows' labels: "
-                    "turn that off, then run the same command; nothing of it was kept."
-                )
-            return is_other
         message = response.body["choices"][0]["message"]
         name = look_up(response.body, "id")
         mark = hash((name, look_up(response.body, "created"), look_up(message, "content")))
         asked = hash((request.prompt.labels, *[row.key for row in request.rows]))
         is_other = self.answered.setdefault(mark, asked) != asked
         return is_other and name is not None and self.false_alarms < FALSE_ALARMS
+
+    def _has_first_ids(self, response: Response, request: Request) -> bool:
+        """Whether a suspect request that was sent again, under the second ids, got a reply with the first ones."""
+        chosen = set(read_message(response.body)[1])
+        first, second = (set(row_ids(len(request.rows), id_set)) for id_set in (0, 1))
+        is_other = bool(chosen & first) and not chosen & second
+        self.false_alarms += not is_other
+        if is_other:
+            self.fatal_error = ProviderError(
+                f"{self.host} answers from a cache of other requests, so that rows would get other rows' labels: "
+                "turn that off, then run the same command; nothing of it was kept."
+            )
+        return is_other
 
     def _note_model(self, asked: str, served: str | int | None) -> None:
         """Tell once if another model begins to answer: the name that was asked for has moved."""
@@ -3727,7 +3738,7 @@ class Store:
         attempts = np.zeros(cells.shape, np.int32)
         asked = {question: place for place, question in enumerate(prompt.questions)}
         # In this order, so that an answer replaces IN_JOB, and a newer one an older one.
-        for statement in (OPEN_ROWS, ALL_ANSWERS)[: 1 + answers]:
+        for statement in [OPEN_ROWS, ALL_ANSWERS] if answers else [OPEN_ROWS]:
             for attempt, questions, row_keys, given in self._asked(statement):
                 shared = [(asked[question], theirs) for theirs, question in enumerate(questions) if question in asked]
                 if shared:
@@ -3752,24 +3763,27 @@ class Store:
 
     def stale(self, prompt: Prompt, table: Table, batches: Sequence[Batch]) -> list[str]:
         """Why earlier answers about the rows and labels of these batches do not count, a line for each reason."""
+        import numpy as np
+
         asked = {question.label: (place, question) for place, question in enumerate(prompt.questions)}
-        wanted = blank_cells(len(table.first_rows), len(asked)) == 0
+        wanted = np.zeros((len(table.first_rows), len(asked)), bool)
         for batch in batches:
             wanted[table.key_indexes[batch.numbers]] = batch.lacks
         counts: Counter[tuple[str, str]] = Counter()
         for _, questions, row_keys, _ in self._asked(ALL_ANSWERS) if batches else ():
             places = table.find(row_keys)
             for question in questions:
-                place, ours = asked.get(question.label, (0, question))
-                reason = "" if question.is_audit else explain_difference(question, ours)
+                if question.label not in asked or question.is_audit:
+                    continue
+                place, ours = asked[question.label]
                 # An existing label is part of a row's key, so rows are matched only if both have one, or neither.
                 is_matched = question.sends_label == ours.sends_label
-                rows = wanted[places[places >= 0], place].sum() if is_matched else len(places)
-                counts[reason, question.label] += int(rows) if reason else 0
+                rows = int(wanted[places[places >= 0], place].sum()) if is_matched else len(places)
+                counts[explain_difference(question, ours), question.label] += rows
         most: dict[str, int] = {}  # of the labels, since an answer is about several
         for (reason, _), count in counts.items():
             most[reason] = max(count, most.get(reason, 0))
-        return [f"{count:,} stored answers {reason}" for reason, count in most.items() if count]
+        return [f"{count:,} stored answers {reason}" for reason, count in most.items() if reason and count]
 
     def origins(self) -> tuple[IntArray, list[Origin]]:
         """Where answers come from: for each attempt an index into a list, counted from 1."""
@@ -4614,6 +4628,7 @@ def closing_lines(report: Report) -> list[str]:
         lines.append("✓ Enrichment complete!" if report.labelled_rows else "✗ No row was labelled: none has a text")
     if report.options.output_filepath is not None:
         lines.append(f"✓ Enriched dataset saved to {report.options.output_filepath}")
+    # A row that was answered would have been a call of its own.
     saved = report.pending - len(report.blank_rows) + report.audited - report.calls
     lines.append(f"✓ Total API calls made: {report.calls}" + (f" (saved {saved} API calls!)" if saved > 0 else ""))
     speedup = round(report.call_seconds / report.seconds, 1) if report.calls else 0

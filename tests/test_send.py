@@ -17,8 +17,6 @@ import enrich_dataset as module
 
 TRANSPORT_FAULTS = ["500", "503", "reset", "cut", "html", "empty"]
 
-pytestmark = pytest.mark.every_form
-
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +27,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("fault", TRANSPORT_FAULTS)
-@pytest.mark.one_form
+@pytest.mark.every_form
 def test_a_fault_on_the_way_is_retried(job: Job, fault: str) -> None:
     job.server.faults = {fault: 0.3}
     job.write(make_texts(60)).enrich(batch_size=3)
@@ -38,6 +36,7 @@ def test_a_fault_on_the_way_is_retried(job: Job, fault: str) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.every_form
 def test_a_storm_of_all_faults_leaves_right_cells_and_only_the_poisoned_rows_blank(job: Job) -> None:
     from stand_in_server import FAULTS
 
@@ -50,7 +49,7 @@ def test_a_storm_of_all_faults_leaves_right_cells_and_only_the_poisoned_rows_bla
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("fault", TRANSPORT_FAULTS)
-@pytest.mark.one_form
+@pytest.mark.every_form
 def test_a_request_on_which_the_server_always_fails_is_given_up_whole(job: Job, fault: str) -> None:
     texts = make_texts(60)
     texts[5] = f"poison-{fault}"
@@ -63,7 +62,6 @@ def test_a_request_on_which_the_server_always_fails_is_given_up_whole(job: Job, 
     assert len(job.server.calls) == 1
 
 
-@pytest.mark.one_form
 def test_a_timeout_is_retried(job: Job) -> None:
     job.server.first_token = 0.5
     with pytest.raises(module.ProviderError, match="no answer in time"):
@@ -84,7 +82,6 @@ def test_rate_limits_alone_leave_no_row_blank(job: Job) -> None:
 
 
 @pytest.mark.parametrize(("kind", "per_minute", "burst"), [("requests", 3000, 20), ("tokens", 400_000, 6000)])
-@pytest.mark.one_form
 def test_a_limit_that_is_told_is_kept_before_it_refuses(job: Job, kind: str, per_minute: int, burst: int) -> None:
     job.server.set_limit(kind, per_minute, burst)
     job.write(make_texts(200)).enrich(batch_size=1, max_workers=8)
@@ -101,7 +98,6 @@ def test_all_workers_wait_as_long_as_a_429_asks(job: Job) -> None:
     job.check()
 
 
-@pytest.mark.one_form
 def test_a_long_wait_is_told_and_can_be_interrupted(job: Job) -> None:
     job.server.script.append((429, {"retry-after": "3000"}, error_body("slow down")))
     process = job.write(make_texts(10)).process()
@@ -246,6 +242,7 @@ def test_the_pace_never_passes_a_known_limit(calls: list[tuple[float, int]]) -> 
         ({"temperature", "max_completion_tokens", "json_schema"}, "gpt-4o-mini", {"temperature"}),
     ],
 )
+@pytest.mark.every_form
 def test_what_a_server_refuses_is_learned_and_said_once(
     job: Job, refused: set[str], model: str, lost: set[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +256,7 @@ def test_what_a_server_refuses_is_learned_and_said_once(
     assert capsys.readouterr().err.count("refuses a parameter of the request") == len(refusals)
 
 
+@pytest.mark.every_form
 def test_many_workers_learn_together(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job.server.refuses, job.server.first_token = {"temperature"}, 0.05
     job.write(make_texts(60))
@@ -268,6 +266,7 @@ def test_many_workers_learn_together(job: Job, capsys: pytest.CaptureFixture[str
     assert sum(call.status == 400 for call in job.server.calls) <= 6
 
 
+@pytest.mark.every_form
 def test_a_schema_part_that_is_refused_is_left_out_before_the_schema_is(job: Job) -> None:
     job.server.refuses = {"maxItems"}
     job.write(make_texts(20)).enrich()
@@ -379,7 +378,6 @@ STOPPING = {
 
 
 @pytest.mark.parametrize("name", STOPPING)
-@pytest.mark.one_form
 def test_a_pointless_job_stops_at_once_with_one_line(job: Job, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, body, line = STOPPING[name]
     job.server.first_token = 0.05
@@ -394,6 +392,7 @@ def test_a_pointless_job_stops_at_once_with_one_line(job: Job, name: str, capsys
     job.check(blank_rows=range(20, 200))
 
 
+@pytest.mark.every_form
 def test_answers_in_flight_when_a_job_stops_are_kept(job: Job) -> None:
     job.server.first_token = 0.3
     job.server.script.append((401, {}, error_body("no")))
@@ -409,6 +408,7 @@ def test_a_server_that_refuses_every_request_stops_the_job(job: Job) -> None:
     assert len(job.server.calls) <= module.UNKNOWN_LIMIT + 3
 
 
+@pytest.mark.every_form
 def test_one_request_that_is_refused_for_an_unknown_reason_stops_nothing(job: Job) -> None:
     job.server.script.append((400, {}, error_body("Something is wrong with your request")))
     job.write(make_texts(100)).enrich()
@@ -426,7 +426,6 @@ def test_a_server_that_goes_away_stops_the_job(job: Job) -> None:
     job.check(blank_rows=range(30, 400))
 
 
-@pytest.mark.one_form
 def test_a_server_that_cannot_be_reached_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "UNREACHABLE_SECONDS", 1.0)
     with socket.socket() as taken:

@@ -17,8 +17,6 @@ import enrich_dataset as module
 PROMPT = prompt_of()
 ROW = make_row("cake")
 
-pytestmark = pytest.mark.every_form
-
 
 TABLE = module.read_table(pd.DataFrame({"text": ["cake", "tram"]}), module.Columns("text", None, ()))
 
@@ -132,7 +130,6 @@ SECOND = {
 
 class TestOtherQuestions:
     @pytest.mark.parametrize("name", SECOND)
-    @pytest.mark.one_form
     def test_why_earlier_answers_do_not_count_is_said_before_anything_is_paid(
         self, job: Job, name: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -178,7 +175,6 @@ class TestOtherQuestions:
         servers = [module.Server(module.frame_options(frame, "text", ["a"], base_url=url), print) for url in urls]
         assert {server.address for server in servers} == {"api.openai.com/v1"}
 
-    @pytest.mark.one_form
     def test_what_decides_an_answer_stands_in_plain_columns_and_examples_as_number_and_digest(self, job: Job) -> None:
         examples = pd.DataFrame([["a secret example", 0, 0, 0]], columns=["text", *LABELS])
         job.write(["cake"]).enrich(dict.fromkeys(LABELS, "a meaning"), instructions="Be strict.", examples=examples)
