@@ -284,8 +284,9 @@ class Options:
         read, written = self.read, self.all_written
         if "input" not in read and self.output_filepath is not None:
             raise InputError("`input_filepath` must be a path: label a DataFrame by enrich_dataframe(df, ...).")
-        if "input" in read and not read["input"].is_file():
-            raise InputError(f"There is no file {read['input']}: check the path of the input.")
+        for what, path in read.items():
+            if not (path.is_file() if what == "input" else path.exists()):
+                raise InputError(f"There is no file {path}: check the path of the {what}.")
         for what, path in {**read, **written}.items():
             if what in {"input", "gold", "examples", "output"}:
                 check_kind(what, path)
@@ -817,13 +818,13 @@ class Run:
         return [
             "",
             f"✓ Sample: {len(drawn)} of {len(numbers)} distinct texts that the model labelled, in {path}",
-            "  Fill in 1 or 0 for each label without looking at the model's, then pass the file as `gold`",
+            "  Fill in 1 or 0 for each label without looking at the model's labels, then pass the file as `gold`",
         ]
 
     def dry_run_lines(self, batches: Sequence[Batch]) -> list[str]:
         """What would be sent, and last what it would cost."""
         first = next(self.requests(batches), None)
-        shown = request_lines(replace(first, rows=first.rows[:1]), self.server.parameters) if first else []
+        shown = request_lines(replace(first, rows=first.rows[:1]), self.server) if first else []
         prompt = self.prompt.for_audit()
         _, audited = self.draw_audit(prompt, self.table.lengths > 0)
         alone = (Request((row,), prompt) for row in self.table.rows(audited))
@@ -1343,7 +1344,8 @@ class Files:
         for what, path in written.items():
             found, name = file_digest(path), self.name(path)
             known = self._known(name)
-            self._draft(path).unlink(missing_ok=True)  # of a run that was killed
+            with contextlib.suppress(OSError):
+                self._draft(path).unlink()  # of a run that was killed
             if found and not path.stat().st_mode & stat.S_IWUSR:
                 raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
             if self.overwrite:
@@ -1352,8 +1354,8 @@ class Files:
                 why = "was changed since it was written" if any(known) else "was not written by a run on this store"
                 raise InputError(
                     f"The {what} {path} {why}, and would be lost: choose another file, or pass `overwrite`."
-                    + " To keep corrections of cells, make it the input: its cells that are 0 or 1 stand."
-                    * (what == "output")
+                    + " To keep corrections of cells, make it the input of a run with another output: its cells that "
+                    "are 0 or 1 stand." * (what == "output")
                 )
 
     @contextlib.contextmanager
@@ -3062,6 +3064,8 @@ class ThreadSender(Sender):
         with self.calls:
             while self.in_flight or (self.is_running and (self.waiting or requests.peek())):
                 pause = self._launch(requests)
+                if self.stop.is_set() and self.calls.stopped_at == math.inf:
+                    self.warn(f"Stopping: calls in flight: {len(self.in_flight)}. Ctrl-C again does not wait for them.")
                 returned = self.calls.next(pause, is_stopping=not self.is_running)
                 landed = self._take_in(*returned) if returned else None
                 if landed:
@@ -3139,14 +3143,13 @@ class ThreadSender(Sender):
             self.error = self.error or ProviderError(long_wait_line(self.server.host, wait))
         elif outcome is Outcome.TRANSIENT:
             return self._retry(flight, wait, reason, now)
-        match outcome:
-            case Outcome.LIMITED:
-                known = self.pace.resume_at
-                self.pace.refuse(wait, flight.departure, now)
-                if self.pace.resume_at > max(now + 30, known + 1):  # shorter waits, and those told before, are not news
-                    self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.")
-            case Outcome.SUSPECT:
-                flight.attempt = replace(flight.attempt, request=replace(request, id_set=1))
+        if outcome is Outcome.LIMITED:
+            known = self.pace.resume_at
+            self.pace.refuse(wait, flight.departure, now)
+            if self.pace.resume_at > max(now + 30, known + 1):  # shorter waits, and those told before, are not news
+                self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.")
+        if outcome is Outcome.SUSPECT:
+            flight.attempt = replace(flight.attempt, request=replace(request, id_set=1))
         self._send_again(flight, now)  # after an error it only waits to be recorded
         return None
 
@@ -3919,9 +3922,10 @@ class Store:
 
     def totals(self) -> dict[str, Any]:
         """Of all runs."""
-        names = ("calls", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "cost")
-        sums = self._one(f"SELECT {', '.join(f'sum({name})' for name in names)} FROM attempts")
-        return dict(zip((*names[:-1], "dollars"), sums, strict=True))
+        sums = ("calls", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "cost")
+        figures = ", ".join(f"sum({name})" for name in sums)
+        found = self._one(f"SELECT {figures}, min(ended_at), max(ended_at) FROM attempts WHERE calls > 0")
+        return dict(zip((*sums[:-1], "dollars", "first_answer_at", "last_answer_at"), found, strict=True))
 
 
 def open_store(options: Options, server: Server | None) -> Store:
@@ -4272,7 +4276,12 @@ def sample_content(
     header = [SAMPLE_ID, options.text_column, *options.labels, PROBABILITY]
     unfilled = [BLANK] * len(options.labels)
     lines = (
-        [sample_id(row.key), row.text, *("" if value < 0 else value for value in filled.get(row.key, unfilled)), chance]
+        [
+            sample_id(row.key),
+            row.text,
+            *("" if value < 0 else value for value in filled.get(row.key, unfilled)),
+            f"{chance:.12g}",
+        ]
         for row, chance in rows
     )
     # A byte-order mark, and the input's semicolons, are how Excel knows what it opens.
@@ -4311,6 +4320,10 @@ def read_gold(options: Options, table: Table) -> Gold | None:
 
     if is_sample(options.gold):
         coded = read_sample(options.gold, options.labels)
+        if not (coded.cells >= 0).any():
+            raise InputError(
+                "No 1 or 0 is filled in in the sample that is passed as `gold`: have people code some rows."
+            )
         places = table.find(b"".join(coded.keys))
         numbers = np.where(places < 0, -1, table.first_rows[places]) if len(table) else places
         return Gold(coded.cells, list(map(sample_id, coded.keys)), numbers, coded.content, [], coded.probabilities)
@@ -4394,6 +4407,7 @@ def compare_with_gold(gold: Gold, cells: Cells, labels: Sequence[str]) -> tuple[
         "gold": figures.astype(object).where(figures.notna(), math.nan).to_dict("index"),
         "gold_unmatched": {
             "not in the table": len(gold.keys) - len(matched),
+            "not coded": int((gold.cells < 0).all(axis=1).sum()),
             "not labelled": int((model < 0).any(axis=1).sum()),
         },
         "gold_columns_not_compared": gold.not_compared,
@@ -4602,12 +4616,22 @@ def plan_lines(report: Report, stale: Sequence[str], sender: type[Sender]) -> li
     ]
 
 
-def request_lines(request: Request, parameters: Parameters) -> list[str]:
+def request_lines(request: Request, server: Server) -> list[str]:
     """A request as it is sent."""
-    body = build_body(request, parameters)
+    body = build_body(request, server.parameters)
     system, user = (message["content"] for message in body.pop("messages"))
     rest = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()]
-    return ["=== System message ===", system, "", "=== One row ===", user, "", "=== Sent with it ===", *rest, ""]
+    return [
+        "=== System message ===",
+        system,
+        "",
+        "=== One row ===",
+        user,
+        "",
+        f"=== Sent with it, to {server.address} ===",
+        *rest,
+        "",
+    ]
 
 
 def closing_lines(report: Report) -> list[str]:
@@ -4730,7 +4754,7 @@ def gold_lines(report: Report) -> list[str]:
         rows = [[label, *(rate_words(each, name, decimal) for name in names)] for label, each in shares.items()]
         lines += align(["", *names], rows)
         lines += [
-            f"{label}: not corrected, since no text to which the model gave it, or none of the others, is coded"
+            f"{label}: not corrected; code some texts that the model gave this label, and some that it did not"
             for label, each in shares.items()
             if math.isnan(each["corrected_share"])
         ]
@@ -4744,6 +4768,8 @@ def gold_lines(report: Report) -> list[str]:
         lines += ["=== Comparison with people, with 95 % intervals ===", *align(head, rows)]
         lines.append("Shares cannot be corrected from rows that were not drawn: `sample` draws some")
     lines += [f"Gold rows that are {what}: {count}" for what, count in figures["gold_unmatched"].items() if count]
+    if "corrected_shares" in figures and figures["gold_unmatched"]["not in the table"]:
+        lines.append("A sample's rows are found only with the `label_column` with which it was drawn")
     others = figures["gold_columns_not_compared"]
     lines += [f"Gold columns that match no label (not compared): {', '.join(others)}"] if others else []
     if report.options.output_filepath is not None:

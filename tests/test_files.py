@@ -50,7 +50,7 @@ class TestOverwriting:
         job.output.write_text(corrected)
         line = refused(job, capsys)
         assert "was changed since it was written, and would be lost" in line
-        assert "make it the input: its cells that are 0 or 1 stand." in line
+        assert "make it the input of a run with another output: its cells that are 0 or 1 stand." in line
         other = job.output.with_name("other.csv")
         module.enrich_dataset(job.output, other, "text", None, LABELS, base_url=job.server.url, quiet=True)
         assert other.read_text() == corrected

@@ -28,6 +28,7 @@ def test_an_interrupted_run_keeps_what_came_back_and_goes_on(job: Job, number: s
     stopped = time.monotonic()
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
+    assert "Stopping: calls in flight: " in errors
     assert max(call.at for call in job.server.calls) < stopped + 0.4  # a call may just be leaving
     labelled = sum(cells != [""] * 3 for cells in job.cells)
     assert labelled == 10 * len(job.server.calls)

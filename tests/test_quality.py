@@ -140,10 +140,12 @@ class TestInstructions:
         assert len(job.server.calls) == 3
 
     def test_a_file_that_is_not_there_is_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(module.InputError, match="cannot be read: check the path"):
+        with pytest.raises(
+            module.InputError, match=r"There is no file /nowhere/instructions.txt: check the path of the instructions\."
+        ):
             job.write(["cake"]).enrich(instructions=Path("/nowhere/instructions.txt"))
         assert job.command("--instructions", "instructoins.txt") == 2
-        assert "The instructions file instructoins.txt cannot be read" in capsys.readouterr().err
+        assert "There is no file instructoins.txt: check the path of the instructions." in capsys.readouterr().err
         assert job.server.calls == []
 
 
@@ -344,7 +346,7 @@ class TestGold:
     def test_rows_that_people_labelled_and_the_model_did_not_are_told(self, job: Job) -> None:
         gold = pd.DataFrame({"text": ["violence", "poison-refusal", "elsewhere"], LABELS[0]: [1, 1, 1]})
         told = figures(job.write(["violence", "poison-refusal"]).enrich(gold=gold))
-        assert told["gold_unmatched"] == {"not in the table": 1, "not labelled": 1}
+        assert told["gold_unmatched"] == {"not in the table": 1, "not labelled": 1, "not coded": 0}
         assert told["gold"][LABELS[0]]["rows"] == 1
 
     def test_a_key_column_tells_equal_texts_apart(self, job: Job) -> None:

@@ -246,6 +246,23 @@ class TestCommand:
         assert f"The labels have changed since {path} was drawn, so it is left as it is" in capsys.readouterr().out
         assert path.read_bytes() == before
 
+    def test_what_nobody_has_coded_and_what_is_of_another_draw_is_told(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = Path(f"{job.output}.sample.csv")
+        job.write(make_texts(100)).enrich(sample=20)
+        assert job.command("--gold", str(path)) == 2
+        told = "No 1 or 0 is filled in in the sample that is passed as --gold: have people code some rows."
+        assert told in capsys.readouterr().err
+        code(path)
+        job.enrich(sample=30)
+        assert job.command("--gold", str(path)) == 0
+        assert "Gold rows that are not coded: 10\n" in capsys.readouterr().out
+        assert job.command("--gold", str(path), "--label-column", "id") == 0
+        printed = capsys.readouterr().out
+        assert "Gold rows that are not in the table: 30\n" in printed
+        assert "A sample's rows are found only with the --label-column with which it was drawn\n" in printed
+
     def test_it_grows_in_another_folder_too(self, job: Job, tmp_path: Path) -> None:
         job.write(make_texts(100)).enrich(sample=20)
         code(Path(f"{job.output}.sample.csv"))
