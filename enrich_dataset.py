@@ -1374,6 +1374,7 @@ class Files:
                     f"{path} was changed while this run went on, and is left as it is: move it away, then run the same "
                     "command; no answer is lost."
                 )
+            draft.unlink(missing_ok=True)  # of a run that was killed
             with open_draft(draft, target) as file:
                 yield file
                 file.flush()
@@ -1811,7 +1812,8 @@ class Request:
     @property
     def custom_id(self) -> str:
         """Its name in a Batch API job."""
-        return digest(self.prompt.questions, [row.key.hex() for row in self.rows]).hex()
+        asked = compact_json(self.prompt.questions)  # in which numpy's strings are as Python's, which the store has
+        return digest(asked, [row.key.hex() for row in self.rows]).hex()
 
     @functools.cached_property
     def message(self) -> str:
@@ -3034,8 +3036,6 @@ class Calls:
             return None
         if isinstance(response, Exception):
             raise response
-        if response.status == 200:
-            self.slowest = max(self.slowest, response.seconds)
         return number, response
 
 
@@ -3135,6 +3135,7 @@ class ThreadSender(Sender):
         self.limited_since = min(self.limited_since, now) if outcome is Outcome.LIMITED else math.inf
         if outcome in {Outcome.ANSWERED, Outcome.REFUSED, Outcome.FAILED}:
             self.pace.succeed()
+            self.calls.slowest = max(self.calls.slowest, response.seconds)
             if outcome is Outcome.ANSWERED:
                 return flight.attempt
             return replace(flight.attempt, problem=reason, is_splittable=outcome is Outcome.REFUSED)
@@ -3487,6 +3488,8 @@ class JobSender(Sender):
             for line in itertools.chain.from_iterable(map(read_lines, files)):
                 if replies[str(line["custom_id"])] == reply_mark(line):
                     yield from self._take_in(job, line)
+        if self.server.fatal_error:
+            raise self.server.fatal_error
         good, done = sum(mark != b"" for mark in replies.values()), count_of(batch, "completed")
         if good < done and len(replies) < done + count_of(batch, "failed"):
             self._keep(job, batch)
@@ -3494,8 +3497,6 @@ class JobSender(Sender):
         left = len(job.attempts)
         for attempt in self._release(job):
             yield replace(attempt, problem="its Batch API job ended before it was done", is_splittable=False)
-        if self.server.fatal_error:
-            raise self.server.fatal_error
         if self.completions and not self.is_proven and not self.waiting:
             raise ProviderError(f"Job {job.batch_id} has given no answer that can be used: try live calls first.")
         self.barren = self.barren + 1 if left == before else 0
@@ -3674,6 +3675,7 @@ class Store:
             whats = {
                 "locked": "is in use by another run: wait for it",
                 "readonly": "is read-only: allow writing to it and to its folder",
+                "of another version": "was written by another version of this program: move it away",
                 "unable to open": "cannot be opened: check the permissions of it and of its folder",
             }
             found = (what for word, what in whats.items() if word in str(error))
@@ -3696,7 +3698,7 @@ class Store:
                 for statement in CREATE.strip().split(";\n"):
                     self.db.execute(statement)
             elif found != (STORE_ID, STORE_VERSION):
-                raise sqlite3.DatabaseError("another program's, or another version's")
+                raise sqlite3.DatabaseError("of another version" if found[0] == STORE_ID else "another program's")
 
     def __enter__(self) -> Store:
         return self

@@ -161,7 +161,10 @@ def test_a_store_of_another_version_is_refused_and_left_alone(job: Job, capsys: 
         db.execute("PRAGMA user_version = 999")
     before = job.store.read_bytes()
     assert job.command() == 2
-    assert "is not an answer store: move or delete it, or choose another file." in capsys.readouterr().err
+    assert (
+        "was written by another version of this program: move it away, or choose another file."
+        in capsys.readouterr().err
+    )
     assert job.store.read_bytes() == before
 
 

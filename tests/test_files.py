@@ -180,10 +180,13 @@ class TestDrafts:
         job.server.first_token = 0.2
         job.write(make_texts(20)).enrich(limit=10)
         with module.Store(job.store) as store:
-            draft = module.Files(store, overwrite=False)._draft(job.output)
-        draft.write_text("half")
-        job.enrich()
-        assert not draft.exists()
+            files = module.Files(store, overwrite=False)
+            drafts = [files._draft(path) for path in (job.output, Path(f"{job.output}.sample.csv"))]
+        for draft in drafts:
+            draft.write_text("half")
+        job.enrich(sample=5)
+        assert not any(draft.exists() for draft in drafts)
+        Path(f"{job.output}.sample.csv").unlink()
         assert sorted(path.name for path in job.output.parent.iterdir()) == [
             "in.csv", "out.csv", "out.csv.answers.sqlite3", "out.csv.run.json",
         ]  # fmt: skip

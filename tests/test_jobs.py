@@ -8,6 +8,7 @@ import signal
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import LABELS, Job, make_texts
 from test_cost import price
@@ -165,6 +166,12 @@ class TestLeft:
         job.write(texts).enrich()
         job.check()
         assert len(job.asked) == 30
+
+    def test_labels_of_an_array_are_collected_by_the_next_run(self, job: Job) -> None:
+        job.write(make_texts(20)).enrich(np.array(LABELS), **FAST, no_wait=True)
+        job.enrich(np.array(LABELS), **FAST)
+        job.check()
+        assert len(job.server.jobs) == 1
 
     @pytest.mark.one_form
     def test_ctrl_c_leaves_the_job_running_and_says_so(self, job: Job) -> None:

@@ -87,13 +87,16 @@ class TestNotAStore:
             job.enrich()
         assert job.store.read_text().startswith("my notes")
 
-    @pytest.mark.parametrize("change", ["PRAGMA user_version = 99", "PRAGMA application_id = 7"])
-    def test_another_programs_or_versions_database_is_refused(self, job: Job, change: str) -> None:
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [("user_version = 99", "another version of this program"), ("application_id = 7", "is not an answer store")],
+    )
+    def test_another_programs_or_versions_database_is_refused(self, job: Job, change: str, words: str) -> None:
         job.write(["cake"]).enrich()
         db = sqlite3.connect(job.store)
-        db.execute(change)
+        db.execute(f"PRAGMA {change}")
         db.close()
-        with pytest.raises(module.InputError, match="is not an answer store"):
+        with pytest.raises(module.InputError, match=words):
             job.enrich()
 
     def test_a_store_that_cannot_be_made_is_refused(self, job: Job) -> None:
