@@ -216,7 +216,6 @@ class TestCap:
         assert told in capsys.readouterr().out
         job.check()
 
-    @pytest.mark.one_form
     def test_what_was_in_flight_when_a_run_was_killed_counts(self, job: Job) -> None:
         job.server.first_token = 20
         process = job.write(make_texts(40)).process("--max-cost", "1", "--max-workers", "2")
@@ -235,7 +234,6 @@ class TestCap:
         with module.Store(job.store) as store:  # a run that ends in order leaves nothing in flight
             assert store.money()[0] == pytest.approx(in_flight + price(job.server.calls), rel=0.5)
 
-    @pytest.mark.one_form
     def test_what_was_in_flight_at_a_second_ctrl_c_counts(self, job: Job) -> None:
         job.server.first_token = 20
         process = job.write(make_texts(40)).process("--max-cost", "1", "--max-workers", "2")
@@ -248,7 +246,6 @@ class TestCap:
         with module.Store(job.store) as store:
             assert store.money()[0] > price([Call(0, 0, 200, "", (), (), {}, 400, 60)])
 
-    @pytest.mark.one_form
     def test_with_the_cap_reached_the_same_command_spends_nothing_more(
         self, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -398,7 +395,6 @@ class TestNeverForNothing:
         job.check(blank_rows=poisoned)
         assert len(job.server.calls) < 100 + 10 * 12
 
-    @pytest.mark.one_form
     def test_splitting_stops_while_hardly_any_reply_can_be_used(
         self, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -41,7 +41,6 @@ def test_an_interrupted_run_keeps_what_came_back_and_goes_on(job: Job, number: s
     job.check()
 
 
-@pytest.mark.one_form
 def test_a_second_ctrl_c_leaves_at_once(job: Job) -> None:
     job.server.first_token = 20
     process = job.write(make_texts(30)).process()
@@ -57,7 +56,6 @@ def test_a_second_ctrl_c_leaves_at_once(job: Job) -> None:
     assert "Traceback" not in errors
 
 
-@pytest.mark.one_form
 def test_killed_at_random_moments_and_finished_is_as_unbroken(job: Job) -> None:
     workers, kills, dice = 4, 6, random.Random(1)
     job.server.first_token = 0.03
@@ -78,7 +76,6 @@ def test_killed_at_random_moments_and_finished_is_as_unbroken(job: Job) -> None:
     assert max(again.values()) <= 1 + kills
 
 
-@pytest.mark.one_form
 def test_a_killed_run_leaves_the_earlier_csv_whole(job: Job) -> None:
     job.write(make_texts(20)).enrich(limit=10)
     before = job.output.read_bytes()

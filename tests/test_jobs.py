@@ -173,7 +173,6 @@ class TestLeft:
         job.check()
         assert len(job.server.jobs) == 1
 
-    @pytest.mark.one_form
     def test_ctrl_c_leaves_the_job_running_and_says_so(self, job: Job) -> None:
         job.server.job_seconds = 1.0
         process = job.write(make_texts(40)).process("--batch-api", "--poll-interval", "30")
@@ -291,7 +290,6 @@ class TestUnhappyEnds:
         job.enrich(**FAST)
         job.check()
 
-    @pytest.mark.one_form
     def test_a_reply_to_creating_a_job_that_is_lost_creates_no_second(self, job: Job) -> None:
         job.server.hold_at = "created"
         job.server.job_seconds = 0.1
