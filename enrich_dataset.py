@@ -541,6 +541,14 @@ def enrich_dataframe(options: Options) -> pd.DataFrame:
     return labelled_frame(frame.copy(), cells, report)
 
 
+def labelled_frame(frame: pd.DataFrame, cells: Cells, report: Report) -> pd.DataFrame:
+    """The frame with its labels, and what the run has to tell in `attrs`."""
+    for label, column in label_columns(cells, report.options.labels).items():
+        frame[label] = column
+    frame.attrs["enrichment"] = report.attributes()
+    return frame
+
+
 def label_table(options: Options, console: Console) -> tuple[Table, Cells, Report]:
     """What the command and the two functions share."""
     server = Server(options, console.warn)
@@ -571,7 +579,6 @@ class Run:
         self.gold = read_gold(options, table)
         self.from_examples = example_cells(table, self.prompt.examples, options.labels)
         self.report = Report(options, server.host, server.knows_price, server.is_local, len(table))
-        self.unstored: tuple[Prompt, dict[Row, str]] | None = None  # an answer that the store could not take
         self.save_at = time.monotonic() + SAVE_SECONDS
 
     def label(self) -> Cells:
@@ -632,9 +639,6 @@ class Run:
         The attempts that gave the answers are kept for `finish`, which tells where cells come from.
         """
         known, self.attempts = self.store.known(self.prompt, self.table, answers=not fresh)
-        if self.unstored:
-            prompt, answers = self.unstored
-            known = merge(known, place_answers(self.table, self.prompt, prompt, answers))
         return merge(merge(known[self.table.key_indexes], self.from_examples), self.table.given)
 
     def requests(self, batches: Iterable[Batch]) -> Iterator[Request]:
@@ -687,30 +691,24 @@ class Run:
                 answers, problems = read_answers(attempt)
                 self.report.note_replies(attempt, bool(answers), problems)
                 sender.is_proven |= bool(answers)
-                if problems:
-                    attempt = self.judge_worth(attempt)
-                again, given_up = next_requests(attempt, problems, sender.policy)
-                self.unstored = attempt.request.prompt, answers
+                self.end_if_useless(attempt)
+                policy = GIVE_UP if self.report.hardly_any_useful else sender.policy
+                again, given_up = next_requests(attempt, problems, policy)
                 self.store.record(attempt, answers)
-                self.unstored = None
                 requests.put_first(again)
                 self.report.add(attempt, len(answers), given_up)
                 progress.landed(self.report, len(answers), len(again))
                 self.save_now_and_then()
 
-    def judge_worth(self, attempt: Attempt) -> Attempt:
-        """End a run none of whose answers can be used, and split no more while hardly any can."""
-        report, recent = self.report, self.report.recent
-        if not report.answered and report.calls + attempt.calls >= MOST_USELESS_CALLS and not any(recent):
+    def end_if_useless(self, attempt: Attempt) -> None:
+        """End a run none of whose answers can be used."""
+        report = self.report
+        if report.calls + attempt.calls >= MOST_USELESS_CALLS and not report.answered and not any(report.recent):
             kinds = ", ".join(f"{reason} ({count})" for reason, count in report.problems.most_common(3))
             self.server.fatal_error = self.server.fatal_error or ProviderError(
                 f"No call of this run has given an answer that can be used; rows by what came: {kinds}. Try another "
                 "`model`, another server, or fewer rows per call (`batch_size`)."
             )
-        if len(recent) == RECENT_REPLIES and sum(recent) < RECENT_REPLIES * LEAST_USEFUL and attempt.is_splittable:
-            report.unsplit += 1
-            return replace(attempt, is_splittable=False)
-        return attempt
 
     def restore(self, request: Request) -> Request:
         """An earlier run's request with the texts that are still here, if this run asks the same of them."""
@@ -824,7 +822,8 @@ class Run:
     def dry_run_lines(self, batches: Sequence[Batch]) -> list[str]:
         """What would be sent, and last what it would cost."""
         first = next(self.requests(batches), None)
-        shown = request_lines(replace(first, rows=first.rows[:1]), self.server) if first else []
+        one_row = replace(first, rows=first.rows[:1]) if first else None
+        shown = request_lines(one_row, self.server.parameters, self.server.address) if one_row else []
         prompt = self.prompt.for_audit()
         _, audited = self.draw_audit(prompt, self.table.lengths > 0)
         alone = (Request((row,), prompt) for row in self.table.rows(audited))
@@ -873,8 +872,6 @@ class Run:
 
 SAVE_SECONDS = 60.0
 MOST_USELESS_CALLS = 40  # without an answer that can be used, after which the run ends
-RECENT_REPLIES = 200
-LEAST_USEFUL = 0.1  # of the recent replies: with fewer than that, splitting only costs more
 
 
 def fit_to_table(options: Options, table: Table, requested: BoolArray) -> Options:
@@ -931,17 +928,6 @@ def answer_cells(texts: str, labels: int) -> Cells:
     return (np.frombuffer(texts.encode(), np.int8) - ord("0")).reshape(-1, labels)
 
 
-def place_answers(table: Table, asked: Prompt, answered: Prompt, answers: Mapping[Row, str]) -> Cells:
-    """Answers to one prompt as cells of another's: of the table's distinct rows x its labels."""
-    cells = blank_cells(len(table.first_rows), len(asked.questions))
-    places = table.find(b"".join(row.key for row in answers))
-    values = answer_cells("".join(answers.values()), len(answered.questions))
-    for column, question in enumerate(asked.questions):
-        if question in answered.questions:
-            cells[places[places >= 0], column] = values[places >= 0, answered.questions.index(question)]
-    return cells
-
-
 class LabelCount(NamedTuple):
     """How often a label applies, does not, and is not known."""
 
@@ -966,14 +952,6 @@ def label_columns(cells: Cells, labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def labelled_frame(frame: pd.DataFrame, cells: Cells, report: Report) -> pd.DataFrame:
-    """The frame with its labels, and what the run has to tell in `attrs`."""
-    for label, column in label_columns(cells, report.options.labels).items():
-        frame[label] = column
-    frame.attrs["enrichment"] = report.attributes()
-    return frame
-
-
 # --- Table ------------------------------------------------------------------------------------------------
 #
 # In: a CSV or a DataFrame. Out: what labelling needs of its rows, and a CSV written byte for byte with the new fields
@@ -993,7 +971,7 @@ class Row(NamedTuple):
     """A text, with its existing label if that is sent; equal rows of the table have the same key."""
 
     key: bytes
-    text: str
+    text: str  # "": not known, since the row is an earlier run's
     label: str | None
 
 
@@ -1480,7 +1458,7 @@ def make_batches(table: Table, lacking: BoolArray, batch_size: int) -> list[Batc
 # --- Prompt -----------------------------------------------------------------------------------------------
 #
 # All words that are sent to a model, what decides an answer, and how an answer is read. In: labels, definitions,
-# instructions, examples. Out: prompts; and of an attempt's reply each row's answer, or what is wrong with it.
+# instructions, examples. Out: prompts; and of a reply what it says of a row, or what is wrong with it.
 
 # Every word here is paid for in each call, so each thing is said once. The labels stay in the message, since servers
 # that turn a schema into a grammar do not show it to the model.
@@ -1716,22 +1694,6 @@ FENCED = re.compile(r"\s*```\w*\s*(.*?)\s*```\s*", re.DOTALL)
 MISSING = object()
 
 
-def read_answers(attempt: Attempt) -> tuple[dict[Row, str], dict[Row, str]]:
-    """Each row's answer, or what is wrong with it; rows are found by their id alone, never by order."""
-    problem, chosen = (attempt.problem, {}) if attempt.problem else read_message(attempt.body)
-    rows, prompt = attempt.request.rows, attempt.request.prompt
-    answers: dict[Row, str] = {}
-    problems: dict[Row, str] = {}
-    for row, name in zip(rows, row_ids(len(rows), attempt.request.id_set), strict=True):
-        answer = chosen.get(name, MISSING)
-        reason, applying = (problem, []) if problem else read_answer(prompt.form, answer, prompt.labels)
-        if reason:
-            problems[row] = reason
-        else:
-            answers[row] = "".join(["01"[label in applying] for label in prompt.labels])
-    return answers, problems
-
-
 def read_message(body: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """What is wrong with a completion as a whole, or "", and its JSON object."""
     choice = body["choices"][0]
@@ -1796,8 +1758,8 @@ def read_answer(form: AnswerForm, answer: Any, labels: Sequence[str]) -> tuple[s
 
 # --- Requests ---------------------------------------------------------------------------------------------
 #
-# In: rows and a prompt. Out: the JSON body of a call, and its size in tokens. Requests wait in a queue until they are
-# sent.
+# In: rows, a prompt, and the parameters that a server supports. Out: the JSON body of a call, and its size in tokens.
+# Requests wait in a queue until they are sent.
 
 
 @dataclass(frozen=True)
@@ -1827,8 +1789,8 @@ class Request:
         return round(count_tokens(beginning) * len(self.message) / len(beginning))
 
     @property
-    def sendable(self) -> Request | None:
-        """Its rows whose texts this run has: not all those of an earlier run's job, whose questions may be others."""
+    def with_texts(self) -> Request | None:
+        """The same without rows that have no text: an earlier run's, which this one does not have or asks otherwise."""
         rows = tuple(row for row in self.rows if row.text)
         return replace(self, rows=rows) if rows else None
 
@@ -1889,6 +1851,46 @@ class Parameters:
         return cls(**{**found, "format": Format(found["format"])})
 
 
+REASONING_ROOM = 8192  # to begin with; what calls are seen to need is learned
+EFFORTS = ("none", "minimal", "low")
+FORM_WORDS = re.compile(r"response_format|schema|maxitems|structured output|json_object")
+
+
+def first_parameters(model: str, must_be_bounded: bool) -> Parameters:
+    """What a model of this name is known to support; a cost cap needs a bound on any model's completion."""
+    if re.match(r"(ft:)?(gpt-4|chatgpt-4)", model):
+        return Parameters(completion_bound="max_completion_tokens")
+    if re.match(r"(ft:)?(gpt-[5-9]|o\d)", model):
+        extras = {"temperature": 0.0, "reasoning_effort": "none"}
+        return Parameters(extras=extras, completion_bound="max_completion_tokens")
+    return Parameters(completion_bound="max_completion_tokens" if must_be_bounded else None)
+
+
+def fall_back(parameters: Parameters, message: str) -> tuple[Parameters, str] | None:
+    """The parameters without what a 400 or 422 refuses, and what to call them; None if it refuses nothing of ours."""
+    message = message.lower()
+    for name, value in parameters.extras.items():
+        if not re.search(name.replace("_", "[._]"), message):
+            continue
+        extras = {other: kept for other, kept in parameters.extras.items() if other != name}
+        if name != "reasoning_effort":
+            return replace(parameters, extras=extras), f"no {name}"
+        # The least effort that the message offers. A model that reasons takes no temperature, and needs room.
+        offered = message.partition("supported values")[2]
+        effort = next((each for each in EFFORTS[EFFORTS.index(value) + 1 :] if f"'{each}'" in offered), None)
+        extras = {other: kept for other, kept in extras.items() if other != "temperature"}
+        extras |= {"reasoning_effort": effort} if effort else {}
+        lower = replace(parameters, extras=extras, reasoning_room=REASONING_ROOM)
+        return lower, f"reasoning effort {effort!r}" if effort else "no reasoning effort"
+    if parameters.completion_bound and parameters.completion_bound in message:
+        other = "max_tokens" if parameters.completion_bound == "max_completion_tokens" else None
+        return replace(parameters, completion_bound=other), other or "no bound on completions"
+    if parameters.format is not Format.TEXT and FORM_WORDS.search(message):
+        lower_format = list(Format)[list(Format).index(parameters.format) + 1]
+        return replace(parameters, format=lower_format), lower_format.value
+    return None
+
+
 def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
     """The request's JSON body."""
     body: dict[str, Any] = {
@@ -1905,6 +1907,24 @@ def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
     if parameters.completion_bound is not None:
         body[parameters.completion_bound] = most_completion_tokens(request, parameters)
     return body
+
+
+def request_lines(request: Request, parameters: Parameters, address: str) -> list[str]:
+    """A request as it is sent."""
+    body = build_body(request, parameters)
+    system, user = (message["content"] for message in body.pop("messages"))
+    rest = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()]
+    return [
+        "=== System message ===",
+        system,
+        "",
+        "=== One row ===",
+        user,
+        "",
+        f"=== Sent with it, to {address} ===",
+        *rest,
+        "",
+    ]
 
 
 @lru_cache(maxsize=1024)
@@ -2015,7 +2035,8 @@ def usual_answer_tokens(request: Request, prevalence: float) -> float:
 # --- Server -----------------------------------------------------------------------------------------------
 #
 # In: JSON bodies. Out: responses, what they mean, what they cost, and how they are explained: the same for all senders,
-# so that a response is judged in one place. When to send again, and how often, is the senders' affair.
+# so that a response is judged in one place. Refusals lower the parameters that requests are sent with. When to send
+# again, and how often, is the senders' affair.
 
 
 class Usage(NamedTuple):
@@ -2135,6 +2156,8 @@ CLIENT_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_C
 PLACEHOLDER_KEY = "none"  # the SDK wants a key even if the server does not
 NO_KEY = "No API key: set OPENAI_API_KEY, or pass `api_key`."
 UNREACHABLE_SECONDS = 10.0  # give up on a server that has never answered after this long
+MOST_REASONING = 32_768  # tokens; a model that needs more does not come to an end
+MOST_ANSWER_FACTOR = 8  # an answer's bound reckons with 3 bytes per token, and no tokenizer has less than one in two
 FALSE_ALARMS = 2  # after which replies that look like another's are believed
 UNKNOWN_LIMIT = 10  # refusals for unknown reasons in a row, after which every request is taken to be refused
 
@@ -2205,48 +2228,6 @@ def read_usage(body: Any) -> Usage | None:
     cached = tokens("prompt_tokens_details", "cached_tokens") or 0
     written = tokens("prompt_tokens_details", "cache_write_tokens") or 0
     return Usage(prompt, cached, written, completion, tokens("completion_tokens_details", "reasoning_tokens") or 0)
-
-
-MOST_REASONING = 32_768  # tokens; a model that needs more does not come to an end
-MOST_ANSWER_FACTOR = 8  # an answer's bound reckons with 3 bytes per token, and no tokenizer has less than one in two
-REASONING_ROOM = 8192  # to begin with; what calls are seen to need is learned
-EFFORTS = ("none", "minimal", "low")
-FORM_WORDS = re.compile(r"response_format|schema|maxitems|structured output|json_object")
-
-
-def first_parameters(model: str, must_be_bounded: bool) -> Parameters:
-    """What a model of this name is known to support; a cost cap needs a bound on any model's completion."""
-    if re.match(r"(ft:)?(gpt-4|chatgpt-4)", model):
-        return Parameters(completion_bound="max_completion_tokens")
-    if re.match(r"(ft:)?(gpt-[5-9]|o\d)", model):
-        extras = {"temperature": 0.0, "reasoning_effort": "none"}
-        return Parameters(extras=extras, completion_bound="max_completion_tokens")
-    return Parameters(completion_bound="max_completion_tokens" if must_be_bounded else None)
-
-
-def fall_back(parameters: Parameters, message: str) -> tuple[Parameters, str] | None:
-    """The parameters without what a 400 or 422 refuses, and what to call them; None if it refuses nothing of ours."""
-    message = message.lower()
-    for name, value in parameters.extras.items():
-        if not re.search(name.replace("_", "[._]"), message):
-            continue
-        extras = {other: kept for other, kept in parameters.extras.items() if other != name}
-        if name != "reasoning_effort":
-            return replace(parameters, extras=extras), f"no {name}"
-        # The least effort that the message offers. A model that reasons takes no temperature, and needs room.
-        offered = message.partition("supported values")[2]
-        effort = next((each for each in EFFORTS[EFFORTS.index(value) + 1 :] if f"'{each}'" in offered), None)
-        extras = {other: kept for other, kept in extras.items() if other != "temperature"}
-        extras |= {"reasoning_effort": effort} if effort else {}
-        lower = replace(parameters, extras=extras, reasoning_room=REASONING_ROOM)
-        return lower, f"reasoning effort {effort!r}" if effort else "no reasoning effort"
-    if parameters.completion_bound and parameters.completion_bound in message:
-        other = "max_tokens" if parameters.completion_bound == "max_completion_tokens" else None
-        return replace(parameters, completion_bound=other), other or "no bound on completions"
-    if parameters.format is not Format.TEXT and FORM_WORDS.search(message):
-        lower_format = list(Format)[list(Format).index(parameters.format) + 1]
-        return replace(parameters, format=lower_format), lower_format.value
-    return None
 
 
 class Server:
@@ -2741,8 +2722,9 @@ def requested_wait(headers: Mapping[str, str]) -> float:
 
 # --- Attempts ---------------------------------------------------------------------------------------------
 #
-# In: a request. Out: what came of sending it, and what follows from that: the one place that decides which rows are
-# sent again because of an answer's content. Retries of a call are the sender's: it failed on its way, or was cut off.
+# In: a request. Out: what came of sending it, each row's answer, and what follows from that: the one place that decides
+# which rows are sent again because of an answer's content. Retries of a call are the sender's: it failed on its way, or
+# was cut off.
 
 ALIKE_FAILURES = 3  # chance fails a good row now this way, now that; a poisoned row fails the same way each time
 
@@ -2783,11 +2765,30 @@ class Attempt:
         )
 
 
+def read_answers(attempt: Attempt) -> tuple[dict[Row, str], dict[Row, str]]:
+    """Each row's answer, or what is wrong with it; rows are found by their id alone, never by order."""
+    problem, chosen = (attempt.problem, {}) if attempt.problem else read_message(attempt.body)
+    rows, prompt = attempt.request.rows, attempt.request.prompt
+    answers: dict[Row, str] = {}
+    problems: dict[Row, str] = {}
+    for row, name in zip(rows, row_ids(len(rows), attempt.request.id_set), strict=True):
+        answer = chosen.get(name, MISSING)
+        reason, applying = (problem, []) if problem else read_answer(prompt.form, answer, prompt.labels)
+        if reason:
+            problems[row] = reason
+        else:
+            answers[row] = "".join(["01"[label in applying] for label in prompt.labels])
+    return answers, problems
+
+
 class RetryPolicy(NamedTuple):
     """How rows are sent again whose answer could not be used, by what one more attempt costs a sender."""
 
     in_halves: bool  # else each alone, because an attempt takes long
     most_failures: int  # of a row that is sent alone, alike or not
+
+
+GIVE_UP = RetryPolicy(in_halves=False, most_failures=0)
 
 
 def next_requests(
@@ -3291,7 +3292,7 @@ class JobSender(Sender):
         """End a job: what it left undone goes into the next one, as far as this run has the texts; return the rest."""
         self.store.forget_job(job)
         self.budget.settle_job(job.set_aside, 0.0)
-        left = [(attempt, attempt.request.sendable) for attempt in job.attempts.values()]
+        left = [(attempt, attempt.request.with_texts) for attempt in job.attempts.values()]
         self.waiting.extend(replace(attempt, request=request) for attempt, request in left if request)
         return [attempt for attempt, request in left if not request]
 
@@ -3543,7 +3544,7 @@ class JobSender(Sender):
         attempt = attempt.returned(response, cost, 0.0)
         outcome, reason = self.server.judge(response, request, job.parameters, time.monotonic())
         self.completions += outcome is Outcome.ANSWERED
-        again = None if outcome is Outcome.FAILED else request.sendable
+        again = None if outcome is Outcome.FAILED else request.with_texts
         is_broken = outcome in {Outcome.TRANSIENT, Outcome.LIMITED}
         if again and is_broken and len(request.failures) + 1 < self.policy.most_failures:
             self.waiting.append(replace(attempt, request=replace(again, failures=(*request.failures, reason))))
@@ -3648,6 +3649,10 @@ class Origin(NamedTuple):
     system_fingerprint: str | None
 
 
+# An attempt's number, questions, row keys and answers; no answers: they are pending in a job.
+Asked: TypeAlias = tuple[int, tuple[Question, ...], bytes, str]
+
+
 class Store:
     """Every answer that came back, in one SQLite file.
 
@@ -3659,6 +3664,7 @@ class Store:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.numbers: dict[Question, int] = {}  # of questions, as far as they were used
+        self.unwritten: list[Asked] = []  # an attempt that the file could not take
         try:
             with contextlib.suppress(FileExistsError):
                 if path:
@@ -3743,19 +3749,18 @@ class Store:
         attempts = np.zeros(cells.shape, np.int32)
         asked = {question: place for place, question in enumerate(prompt.questions)}
         # In this order, so that an answer replaces IN_JOB, and a newer one an older one.
-        for statement in [OPEN_ROWS, ALL_ANSWERS] if answers else [OPEN_ROWS]:
-            for attempt, questions, row_keys, given in self._asked(statement):
-                shared = [(asked[question], theirs) for theirs, question in enumerate(questions) if question in asked]
-                if shared:
-                    ours, theirs = map(list, zip(*shared, strict=True))
-                    places = table.find(row_keys)
-                    at = places[places >= 0][:, None], ours
-                    cells[at] = answer_cells(given, len(questions))[places >= 0][:, theirs] if attempt else IN_JOB
-                    attempts[at] = attempt
+        statements = [OPEN_ROWS, ALL_ANSWERS] if answers else [OPEN_ROWS]
+        for attempt, questions, row_keys, given in itertools.chain(*map(self._asked, statements), self.unwritten):
+            shared = [(asked[question], theirs) for theirs, question in enumerate(questions) if question in asked]
+            if shared:
+                ours, theirs = map(list, zip(*shared, strict=True))
+                places = table.find(row_keys)
+                at = places[places >= 0][:, None], ours
+                cells[at] = answer_cells(given, len(questions))[places >= 0][:, theirs] if given else IN_JOB
+                attempts[at] = attempt
         return cells, attempts
 
-    def _asked(self, statement: str) -> Iterator[tuple[int, tuple[Question, ...], bytes, str]]:
-        """Of each attempt its number, questions, row keys and answers."""
+    def _asked(self, statement: str) -> Iterator[Asked]:
         with self._translate_errors():
             stored = self._questions()
             for attempt, numbers, row_keys, answers in self.db.execute(statement):
@@ -3809,8 +3814,10 @@ class Store:
         ]
 
     def record(self, attempt: Attempt, answers: Mapping[Row, str]) -> None:
-        """Keep what came of an attempt."""
+        """Keep what came of an attempt; if the file takes it not, at least for as long as the run lasts."""
         request, body, usage = attempt.request, attempt.body, attempt.usage
+        row_keys, given = b"".join(row.key for row in answers), "".join(answers.values())
+        self.unwritten = [(0, request.prompt.questions, row_keys, given)] if answers else []
         with self._writing():
             has_texts = all(row.text for row in request.rows)  # else it is an earlier run's
             values = {
@@ -3830,12 +3837,13 @@ class Store:
                 "cost": attempt.cost,
                 "unconfirmed_cost": attempt.unconfirmed_cost,
                 "outcome": attempt.problem or ("answered" if answers else "no row answered"),
-                "row_keys": b"".join(row.key for row in answers),
-                "answers": "".join(answers.values()),
+                "row_keys": row_keys,
+                "answers": given,
             }
             self._insert("attempts", values)
             if attempt.from_job:
                 self.db.execute("DELETE FROM job_requests WHERE custom_id = ?", (request.custom_id,))
+        self.unwritten = []
 
     def _insert(self, table: str, values: Mapping[str, object]) -> int:
         """Add a row, and return its number."""
@@ -4425,6 +4433,8 @@ SHOWN_BLANK_ROWS = 20
 ATTRIBUTE_ROWS = 100  # in a frame's attrs, which pandas copies at each operation
 SHOWN_VALUES = 10  # of the column that shares are broken down by, and of rows that differ
 UNKNOWN_PRICE = "unknown: no price of {!r} is known (pass `price`)"
+RECENT_REPLIES = 200
+LEAST_USEFUL = 0.1  # of the recent replies: with fewer than that, splitting only costs more
 OPENAI_WOULD_BILL = "what OpenAI would bill"  # said of a server on this machine
 IN_A_JOB = "in a Batch API job that has not been collected"
 
@@ -4476,9 +4486,9 @@ class Report:
     spent_before: float = 0.0  # by earlier runs on this store
     totals: dict[str, Any] = field(default_factory=dict)  # of all runs on this store
     origins: dict[str, Any] = field(default_factory=dict)  # of the cells
-    figures: dict[str, Any] = field(
-        default_factory=dict
-    )  # "audit", and all that `compare_with_gold` gives, if requested
+    # By name, if requested: "audit", "gold" and "corrected_shares" (each label -> figure -> value), "gold_unmatched"
+    # (reason -> gold rows), "gold_columns_not_compared".
+    figures: dict[str, Any] = field(default_factory=dict)
 
     def note_plan(
         self, table: Table, cells: Cells, requested: BoolArray, from_examples: Cells, batches: Sequence[Batch]
@@ -4505,6 +4515,7 @@ class Report:
         self.unconfirmed_cost += attempt.unconfirmed_cost
         self.unconfirmed_calls += attempt.unconfirmed_calls
         self.failed.update((row.key, reason) for row, reason in given_up.items())
+        self.unsplit += bool(given_up) and attempt.is_splittable and self.hardly_any_useful
 
     def note_replies(self, attempt: Attempt, has_answers: bool, problems: Mapping[Row, str]) -> None:
         if attempt.calls:
@@ -4551,6 +4562,11 @@ class Report:
             ],
             "sent_with": [{"rows": rows, **dict(pairs), "tier": tier} for (*pairs, tier), rows in sent_with.items()],
         }
+
+    @property
+    def hardly_any_useful(self) -> bool:
+        """Whether so few of the recent replies had an answer that sending rows again only costs more."""
+        return len(self.recent) == RECENT_REPLIES and sum(self.recent) < RECENT_REPLIES * LEAST_USEFUL
 
     @property
     def reused(self) -> int:
@@ -4614,24 +4630,6 @@ def plan_lines(report: Report, stale: Sequence[str], sender: type[Sender]) -> li
         f"Total batches to process: {report.batches}",
         sender.start_line.format(at_once=min(report.batches, int(options.max_workers))),
         f"This will make {report.batches} API calls instead of {report.pending} (single-row processing)",
-        "",
-    ]
-
-
-def request_lines(request: Request, server: Server) -> list[str]:
-    """A request as it is sent."""
-    body = build_body(request, server.parameters)
-    system, user = (message["content"] for message in body.pop("messages"))
-    rest = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()]
-    return [
-        "=== System message ===",
-        system,
-        "",
-        "=== One row ===",
-        user,
-        "",
-        f"=== Sent with it, to {server.address} ===",
-        *rest,
         "",
     ]
 
