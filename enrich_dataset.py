@@ -4220,25 +4220,20 @@ def corrected_shares(
         raise InputError("Each coded text must be one of `predicted`, whose index must be unique.")
     often = np.ones(len(predicted)) if counts is None else counts.reindex(predicted.index).to_numpy(float)
     places = predicted.index.get_indexer(gold.index)
-    chances = probability.reindex(gold.index).to_numpy(float)
+    weights = often[places] / probability.reindex(gold.index).to_numpy(float)
     rows = {}
     for label in labels:
         model, people = (frame[label].astype("Float64").fillna(BLANK).to_numpy(float) for frame in (predicted, gold))
-        rows[label] = share_figures(model, often, places, people, chances)
+        raw = ratio(float(often[model == 1].sum()), float(often[model >= 0].sum()))
+        coded = (people >= 0) & (model[places] >= 0)
+        rates = [
+            weighted_rate(people[group] == 1, weights[group])
+            for group in (coded & (model[places] == value) for value in (1, 0))
+        ]
+        rows[label] = {"coded": float(coded.sum()), "raw_share": raw}
+        for name, rate in correct_share(raw, *rates).items():
+            rows[label] |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
     return pd.DataFrame.from_dict(rows, orient="index").astype({"coded": int})
-
-
-def share_figures(model: Any, counts: Any, places: Any, people: Any, chances: Any) -> dict[str, float]:
-    """What `corrected_shares` tells of one label: `places` are those of the coded texts in the population."""
-    known = model >= 0
-    raw = ratio(float(counts[known & (model == 1)].sum()), float(counts[known].sum()))
-    coded = (people >= 0) & known[places]
-    weights, positive, at = (counts[places] / chances)[coded], (people == 1)[coded], model[places][coded]
-    rates = [weighted_rate(positive[at == value], weights[at == value]) for value in (1, 0)]
-    figures = {"coded": float(coded.sum()), "raw_share": raw}
-    for name, rate in correct_share(raw, *rates).items():
-        figures |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
-    return figures
 
 
 SAMPLE_ID, PROBABILITY = "sample_id", "inclusion_probability"
@@ -4320,6 +4315,10 @@ class Gold(NamedTuple):
     not_compared: list[str]  # columns that match no label
     probabilities: list[float] | None = None  # at which its rows were drawn, if they were
 
+    def coded(self, labels: Sequence[str]) -> list[str]:
+        """The labels that people gave to some row, or denied it."""
+        return [label for label, column in zip(labels, self.cells.T, strict=True) if (column >= 0).any()]
+
 
 def read_gold(options: Options, table: Table) -> Gold | None:
     """Read people's labels, and match them with rows of the table."""
@@ -4370,17 +4369,17 @@ def correct_by_sample(
 ) -> dict[str, Any]:
     """The labels' shares in a population (first rows, and how often each occurs), corrected by a coded sample of it."""
     import numpy as np
+    import pandas as pd
 
     numbers, counts = population
-    place_of = {table.key(number): place for place, number in enumerate(numbers.tolist())}
-    places = np.array([place_of.get(table.key(row), -1) if row >= 0 else -1 for row in gold.numbers.tolist()], np.intp)
-    found = places >= 0
-    at, chances = places[found], np.array(gold.probabilities)[found]
-    return {
-        label: share_figures(cells[numbers, column], counts, at, gold.cells[found, column], chances)
-        for column, label in enumerate(labels)
-        if (gold.cells[:, column] >= 0).any()
-    }
+    index = table.key_indexes[numbers]
+    drawn = np.where(gold.numbers < 0, -1, table.key_indexes[gold.numbers])
+    is_known = np.isin(drawn, index)
+    predicted = pd.DataFrame(label_columns(cells[numbers], labels), index)
+    people = pd.DataFrame(label_columns(gold.cells[is_known], labels), drawn[is_known])
+    probability = pd.Series(np.array(gold.probabilities)[is_known], drawn[is_known])
+    shares = corrected_shares(predicted, people, gold.coded(labels), probability, pd.Series(counts, index))
+    return {str(label): figures for label, figures in shares.to_dict("index").items()}
 
 
 class Disagreement(NamedTuple):
@@ -4399,9 +4398,8 @@ def compare_with_gold(gold: Gold, cells: Cells, labels: Sequence[str]) -> tuple[
 
     matched = (gold.numbers >= 0).nonzero()[0]
     model, people = cells[gold.numbers[matched]], gold.cells[matched]
-    compared = [label for label, column in zip(labels, gold.cells.T, strict=True) if (column >= 0).any()]
     predicted, right = (pd.DataFrame(label_columns(each, labels)) for each in (model, people))
-    figures = evaluate_labels(predicted, right, compared)
+    figures = evaluate_labels(predicted, right, gold.coded(labels))
     for rate, part, whole in (("precision", "tp", "fp"), ("recall", "tp", "fn")):
         counts = figures[["tp", "fp", "fn"]].fillna(0)
         figures[[f"{rate}_low", f"{rate}_high"]] = [

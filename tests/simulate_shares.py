@@ -37,17 +37,15 @@ def simulate(recall: float, precision: float, draws: int, count: int = 300) -> p
     """By label: the mean of the corrected shares, how often intervals cover the truth, and their mean width."""
     truth, model = population(recall, precision)
     keys = [number.to_bytes(16, "big") for number in range(len(truth))]
+    predicted = pd.DataFrame(model.astype(int), columns=list(SHARES))
     rows = []
     for seed in range(draws):
         drawn, probabilities = module.draw_sample(keys, model, count, seed)
+        people = pd.DataFrame(truth[drawn].astype(int), drawn, list(SHARES))
+        chances = pd.Series(probabilities[drawn], drawn)
+        shares = module.corrected_shares(predicted, people, list(SHARES), chances)
         for column, label in enumerate(SHARES):
-            figures = module.share_figures(
-                model[:, column].astype(int),
-                np.ones(len(truth)),
-                drawn,
-                truth[drawn, column].astype(int),
-                probabilities[drawn],
-            )
+            figures = shares.loc[label]
             share = truth[:, column].mean()
             rows.append(
                 {
