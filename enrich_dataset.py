@@ -262,7 +262,7 @@ class Options:
             raise InputError("`model` is blank: pass a name, such as gpt-4o-mini.")
         if self.no_wait and not self.use_batch_api:
             raise InputError("`no_wait` is for Batch API jobs: drop it, or send jobs.")
-        if self.no_wait and self.store_path is None:
+        if self.no_wait and "store" not in self.written:
             raise InputError("`no_wait` needs a store, or nobody could collect what was paid: pass `store_filepath`.")
         if self.gold_key is not None and self.gold is None:
             raise InputError("`gold_key` needs gold labels: pass `gold`, or drop it.")
@@ -281,13 +281,16 @@ class Options:
             raise InputError(f"The path {error.filename} cannot be used ({error.strerror}): choose another.") from None
 
     def _check_paths(self) -> None:
-        read, written = self.read, self.all_written
-        if "input" not in read and self.output_filepath is not None:
+        named = self.instructions if isinstance(self.instructions, Path) else None  # else it is a text
+        given = {"input": self.input_filepath, "gold": self.gold, "examples": self.examples, "instructions": named}
+        read = {what: Path(path) for what, path in given.items() if isinstance(path, (str, Path))}
+        written = self.written
+        if "input" not in read and "output" in written:
             raise InputError("`input_filepath` must be a path: label a DataFrame by enrich_dataframe(df, ...).")
         for what, path in read.items():
             if not (path.is_file() if what == "input" else path.exists()):
                 raise InputError(f"There is no file {path}: check the path of the {what}.")
-        for what, path in {**read, **written}.items():
+        for what, path in (read | written).items():
             if what in {"input", "gold", "examples", "output"}:
                 check_kind(what, path)
         for what, path in written.items():
@@ -298,41 +301,29 @@ class Options:
             if not path.parent.is_dir():
                 raise InputError(f"There is no folder {path.parent} for the {what}: create it, or choose another.")
         # A sample that has been coded is read as gold, and may grow at the same time.
-        check_apart(written, {what: path for what, path in read.items() if (what, path) != ("gold", self.sample_path)})
-        check_apart(written, written)
+        coded = "gold", written.get("sample")
+        check_apart(written, {what: path for what, path in (read | written).items() if (what, path) != coded})
 
     @property
     def labels(self) -> tuple[str, ...]:
         return tuple(self.new_labels)
 
     @property
-    def read(self) -> dict[str, Path]:
-        """The files that the run reads, by what they are."""
-        given = {
-            "input": self.input_filepath, "gold": self.gold, "examples": self.examples,
-            "instructions": self.instructions if isinstance(self.instructions, Path) else None,
-        }  # fmt: skip
-        return {what: Path(path) for what, path in given.items() if isinstance(path, (str, Path))}
-
-    @property
     def written(self) -> dict[str, Path]:
-        """The files that the run writes besides its store, by what they are."""
-        files = {} if self.plot is None else {"plot": Path(self.plot)}
-        if self.output_filepath is not None:
-            files |= {"output": Path(self.output_filepath), "record": Path(f"{self.output_filepath}.run.json")}
-        if self.output_filepath is not None and self.gold is not None:
-            files |= {"disagreements": Path(f"{self.output_filepath}.disagreements.csv")}
-        return files
+        """The files that the run writes, by what they are."""
 
-    @property
-    def sample_path(self) -> Path | None:
-        """The file that people are to fill in, which has rules of its own."""
-        return Path(f"{self.output_filepath}.sample.csv") if self.sample and self.output_filepath is not None else None
+        def beside(ending: str, is_wanted: bool = True) -> str | None:
+            return f"{self.output_filepath}{ending}" if is_wanted and self.output_filepath is not None else None
 
-    @property
-    def all_written(self) -> dict[str, Path]:
-        others = {"store": self.store_path, "sample": self.sample_path}
-        return self.written | {what: path for what, path in others.items() if path is not None}
+        files = {
+            "plot": self.plot,
+            "output": self.output_filepath,
+            "record": beside(".run.json"),
+            "disagreements": beside(".disagreements.csv", self.gold is not None),
+            "store": beside(".answers.sqlite3") if self.store_filepath is None else self.store_filepath,
+            "sample": beside(".sample.csv", self.sample > 0),
+        }
+        return {what: Path(path) for what, path in files.items() if path is not None}
 
     @property
     def columns(self) -> Columns:
@@ -342,13 +333,6 @@ class Options:
     def by_column(self) -> str | None:
         """The column that shares are broken down by."""
         return self.label_column if self.by is None else self.by
-
-    @property
-    def store_path(self) -> Path | None:
-        """Where the answers are kept; None: in memory."""
-        if self.store_filepath is not None:
-            return Path(self.store_filepath)
-        return None if self.output_filepath is None else Path(f"{self.output_filepath}.answers.sqlite3")
 
 
 NOT_CSV = {".xlsx": "excel", ".xls": "excel", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
@@ -448,13 +432,11 @@ def check_labels(labels: Sequence[str] | Mapping[str, str]) -> None:
 
 def accepts(make: Callable[P, Options]) -> Callable[[Callable[[Options], T]], Callable[P, T]]:
     """Give a function of Options the signature of what makes them, where **options stands for all the others."""
-    own = inspect.signature(make)
-    parameters = list(own.parameters.values())
-    if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
-        named = inspect.signature(Options).parameters.values()
-        others = [other for other in named if other.name not in own.parameters and other.default is not other.empty]
-        parameters[-1:] = [other.replace(kind=inspect.Parameter.KEYWORD_ONLY) for other in others]
-    signature = own.replace(parameters=parameters, return_annotation="pd.DataFrame")
+    own, named = (inspect.signature(each).parameters for each in (make, Options))
+    parameters = [each for each in own.values() if each.kind is not each.VAR_KEYWORD]
+    others = [each for name, each in named.items() if name not in own and each.default is not each.empty]
+    parameters += [each.replace(kind=each.KEYWORD_ONLY) for each in others]
+    signature = inspect.Signature(parameters, return_annotation="pd.DataFrame")
     lines = [f"{name}: {OPTIONS[name].metadata['help']}." for name in signature.parameters if name in OPTIONS]
 
     def decorate(function: Callable[[Options], T]) -> Callable[P, T]:
@@ -505,8 +487,7 @@ def enrich_dataset(options: Options) -> pd.DataFrame:
         EnrichmentError: a file could not be written; what came back before is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM; calls in flight were waited for and kept, and the CSV was written.
     """
-    table, cells, report = label_table(options, Console(options.quiet))
-    return labelled_frame(table.to_frame(), cells, report)
+    return Run(options, Console(options.quiet)).label().labelled_frame()
 
 
 def frame_options(
@@ -536,40 +517,24 @@ def enrich_dataframe(options: Options) -> pd.DataFrame:
     Returns and raises what `enrich_dataset` does. Without `store_filepath` the answers live in memory only. An empty
     DataFrame makes no call, so that on Dask `meta=enrich_dataframe(ddf._meta, ...)` is what `map_partitions` wants.
     """
-    frame: pd.DataFrame = options.input_filepath  # type: ignore[assignment]
-    _, cells, report = label_table(options, Console(options.quiet))
-    return labelled_frame(frame.copy(), cells, report)
-
-
-def labelled_frame(frame: pd.DataFrame, cells: Cells, report: Report) -> pd.DataFrame:
-    """The frame with its labels, and what the run has to tell in `attrs`."""
-    for label, column in label_columns(cells, report.options.labels).items():
-        frame[label] = column
-    frame.attrs["enrichment"] = report.attributes()
-    return frame
-
-
-def label_table(options: Options, console: Console) -> tuple[Table, Cells, Report]:
-    """What the command and the two functions share."""
-    server = Server(options, console.warn)
-    is_file = isinstance(options.input_filepath, (str, Path))
-    if is_file:
-        console.say(f"Loading dataset from {options.input_filepath}...")
-    table = read_table(options.input_filepath, options.columns)
-    if is_file:
-        console.say(f"Dataset loaded: {len(table)} rows")
-    if table.encoding == "cp1252":
-        console.say("Encoding: cp1252, since the file is not UTF-8")
-    run = Run(options, table, server, console)
-    return table, run.label(), run.report
+    return Run(options, Console(options.quiet)).label().labelled_frame()
 
 
 class Run:
     """One run on one table; start reading at `label`. Only this section uses it: the steps take what they need."""
 
-    def __init__(self, options: Options, table: Table, server: Server, console: Console) -> None:
+    def __init__(self, options: Options, console: Console) -> None:
         import numpy as np
 
+        server = Server(options, console.warn)
+        is_file = isinstance(options.input_filepath, (str, Path))
+        if is_file:
+            console.say(f"Loading dataset from {options.input_filepath}...")
+        table = read_table(options.input_filepath, options.columns)
+        if is_file:
+            console.say(f"Dataset loaded: {len(table)} rows")
+        if table.encoding == "cp1252":
+            console.say("Encoding: cp1252, since the file is not UTF-8")
         self.requested = np.zeros(len(table), bool)
         self.requested[options.start_index : options.start_index + (options.limit or len(table))] = True
         self.options = options = fit_to_table(options, table, self.requested)
@@ -577,18 +542,21 @@ class Run:
         self.sender: type[Sender] = JobSender if options.use_batch_api else ThreadSender
         self.prompt = read_prompt(options, server.address)
         self.gold = read_gold(options, table)
-        self.from_examples = example_cells(table, self.prompt.examples, options.labels)
         self.report = Report(options, server.host, server.knows_price, server.is_local, len(table))
+        from_examples = example_cells(table, self.prompt.examples, options.labels)
+        self.report.example_rows = int((self.requested & (from_examples >= 0).all(axis=1)).sum())
+        self.given = merge(from_examples, table.given)  # cells that are not left to the model
         self.save_at = time.monotonic() + SAVE_SECONDS
 
-    def label(self) -> Cells:
+    def label(self) -> Run:
         options, report, say = self.options, self.report, self.console.say
         say(*opening_lines(options, self.sender))
-        with open_store(options, self.server if self.sender.calls_server else None) as self.store:
-            self.files = Files(self.store, options.overwrite)
-            self.files.check(options.written)
-            if options.sample_path is not None and options.sample_path.exists():
-                read_sample(options.sample_path, options.labels)  # so that one that nobody can read is told now
+        with open_store(options, self.server) as self.store:
+            self.files = Files(self.store, options.written, options.overwrite)
+            self.files.check()
+            sample = options.written.get("sample")
+            if sample and sample.exists():
+                read_sample(sample, options.labels)  # so that one that nobody can read is told now
             if options.forget_jobs and not options.dry_run:
                 for job in self.store.open_jobs():
                     self.console.warn(f"Job {job.batch_id} is given up: {len(job.attempts)} requests.")
@@ -597,49 +565,56 @@ class Run:
             report.spent_before, report.keeps_answers = self.budget.spent, self.store.path is not None
 
             # 1. What is not known yet, in batches of rows that lack the same labels.
-            cells = self.known_cells(fresh=options.fresh)
-            lacking = (cells == BLANK) & self.requested[:, None]
+            self.read_store(fresh=options.fresh)
+            lacking = (self.cells == BLANK) & self.requested[:, None]
             if options.answer_form == "one":  # a choice is asked for as a whole
                 lacking[:] = lacking.any(axis=1, keepdims=True)
             batches = make_batches(self.table, lacking, int(options.batch_size))
-            report.note_plan(self.table, cells, self.requested, self.from_examples, batches)
+            report.note_plan(self.table, self.cells, self.requested, batches)
             stale = [] if options.fresh else self.store.stale(self.prompt, self.table, batches)
             say(*plan_lines(report, stale, self.sender))
             if options.dry_run:
                 say(*self.dry_run_lines(batches))
-                return self.finish(self.known_cells())
+                self.read_store()
+                self.finish()
+                return self
 
             # 2. Send it.
             if batches or (self.sender.collects_jobs and self.store.open_jobs()):
                 self.send(self.requests(batches), len(batches))
 
             # 3. The table, from what the store knows by then.
-            cells = self.save()
+            self.save()
 
             # 4. How good are the labels?
             if options.audit:
-                report.figures["audit"] = self.audit(cells)
+                report.figures["audit"] = self.audit()
             if self.gold:
-                report.figures |= self.compare(self.gold, cells)
-            self.finish(cells)
+                report.figures |= self.compare(self.gold)
+            self.finish()
             say(*closing_lines(report))
-            if options.sample_path is not None:
-                say(*self.extend_sample(options.sample_path, cells))
+            if sample:
+                say(*self.extend_sample(sample))
             self.write_record()
             if options.plot is not None:
-                with self.files.replacing(Path(options.plot)) as file:
+                with self.files.replacing("plot") as file:
                     corrected = report.figures.get("corrected_shares")
-                    figure = plot_labels(self.plotted(cells), options.labels, options.by_column, corrected)
+                    figure = plot_labels(self.plotted(), options.labels, options.by_column, corrected)
                     figure.savefig(file, format=Path(options.plot).suffix[1:])
-        return cells
+        return self
 
-    def known_cells(self, fresh: bool = False) -> Cells:
-        """All that is known: what the table holds, else its example, else the newest answer, else an open job.
+    def labelled_frame(self) -> pd.DataFrame:
+        """The table with its labels, and what the run has to tell in `attrs`."""
+        frame = self.table.to_frame()
+        for label, column in label_columns(self.cells, self.options.labels).items():
+            frame[label] = column
+        frame.attrs["enrichment"] = self.report.attributes()
+        return frame
 
-        The attempts that gave the answers are kept for `finish`, which tells where cells come from.
-        """
+    def read_store(self, fresh: bool = False) -> None:
+        """All that is known: what the table holds, else its example, else the newest answer, else an open job."""
         known, self.attempts = self.store.known(self.prompt, self.table, answers=not fresh)
-        return merge(merge(known[self.table.key_indexes], self.from_examples), self.table.given)
+        self.cells = merge(known[self.table.key_indexes], self.given)
 
     def requests(self, batches: Iterable[Batch]) -> Iterator[Request]:
         """The batches with their texts, which are read when they are sent."""
@@ -651,7 +626,7 @@ class Run:
         """Have the requests answered; whatever ends that early, the CSV is written with what there is."""
         with (
             stop_on_signals() as stop,  # first, since a Ctrl-C within an import may be lost
-            self.server.connect(self.sender.calls_server),
+            self.server.connect(),
             self.console.progress(count) as progress,
         ):
             sender = self.sender(
@@ -663,16 +638,17 @@ class Run:
             except (Exception, Stopped) as error:
                 self.report.seconds += time.monotonic() - started
                 with contextlib.suppress(EnrichmentError):  # from a disk or a store that fails, as has been told
-                    cells = self.finish(self.save_if_possible())
+                    self.save_if_possible()
+                    self.finish()
                     self.console.warn(unfinished_line(self.report))
-                    self.hand_over(error, cells)
+                    self.hand_over(error)
                     self.write_record()
                 raise
             finally:
                 self.budget.close()
             self.report.seconds += time.monotonic() - started
 
-    def hand_over(self, error: BaseException, cells: Cells) -> None:
+    def hand_over(self, error: BaseException) -> None:
         """Let an exception carry what was labelled, for callers in Python."""
         line = unfinished_line(self.report)
         if isinstance(error, Stopped):
@@ -680,9 +656,8 @@ class Run:
         elif isinstance(error, EnrichmentError) and not self.report.keeps_answers:
             error.message += f" {line}"
             error.args = (name_options(error.message, as_flags=False),)
-        if isinstance(error, (EnrichmentError, Stopped)) and not self.table.is_file:
-            frame: pd.DataFrame = self.options.input_filepath  # type: ignore[assignment]
-            error.frame = labelled_frame(frame.copy(), cells, self.report)
+        if isinstance(error, (EnrichmentError, Stopped)) and self.table.frame is not None:
+            error.frame = self.labelled_frame()
 
     def answer(self, requests: Queue, sender: Sender, progress: Progress) -> None:
         """The one loop that decides."""
@@ -719,21 +694,19 @@ class Run:
         rows = tuple(row if place < 0 else next(found) for row, place in zip(request.rows, places, strict=True))
         return replace(request, rows=rows, prompt=replace(request.prompt, examples=self.prompt.examples))
 
-    def save(self) -> Cells:
+    def save(self) -> None:
         """Write the CSV from the store."""
-        cells = self.known_cells()
+        self.read_store()
         if self.options.output_filepath is not None:
-            with self.files.replacing(Path(self.options.output_filepath), even_unnoted=True) as file:
-                self.table.write(cells, self.options.labels, file)
-        return cells
+            with self.files.replacing("output") as file:
+                self.table.write(self.cells, self.options.labels, file)
 
-    def save_if_possible(self) -> Cells:
+    def save_if_possible(self) -> None:
         """Save; if that fails only say so: the answers are in the store, and the file may be free later."""
         try:
-            return self.save()
+            self.save()
         except EnrichmentError as error:
             self.console.warn(f"Not saved yet: {error.message}")
-            return self.known_cells()
 
     def save_now_and_then(self) -> None:
         """Save once a minute, and less often if that would take more than a twentieth of the time."""
@@ -744,16 +717,16 @@ class Run:
         finished = time.monotonic()
         self.save_at = finished + max(SAVE_SECONDS, 20 * (finished - started))
 
-    def audit(self, cells: Cells) -> dict[str, Any]:
+    def audit(self) -> dict[str, Any]:
         """Re-query labelled rows individually. Those answers are compared with the labels and never become labels."""
         prompt = self.prompt.for_audit()
-        numbers, pending = self.draw_audit(prompt, (cells >= 0).all(axis=1))
+        numbers, pending = self.draw_audit(prompt, (self.cells >= 0).all(axis=1))
         if len(pending):
             self.console.say("", f"Auditing {len(numbers)} rows, each alone in its call: {len(pending)} API calls...")
             self.report.audited = len(pending)
             self.send((Request((row,), prompt) for row in self.table.rows(pending)), len(pending))
         audited = self.store.known(prompt, self.table)[0][self.table.key_indexes[numbers]]
-        figures = measure_audit(self.options.labels, numbers, cells[numbers], audited)
+        figures = measure_audit(self.options.labels, numbers, self.cells[numbers], audited)
         for measured in figures.values():
             measured["lines_that_differ"] = list(self.table.line_numbers(measured["rows_that_differ"]))
         return figures
@@ -762,43 +735,38 @@ class Run:
         """The numbers of the rows to audit, of those that the model labelled, and of these the ones to send."""
         import numpy as np
 
-        distinct, _ = self.table.distinct_rows(self.requested & labelled & self.left_to_model)
+        distinct, _ = self.population(labelled)
         seed, key = self.options.seed, self.table.key  # by digests, so that a larger audit holds the smaller one
         drawn = heapq.nsmallest(self.options.audit, distinct.tolist(), lambda row: digest(seed, key(row).hex()))
         numbers = np.array(drawn, np.intp)
         known = self.store.known(prompt, self.table)[0][self.table.key_indexes[numbers]]
         return numbers, numbers[(known == BLANK).any(axis=1)]
 
-    @property
-    def left_to_model(self) -> Any:
-        """For each row, whether none of its cells was given or comes from an example."""
-        return (self.table.given < 0).all(axis=1) & (self.from_examples < 0).all(axis=1)
+    def population(self, labelled: Any) -> tuple[IntArray, IntArray]:
+        """Of these rows, where the model labels them, each distinct text's first, and how often each occurs."""
+        return self.table.distinct_rows(self.requested & labelled & (self.given < 0).all(axis=1))
 
-    def population(self, cells: Cells) -> tuple[IntArray, IntArray]:
-        """The first rows of the requested distinct texts that the model labelled, and how often each occurs."""
-        return self.table.distinct_rows(self.requested & self.left_to_model & (cells >= 0).all(axis=1))
-
-    def compare(self, gold: Gold, cells: Cells) -> dict[str, Any]:
+    def compare(self, gold: Gold) -> dict[str, Any]:
         """Compare the requested rows with people's labels, and list where they differ beside the output."""
-        requested = cells.copy()
+        requested = self.cells.copy()
         requested[~self.requested] = BLANK
         figures, disagreements = compare_with_gold(gold, requested, self.options.labels)
         if gold.probabilities is not None:
-            population = self.population(cells)
-            figures["corrected_shares"] = correct_by_sample(gold, self.table, cells, population, self.options.labels)
+            labels, population = self.options.labels, self.population((self.cells >= 0).all(axis=1))
+            figures["corrected_shares"] = correct_by_sample(gold, self.table, self.cells, population, labels)
         if self.options.output_filepath is not None:
             numbers = sorted({each.row for each in disagreements})
             lines = dict(zip(numbers, self.table.line_numbers(numbers), strict=True))
             is_named = self.options.gold_key or gold.probabilities  # else the key is a text
             rows = ([row, lines[row], key if is_named else "", *rest] for row, key, *rest in disagreements)
-            with self.files.replacing(self.options.written["disagreements"]) as file:
+            with self.files.replacing("disagreements") as file:
                 file.write(csv_bytes(["row", "line", "key", "label", "model", "people"], rows))
         return figures
 
-    def extend_sample(self, path: Path, cells: Cells) -> list[str]:
+    def extend_sample(self, path: Path) -> list[str]:
         """Draw texts for people to code, and keep what they have filled in already."""
-        numbers, _ = self.population(cells)
-        keys, predicted = [self.table.key(number) for number in numbers], cells[numbers] == 1
+        numbers, _ = self.population((self.cells >= 0).all(axis=1))
+        keys, predicted = [self.table.key(number) for number in numbers], self.cells[numbers] == 1
         before = read_sample(path, self.options.labels) if path.exists() else None
         count = max(self.options.sample, len(before.keys) if before else 0)
         drawn, probabilities = draw_sample(keys, predicted, count, self.options.seed)
@@ -811,7 +779,7 @@ class Run:
         filled = dict(zip(before.keys, before.cells.tolist(), strict=True)) if before else {}
         rows = zip(self.table.rows(numbers[drawn]), probabilities[drawn].tolist(), strict=True)
         self.store.note(f"draw of {self.files.name(path)}", state)
-        with self.files.replacing(path, is_edited=True) as file:
+        with self.files.replacing("sample") as file:
             file.write(sample_content(rows, filled, self.options, self.table.delimiter))
         return [
             "",
@@ -832,32 +800,31 @@ class Run:
         audit = [f"Rows that the audit would send, each alone: {len(audited)}"] if self.options.audit else []
         return [*shown, f"Distinct rows to send: {self.report.distinct}", *audit, *estimate]
 
-    def plotted(self, cells: Cells) -> pd.DataFrame:
+    def plotted(self) -> pd.DataFrame:
         """The requested rows' labels, and what they are broken down by."""
         import pandas as pd
 
         by, values = self.options.by_column, self.table.by_values
         groups = {} if by is None else {by: values}
-        return pd.DataFrame(label_columns(cells, self.options.labels) | groups)[self.requested]
+        return pd.DataFrame(label_columns(self.cells, self.options.labels) | groups)[self.requested]
 
-    def finish(self, cells: Cells) -> Cells:
+    def finish(self) -> None:
         """Bring the report up to date with the table and the store."""
-        by_model = (self.table.given < 0) & (self.from_examples < 0) & (cells >= 0)
+        by_model = (self.given < 0) & (self.cells >= 0)
         indexes, origins = self.store.origins()
-        self.report.note_cells(self.table, cells, self.requested)
+        self.report.note_cells(self.table, self.cells, self.requested)
         self.report.note_origins(indexes[self.attempts[self.table.key_indexes]] * by_model, origins)
         self.report.totals = self.store.totals()
-        self.report.rest_cost = self.rest_cost(cells)
-        return cells
+        self.report.rest_cost = self.rest_cost()
 
-    def rest_cost(self, cells: Cells) -> float:
+    def rest_cost(self) -> float:
         """What the requested rows would cost that are lacking, at what a row has taken so far; 0: not known."""
-        report, lacking = self.report, self.requested & (self.table.lengths > 0) & (cells == BLANK).any(axis=1)
-        rest = len(set(self.table.key_indexes[lacking].tolist()))
+        report, lacking = self.report, self.requested & (self.table.lengths > 0) & (self.cells == BLANK).any(axis=1)
+        rest, _ = self.table.distinct_rows(lacking)
         # Of 100 rows, since tokens are whole numbers.
         some = Usage(*(tokens * 100 // max(1, report.answered) for tokens in report.usage))
-        price = replace(self.server.prices, tier=self.sender.tier).of(some) if report.answered and rest else 0.0
-        return (price or 0.0) * rest / 100
+        price = replace(self.server.prices, tier=self.sender.tier).of(some) if report.answered else 0.0
+        return (price or 0.0) * len(rest) / 100
 
     def write_record(self) -> None:
         """Write the run's record beside the output."""
@@ -865,7 +832,7 @@ class Run:
             return
         hashes = {"input": self.table.content} | ({"gold": self.gold.content} if self.gold else {})
         record = {f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in hashes.items()}
-        with self.files.replacing(self.options.written["record"]) as file:
+        with self.files.replacing("record") as file:
             record |= without_nan(run_record(self.report))
             file.write(json.dumps(record, ensure_ascii=False, indent=2).encode() + b"\n")
 
@@ -909,9 +876,8 @@ def blank_cells(rows: int, labels: int) -> Cells:
 
 
 # What a cell of a file may hold: also what pandas and spreadsheets write for columns of floats, or of truth values.
-CELL_VALUES = {"": BLANK} | {text: int(text in {"1", "1.0", "1,0", "true"}) for text in (
-    "0", "0.0", "0,0", "false", "1", "1.0", "1,0", "true",
-)}  # fmt: skip
+CELL_VALUES = dict.fromkeys(["0", "0.0", "0,0", "false"], 0) | dict.fromkeys(["1", "1.0", "1,0", "true"], 1)
+CELL_VALUES[""] = BLANK
 
 
 def merge(below: Cells, above: Cells) -> Cells:
@@ -991,37 +957,28 @@ class Table:
     """A CSV as it is; a DataFrame's columns as one. Item i of an array is row i's."""
 
     source: str  # as messages call it
-    is_file: bool
     content: bytes
     encoding: str
     delimiter: str
     header: list[str]
-    header_start: int  # a byte's place in the content, as are its end, starts and ends
-    header_end: int
+    raw_header: str  # with its line end
+    header_end: int  # a byte's place in the content, as are starts and ends
     starts: array[int]  # of records; what is between two of them are blank lines
     ends: array[int]
     text_at: int  # a column, as is label_at
     label_at: int | None
     label_indexes: tuple[int | None, ...]  # the columns that it already has for the new labels
-    quotes_header: bool  # whether every field is quoted
-    quotes_cells: bool
     key_bytes: bytes  # of rows, 16 each
+    distinct: npt.NDArray[np.bytes_]  # the keys, each once, in order
+    first_rows: IntArray  # for each distinct key, the number of its first row
+    key_indexes: IntArray  # for each row, its key's place among the distinct ones
     lengths: npt.NDArray[np.int32]  # of texts, in characters; 0: blank, not sent
     given: Cells  # what it holds of the new labels already
-    by_values: list[str] | None  # that shares are broken down by
-    keys: npt.NDArray[np.bytes_] = field(init=False)  # `key_bytes` as an array
-    distinct: npt.NDArray[np.bytes_] = field(init=False)  # the keys, each once, in order
-    first_rows: IntArray = field(init=False)  # for each distinct key, the number of its first row
-    key_indexes: IntArray = field(init=False)  # for each row, its key's place among the distinct ones
-
-    def __post_init__(self) -> None:
-        import numpy as np
-
-        self.keys = np.frombuffer(self.key_bytes, f"S{KEY_BYTES}")
-        self.distinct, self.first_rows, self.key_indexes = np.unique(self.keys, return_index=True, return_inverse=True)
+    by_values: list[str]  # that shares are broken down by, if they are
+    frame: pd.DataFrame | None = None  # the DataFrame; None: it is a file
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.starts)
 
     def key(self, number: int) -> bytes:
         return self.key_bytes[number * KEY_BYTES : (number + 1) * KEY_BYTES]
@@ -1030,7 +987,7 @@ class Table:
         """The indexes among the distinct keys of these concatenated ones; -1 for those that the table does not have."""
         import numpy as np
 
-        wanted = np.frombuffer(keys, self.keys.dtype)
+        wanted = np.frombuffer(keys, self.distinct.dtype)
         if not len(self.distinct):
             return np.full(len(wanted), -1)
         places = np.searchsorted(self.distinct, wanted).clip(max=len(self.distinct) - 1)
@@ -1050,25 +1007,26 @@ class Table:
     def line_numbers(self, numbers: Iterable[int]) -> Iterator[int]:
         """The file's lines at which these rows begin, counted from 1; rows in order. None for a DataFrame."""
         at, line = 0, 1
-        for number in numbers if self.is_file else ():
+        for number in numbers if self.frame is None else ():
             passed = self.content[at : self.starts[number]].decode(self.encoding)
             line += passed.count("\n") + passed.count("\r") - passed.count("\r\n")
             at = self.starts[number]
             yield line
 
-    def rows(self, numbers: Iterable[int] | None = None) -> Iterator[Row]:
+    def rows(self, numbers: Sequence[int] | IntArray | None = None) -> Iterator[Row]:
         """These rows, or all of them."""
-        numbers, again = itertools.tee(range(len(self)) if numbers is None else numbers)
+        numbers = range(len(self)) if numbers is None else numbers
         records = csv.reader(map(self.record, numbers), delimiter=self.delimiter)
-        for number, fields in zip(again, records, strict=True):
+        for number, fields in zip(numbers, records, strict=True):
             yield Row(self.key(number), fields[self.text_at], None if self.label_at is None else fields[self.label_at])
 
     def to_frame(self) -> pd.DataFrame:
-        """The table as pandas reads it."""
+        """The table as pandas reads it, or a copy of the DataFrame."""
         import pandas as pd
 
-        header = self.content[self.header_start : self.header_end].decode(self.encoding)
-        records = itertools.chain([header], map(self.record, range(len(self))))
+        if self.frame is not None:
+            return self.frame.copy()
+        records = itertools.chain([self.raw_header], map(self.record, range(len(self))))
         text = io.BytesIO(b"".join(record.encode() for record in records))
         return pd.read_csv(text, sep=self.delimiter, low_memory=False)
 
@@ -1080,13 +1038,15 @@ class Table:
         old = [place for place, column in enumerate(self.label_indexes) if column is not None]
         filled = np.any((self.given[:, old] < 0) & (cells[:, old] >= 0), axis=1)
         all_cells, width = cells.tobytes(), len(labels)
+        quotes_cells = len(self) > 0 and quotes_all(self.record(0), self.delimiter)
 
         @lru_cache(maxsize=65_536)  # most rows have the cells of another one
         def fields(row: bytes) -> str:
             values = ("" if row[place] > 1 else str(row[place]) for place in added)  # as bytes, blanks are 254 and 255
-            return "".join(self.delimiter + (f'"{value}"' if self.quotes_cells else value) for value in values)
+            return csv_fields(values, self.delimiter, quotes_cells)
 
-        names = csv_fields([labels[place] for place in added], self.delimiter, self.quotes_header)
+        quotes_header = quotes_all(self.raw_header.lstrip("\ufeff"), self.delimiter)
+        names = csv_fields([labels[place] for place in added], self.delimiter, quotes_header)
         header = self.content[: self.header_end].decode(self.encoding)
         file.write(append(header, names).encode(self.encoding))
         written = self.header_end
@@ -1114,7 +1074,9 @@ class Table:
 def read_table(source: Source, columns: Columns) -> Table:
     """Read a CSV, in the first encoding that fits all of it, or a DataFrame."""
     if not isinstance(source, (str, Path)):
-        return parse_csv(frame_content(source, columns), "utf-8", FRAME, columns)
+        table = parse_csv(frame_content(source, columns), "utf-8", FRAME, columns)
+        table.frame = source
+        return table
     try:
         content = Path(source).read_bytes()
     except OSError as error:
@@ -1193,10 +1155,9 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
         ) from None
 
     keys, lengths, starts, ends, header_end = bytearray(), array("i"), array("q"), array("q"), 0
-    header_start = end = len(preamble.encode(encoding))
+    end, raw_header = len(preamble.encode(encoding)), ""
     held = {place: array("b") for place, column in enumerate(held_at) if column is not None}
-    by_values: list[str] | None = None if by_at is None else []
-    raw_header, quotes_cells = "", False
+    by_values: list[str] = []
     for fields, raw, line in read_records(itertools.chain(head, lines), delimiter, source):
         start, end = end, end + len(raw.encode(encoding))
         if not fields:
@@ -1211,12 +1172,10 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
                 f"{source}, line {line}: this record has {len(fields)} fields, the header has {len(header)}{hint}: fix "
                 "the row, or quote the field that holds the delimiter or line end."
             )
-        if not starts:
-            quotes_cells = quotes_all(fields, raw, delimiter)
         text, label = fields[text_at], None if label_at is None else fields[label_at]
         keys += digest(text, label)
         lengths.append(len(text) if text.strip() else 0)
-        if by_values is not None and by_at is not None:
+        if by_at is not None:
             by_values.append(sys.intern(fields[by_at]))
         for place, column in held.items():
             cell = fields[held_at[place] or 0]
@@ -1233,10 +1192,12 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
     given = blank_cells(len(starts), len(columns.labels))
     for place, column in held.items():
         given[:, place] = column
+    row_keys = np.frombuffer(keys, f"S{KEY_BYTES}")
+    distinct, first_rows, key_indexes = np.unique(row_keys, return_index=True, return_inverse=True)
     return Table(
-        source, source != FRAME, content, encoding, delimiter, header, header_start, header_end, starts, ends,
-        text_at, label_at, tuple(held_at), quotes_all(header, raw_header, delimiter), quotes_cells,
-        bytes(keys), np.array(lengths), given, by_values,
+        source, content, encoding, delimiter, header, raw_header, header_end, starts, ends,
+        text_at, label_at, tuple(held_at), bytes(keys), distinct, first_rows, key_indexes,
+        np.array(lengths), given, by_values,
     )  # fmt: skip
 
 
@@ -1283,9 +1244,10 @@ def find_column(header: list[str], name: str, what: str, source: str) -> int:
     return header.index(name)
 
 
-def quotes_all(fields: list[str], raw: str, delimiter: str) -> bool:
+def quotes_all(raw: str, delimiter: str) -> bool:
     """Whether a record has all its fields in quotes."""
-    return csv_fields(fields, delimiter, True)[1:] == raw.strip("\ufeff\r\n")
+    body = raw.rstrip("\r\n")
+    return csv_fields(next(csv.reader([body], delimiter=delimiter)), delimiter, True)[1:] == body
 
 
 def append(raw: str, fields: str) -> str:
@@ -1310,16 +1272,18 @@ def csv_fields(values: Iterable[str], delimiter: str, quoted: bool) -> str:
 
 
 class Files:
-    """The files that a run writes."""
+    """The files that a run writes, by what they are."""
 
-    def __init__(self, store: Store, overwrite: bool) -> None:
-        self.store, self.overwrite = store, overwrite
+    def __init__(self, store: Store, paths: Mapping[str, Path], overwrite: bool) -> None:
+        self.store, self.paths, self.overwrite = store, paths, overwrite
         self.folder = None if store.path is None else store.path.resolve().parent
         self.overwritten: set[str] = set()  # digests of what this run wrote, or replaces at the user's wish
 
-    def check(self, written: Mapping[str, Path]) -> None:
+    def check(self) -> None:
         """Refuse to write a file that is there already, unless it is as this program left it."""
-        for what, path in written.items():
+        for what, path in self.paths.items():
+            if what in {"store", "sample"}:  # which have rules of their own
+                continue
             found, name = file_digest(path), self.name(path)
             known = self._known(name)
             with contextlib.suppress(OSError):
@@ -1337,16 +1301,14 @@ class Files:
                 )
 
     @contextlib.contextmanager
-    def replacing(self, path: Path, even_unnoted: bool = False, is_edited: bool = False) -> Iterator[IO[bytes]]:
-        """A file that takes the place of `path` when it is whole, and not before.
-
-        `even_unnoted`: also if the store fails, since the file is then all that is left; the next run will not know it.
-        `is_edited`: people are meant to have changed it.
-        """
+    def replacing(self, what: str) -> Iterator[IO[bytes]]:
+        """A file that takes the place of the one that is there when it is whole, and not before."""
+        path = self.paths[what]
         target, name = path.resolve(), self.name(path)  # behind a link, the file that it points to
         draft = self._draft(path)
         try:
             found = file_digest(target)
+            is_edited = what == "sample"  # by people, who are meant to
             if found and not is_edited and found not in {*self._known(name), *self.overwritten}:
                 raise EnrichmentError(
                     f"{path} was changed while this run went on, and is left as it is: move it away, then run the same "
@@ -1360,11 +1322,9 @@ class Files:
             # Noted before the move, so that a kill between the two leaves a file that is known.
             written = file_digest(draft)
             self.overwritten.add(written)
-            try:
+            # If the store fails, the output is all that is left; the next run will not know it.
+            with contextlib.suppress(EnrichmentError) if what == "output" else contextlib.nullcontext():
                 self.store.note(f"digests of {name}", f"{found} {written}")
-            except EnrichmentError:
-                if not even_unnoted:
-                    raise
             draft.replace(target)
         except OSError as error:
             raise EnrichmentError(
@@ -2302,15 +2262,12 @@ class Server:
             ) from None
 
     @contextlib.contextmanager
-    def connect(self, is_needed: bool = True) -> Iterator[None]:
-        if not is_needed:
-            yield
-            return
-        with self.client, self._retirement_notice():
+    def connect(self) -> Iterator[None]:
+        with self.client as client, self._retirement_notice():
             try:
                 yield
             finally:
-                client = self.__dict__.pop("client")  # a closed one cannot be used again
+                del self.client  # a closed one cannot be used again
                 client.close()
 
     @contextlib.contextmanager
@@ -2938,7 +2895,6 @@ class Sender:
 
     tier: ClassVar[str] = "standard"  # at which its calls are billed
     policy: ClassVar[RetryPolicy] = RetryPolicy(in_halves=True, most_failures=sys.maxsize)
-    calls_server: ClassVar[bool] = True  # else it needs no key and no connection
     collects_jobs: ClassVar[bool] = False  # whether it has something to do while jobs are open, though no request is
     headline: ClassVar[str] = ""  # how it sends; `max_workers` may stand in braces
     start_line: ClassVar[str] = ""  # what it does first; `at_once` may stand in braces
@@ -3938,15 +3894,15 @@ class Store:
         return dict(zip((*sums[:-1], "dollars", "first_answer_at", "last_answer_at"), found, strict=True))
 
 
-def open_store(options: Options, server: Server | None) -> Store:
+def open_store(options: Options, server: Server) -> Store:
     """The run's store; a file is not made for a dry run, nor where no call to the server could be made."""
-    path = options.store_path
+    path = options.written.get("store")
     if path is None or not path.exists():
         with Store(None) as empty:
-            Files(empty, options.overwrite).check(options.written)
+            Files(empty, options.written, options.overwrite).check()
         if options.dry_run:
             return Store(None)
-        if path is not None and server:
+        if path is not None:
             _ = server.client
     return Store(path)
 
@@ -4016,13 +3972,13 @@ def count_confusion(first: Any, second: Any) -> Confusion:
     return Confusion(*map(int, counts))
 
 
-def shares_by(cells: Cells, labels: Sequence[str], by_values: Sequence[str] | None) -> dict[str, dict[str, float]]:
+def shares_by(cells: Cells, labels: Sequence[str], by_values: Sequence[str]) -> dict[str, dict[str, float]]:
     """Each label's share among the most frequent values of another column: label -> value -> share."""
     import numpy as np
 
     shares: dict[str, dict[str, float]] = {label: {} for label in labels}
-    values, columns = np.array(by_values or [], dtype=object), zip(labels, cells.T, strict=True)
-    rows_of = {value: values == value for value, _ in Counter(by_values or ()).most_common(SHOWN_VALUES)}
+    values, columns = np.array(by_values, dtype=object), zip(labels, cells.T, strict=True)
+    rows_of = {value: values == value for value, _ in Counter(by_values).most_common(SHOWN_VALUES)}
     for label, column in columns:
         for value, rows in rows_of.items():
             ones, zeros, _ = count_labels(column[rows, None], [label])[label]
@@ -4488,15 +4444,12 @@ class Report:
     # (reason -> gold rows), "gold_columns_not_compared".
     figures: dict[str, Any] = field(default_factory=dict)
 
-    def note_plan(
-        self, table: Table, cells: Cells, requested: BoolArray, from_examples: Cells, batches: Sequence[Batch]
-    ) -> None:
+    def note_plan(self, table: Table, cells: Cells, requested: BoolArray, batches: Sequence[Batch]) -> None:
         with_text = requested & (table.lengths > 0)
         pending = with_text & (cells == BLANK).any(axis=1)
         lacks = {batch.lacks for batch in batches}
         self.requested = int(requested.sum())
         self.blank_texts = int((requested & (table.lengths == 0)).sum())
-        self.example_rows = int((with_text & (from_examples >= 0).all(axis=1)).sum())
         self.in_jobs = int((with_text & (cells == IN_JOB).any(axis=1) & ~pending).sum())
         self.pending = int(pending.sum())
         self.distinct = sum(len(batch.numbers) for batch in batches)
@@ -4532,9 +4485,7 @@ class Report:
         self.labelled_rows = int((requested & (cells >= 0).all(axis=1)).sum())
         self.labels = count_labels(cells[requested], labels)
         self.table_labels = count_labels(cells, labels)
-        self.shares = shares_by(
-            cells[requested], labels, table.by_values and list(compress(table.by_values, requested))
-        )
+        self.shares = shares_by(cells[requested], labels, list(compress(table.by_values, requested)))
 
     def note_origins(self, of_cells: IntArray, origins: Sequence[Origin]) -> None:
         """From an index into `origins`, counted from 1, for each cell of the table that a model gave; else 0."""
@@ -5169,17 +5120,15 @@ def choose_labels(names: Sequence[str] | None, codebook: str | None) -> Sequence
     if codebook is None and names is None:
         raise InputError("No labels were given: pass --labels NAME ..., or --codebook FILE.")
     definitions = {} if codebook is None else read_codebook(Path(codebook))
-    for name in names or ():
+    chosen = names or list(definitions)
+    for name in chosen:
         if "," in name and name not in definitions:
             raise InputError(f"The label {name!r} has a comma in it: separate labels by spaces.")
-    if codebook is None:
-        return names or ()
-    missing = [name for name in names or () if name not in definitions]
-    if missing:
-        known = ", ".join(map(repr, definitions))
-        raise InputError(f"The label {missing[0]!r} is not in {codebook}, which has {known}.")
-    check_labels(names or definitions)
-    return {name: definitions[name] for name in names or definitions}
+        if definitions and name not in definitions:
+            known = ", ".join(map(repr, definitions))
+            raise InputError(f"The label {name!r} is not in {codebook}, which has {known}.")
+    check_labels(chosen)  # before a dict hides what is repeated
+    return {name: definitions[name] for name in chosen} if definitions else chosen
 
 
 def read_codebook(path: Path) -> dict[str, str]:
@@ -5220,8 +5169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments["api_key"] = read_text(Path(key_file), "key file")
         options = Options(**arguments)
         read_here = {"codebook": codebook, "key file": key_file}
-        check_apart(options.all_written, {what: Path(path) for what, path in read_here.items() if path is not None})
-        _, _, report = label_table(options, Console(options.quiet, as_flags=True))
+        check_apart(options.written, {what: Path(path) for what, path in read_here.items() if path is not None})
+        report = Run(options, Console(options.quiet, as_flags=True)).label().report
     except EnrichmentError as error:
         show(f"Error: {name_options(error.message, as_flags=True)}", sys.stderr)
         return error.exit_code

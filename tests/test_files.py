@@ -180,7 +180,7 @@ class TestDrafts:
         job.server.first_token = 0.2
         job.write(make_texts(20)).enrich(limit=10)
         with module.Store(job.store) as store:
-            files = module.Files(store, overwrite=False)
+            files = module.Files(store, {}, overwrite=False)
             drafts = [files._draft(path) for path in (job.output, Path(f"{job.output}.sample.csv"))]
         for draft in drafts:
             draft.write_text("half")

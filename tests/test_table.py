@@ -122,9 +122,9 @@ def test_a_failed_write_leaves_the_old_output_whole(tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
     output.write_text("old")
     with module.Store(None) as store:
-        files = module.Files(store, overwrite=True)
-        files.check({"output": output})
-        with pytest.raises(RuntimeError), files.replacing(output) as file:
+        files = module.Files(store, {"output": output}, overwrite=True)
+        files.check()
+        with pytest.raises(RuntimeError), files.replacing("output") as file:
             file.write(b"half of the new")
             raise RuntimeError
     assert output.read_text() == "old"
