@@ -62,7 +62,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from enum import Enum, auto
+from enum import Enum, StrEnum, auto
 from functools import lru_cache, partial
 from itertools import compress
 from pathlib import Path
@@ -551,7 +551,7 @@ class Run:
     def label(self) -> Run:
         options, report, say = self.options, self.report, self.console.say
         say(*opening_lines(options, self.sender))
-        with open_store(options, self.server) as self.store:
+        with open_store(options, self.server if self.sender.calls_server else None) as self.store:
             self.files = Files(self.store, options.written, options.overwrite)
             self.files.check()
             sample = options.written.get("sample")
@@ -626,7 +626,7 @@ class Run:
         """Have the requests answered; whatever ends that early, the CSV is written with what there is."""
         with (
             stop_on_signals() as stop,  # first, since a Ctrl-C within an import may be lost
-            self.server.connect(),
+            self.server.connect() if self.sender.calls_server else contextlib.nullcontext(),
             self.console.progress(count) as progress,
         ):
             sender = self.sender(
@@ -667,7 +667,7 @@ class Run:
                 self.report.note_replies(attempt, bool(answers), problems)
                 sender.is_proven |= bool(answers)
                 self.end_if_useless(attempt)
-                policy = GIVE_UP if self.report.hardly_any_useful else sender.policy
+                policy = None if self.report.hardly_any_useful else sender.policy
                 again, given_up = next_requests(attempt, problems, policy)
                 self.store.record(attempt, answers)
                 requests.put_first(again)
@@ -823,7 +823,7 @@ class Run:
         rest, _ = self.table.distinct_rows(lacking)
         # Of 100 rows, since tokens are whole numbers.
         some = Usage(*(tokens * 100 // max(1, report.answered) for tokens in report.usage))
-        price = replace(self.server.prices, tier=self.sender.tier).of(some) if report.answered else 0.0
+        price = self.server.prices.of(some, self.sender.tier) if report.answered else 0.0
         return (price or 0.0) * len(rest) / 100
 
     def write_record(self) -> None:
@@ -1516,7 +1516,7 @@ class Prompt:
             "system_message_without_examples": replace(self, examples=()).system_message,
             "examples": first.examples,
             "answer_form": self.form,
-            "response_format": answer_format(self.labels, most_rows, self.form, Format.SCHEMA),
+            "response_format": answer_format(self, most_rows, Format.SCHEMA),
         }
 
     def about(self, wanted: Iterable[bool]) -> Prompt:
@@ -1776,7 +1776,7 @@ class Queue:
         self.front.extendleft(reversed(requests))
 
 
-class Format(Enum):
+class Format(StrEnum):
     """How the answer's form is asked for, from the strictest down to the prompt's words alone."""
 
     SCHEMA = "a strict schema"
@@ -1798,12 +1798,12 @@ class Parameters:
     @property
     def shown(self) -> dict[str, Any]:
         """As a run's record has them."""
-        return {"format": self.format.value, **self.extras, "completion_bound": self.completion_bound}
+        return {"format": self.format, **self.extras, "completion_bound": self.completion_bound}
 
     @functools.cached_property
     def as_json(self) -> str:
         """As the store keeps it."""
-        return json.dumps(dataclasses.asdict(self) | {"format": self.format.value})
+        return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Parameters:
@@ -1818,28 +1818,24 @@ FORM_WORDS = re.compile(r"response_format|schema|maxitems|structured output|json
 
 def first_parameters(model: str, must_be_bounded: bool) -> Parameters:
     """What a model of this name is known to support; a cost cap needs a bound on any model's completion."""
-    if re.match(r"(ft:)?(gpt-4|chatgpt-4)", model):
-        return Parameters(completion_bound="max_completion_tokens")
-    if re.match(r"(ft:)?(gpt-[5-9]|o\d)", model):
-        extras = {"temperature": 0.0, "reasoning_effort": "none"}
-        return Parameters(extras=extras, completion_bound="max_completion_tokens")
-    return Parameters(completion_bound="max_completion_tokens" if must_be_bounded else None)
+    reasons = re.match(r"(ft:)?(gpt-[5-9]|o\d)", model)
+    is_bounded = reasons or re.match(r"(ft:)?(gpt-4|chatgpt-4)", model) or must_be_bounded
+    extras = {"temperature": 0.0} | ({"reasoning_effort": "none"} if reasons else {})
+    return Parameters(extras=extras, completion_bound="max_completion_tokens" if is_bounded else None)
 
 
 def fall_back(parameters: Parameters, message: str) -> tuple[Parameters, str] | None:
     """The parameters without what a 400 or 422 refuses, and what to call them; None if it refuses nothing of ours."""
-    message = message.lower()
-    for name, value in parameters.extras.items():
-        if not re.search(name.replace("_", "[._]"), message):
-            continue
-        extras = {other: kept for other, kept in parameters.extras.items() if other != name}
-        if name != "reasoning_effort":
-            return replace(parameters, extras=extras), f"no {name}"
+    message, extras = message.lower(), parameters.extras
+    if "temperature" in extras and "temperature" in message:
+        extras = {name: value for name, value in extras.items() if name != "temperature"}
+        return replace(parameters, extras=extras), "no temperature"
+    if "reasoning_effort" in extras and re.search("reasoning[._]effort", message):
         # The least effort that the message offers. A model that reasons takes no temperature, and needs room.
         offered = message.partition("supported values")[2]
-        effort = next((each for each in EFFORTS[EFFORTS.index(value) + 1 :] if f"'{each}'" in offered), None)
-        extras = {other: kept for other, kept in extras.items() if other != "temperature"}
-        extras |= {"reasoning_effort": effort} if effort else {}
+        lower_efforts = EFFORTS[EFFORTS.index(extras["reasoning_effort"]) + 1 :]
+        effort = next((each for each in lower_efforts if f"'{each}'" in offered), None)
+        extras = {"reasoning_effort": effort} if effort else {}
         lower = replace(parameters, extras=extras, reasoning_room=REASONING_ROOM)
         return lower, f"reasoning effort {effort!r}" if effort else "no reasoning effort"
     if parameters.completion_bound and parameters.completion_bound in message:
@@ -1847,7 +1843,7 @@ def fall_back(parameters: Parameters, message: str) -> tuple[Parameters, str] | 
         return replace(parameters, completion_bound=other), other or "no bound on completions"
     if parameters.format is not Format.TEXT and FORM_WORDS.search(message):
         lower_format = list(Format)[list(Format).index(parameters.format) + 1]
-        return replace(parameters, format=lower_format), lower_format.value
+        return replace(parameters, format=lower_format), lower_format
     return None
 
 
@@ -1861,8 +1857,8 @@ def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
         ],
     }
     if parameters.format is not Format.TEXT:
-        prompt, count = request.prompt, len(request.rows)
-        body["response_format"] = answer_format(prompt.labels, count, prompt.form, parameters.format, request.id_set)
+        count = len(request.rows)
+        body["response_format"] = answer_format(request.prompt, count, parameters.format, request.id_set)
     body |= parameters.extras
     if parameters.completion_bound is not None:
         body[parameters.completion_bound] = most_completion_tokens(request, parameters)
@@ -1888,9 +1884,7 @@ def request_lines(request: Request, parameters: Parameters, address: str) -> lis
 
 
 @lru_cache(maxsize=1024)
-def answer_format(
-    labels: tuple[str, ...], row_count: int, form: AnswerForm, kind: Format, id_set: int = 0
-) -> dict[str, Any]:
+def answer_format(prompt: Prompt, row_count: int, kind: Format, id_set: int = 0) -> dict[str, Any]:
     """The `response_format`: at best a schema under which each row is answered once, with known labels only."""
     if kind is Format.JSON:
         return {"type": "json_object"}
@@ -1900,7 +1894,8 @@ def answer_format(
         "properties": {row: {"$ref": "#/$defs/a"} for row in ids},
         "required": ids,
         "additionalProperties": False,
-        "$defs": {"a": form_schema(form, labels, kind is Format.SCHEMA)},  # once: all enums may have 1,000 values
+        # Once, since all enums together may have 1,000 values.
+        "$defs": {"a": form_schema(prompt.form, prompt.labels, kind is Format.SCHEMA)},
     }
     return {"type": "json_schema", "json_schema": {"name": "labels", "strict": True, "schema": schema}}
 
@@ -1950,17 +1945,15 @@ def schema_tokens(response_format: Mapping[str, Any]) -> int:
 
 
 @lru_cache(maxsize=1024)
-def fixed_tokens(system_message: str, labels: tuple[str, ...], row_count: int, form: AnswerForm, kind: Format) -> int:
+def fixed_tokens(prompt: Prompt, row_count: int, kind: Format) -> int:
     """The prompt's tokens but for the rows'."""
-    schema = 0 if kind is Format.TEXT else schema_tokens(answer_format(labels, row_count, form, kind))
-    return MESSAGE_TOKENS + count_tokens(system_message) + schema
+    schema = 0 if kind is Format.TEXT else schema_tokens(answer_format(prompt, row_count, kind))
+    return MESSAGE_TOKENS + count_tokens(prompt.system_message) + schema
 
 
 def prompt_tokens(request: Request, parameters: Parameters) -> int:
     """About what a call's prompt has: the messages, and the schema, which is billed like them."""
-    prompt = request.prompt
-    fixed = fixed_tokens(prompt.system_message, prompt.labels, len(request.rows), prompt.form, parameters.format)
-    return fixed + request.message_tokens
+    return fixed_tokens(request.prompt, len(request.rows), parameters.format) + request.message_tokens
 
 
 def most_answer_tokens(request: Request) -> int:
@@ -2038,7 +2031,17 @@ class Response:
     @functools.cached_property
     def usage(self) -> Usage | None:
         """The tokens that a completion reports."""
-        return read_usage(self.body)
+
+        def tokens(*names: str) -> int | None:
+            found = look_up(self.body, "usage", *names)
+            return found if isinstance(found, int) else None
+
+        prompt, completion = tokens("prompt_tokens"), tokens("completion_tokens")
+        if prompt is None or completion is None:
+            return None
+        cached = tokens("prompt_tokens_details", "cached_tokens") or 0
+        written = tokens("prompt_tokens_details", "cache_write_tokens") or 0
+        return Usage(prompt, cached, written, completion, tokens("completion_tokens_details", "reasoning_tokens") or 0)
 
     @property
     def may_be_billed(self) -> bool:
@@ -2058,45 +2061,32 @@ REPLY_BYTES = 8_000_000  # decoded; the longest answer, 500 rows with all of man
 MOST_REDIRECTS = 5
 
 
-@lru_cache(maxsize=1)
-def bounded_client() -> Any:
-    """An HTTP client of the SDK's that reads no endless reply and sends nothing to another origin."""
-    import openai
+def check_origin(request: Any) -> None:
+    """Send nothing to another origin: a redirect's request has the extensions of the one that was redirected."""
+    there = f"{request.url.scheme}://{request.url.netloc.decode()}"
+    here = request.extensions.setdefault("first_origin", there)
+    if here != there:
+        raise Unacceptable(f"{here} redirects to {there}", Outcome.FATAL)
 
-    class BoundedClient(openai.DefaultHttpxClient):
-        def send(self, request: Any, **settings: Any) -> Any:
-            settings |= {"stream": True, "follow_redirects": False}
-            response = super().send(request, **settings)
-            for _ in range(MOST_REDIRECTS):
-                if response.next_request is None:
-                    break
-                response.close()
-                here, there = (
-                    f"{url.scheme}://{url.netloc.decode()}" for url in (request.url, response.next_request.url)
-                )
-                if here != there:
-                    raise Unacceptable(f"{here} redirects to {there}", Outcome.FATAL)
-                request = response.next_request
-                response = super().send(request, **settings)
-            chunks = response.iter_bytes()
-            with contextlib.closing(response):
-                if response.is_success and request.url.path.endswith("/content"):
-                    file = response.extensions["file"] = tempfile.TemporaryFile()  # noqa: SIM115 # handed on
-                    file.writelines(chunks)
-                    file.seek(0)
-                response.iter_bytes = partial(bounded, chunks)  # type: ignore[method-assign] # which `read` joins
-                response.read()
-            return response
 
-    def bounded(chunks: Iterable[bytes]) -> Iterator[bytes]:
-        size = 0
-        for chunk in chunks:
-            size += len(chunk)
-            if size > REPLY_BYTES:
-                raise Unacceptable("reply too large", Outcome.REFUSED)
-            yield chunk
+def read_reply(response: Any) -> None:
+    """Read no endless reply; a file's content goes into a file."""
+    chunks = response.iter_bytes()
+    if response.is_success and response.request.url.path.endswith("/content"):
+        file = response.extensions["file"] = tempfile.TemporaryFile()  # noqa: SIM115 # handed on
+        file.writelines(chunks)
+        file.seek(0)
+    response.iter_bytes = partial(bounded, chunks)  # which `read` joins
+    response.read()
 
-    return BoundedClient
+
+def bounded(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > REPLY_BYTES:
+            raise Unacceptable("reply too large", Outcome.REFUSED)
+        yield chunk
 
 
 # OpenAI, guides/error-codes; the last three are other servers' and older words.
@@ -2175,21 +2165,6 @@ def look_up(body: Any, *names: str) -> str | int | None:
     return body if isinstance(body, str) or (isinstance(body, int) and abs(body) < 2**63) else None
 
 
-def read_usage(body: Any) -> Usage | None:
-    """The tokens that a completion reports, or None."""
-
-    def tokens(*names: str) -> int | None:
-        found = look_up(body, "usage", *names)
-        return found if isinstance(found, int) else None
-
-    prompt, completion = tokens("prompt_tokens"), tokens("completion_tokens")
-    if prompt is None or completion is None:
-        return None
-    cached = tokens("prompt_tokens_details", "cached_tokens") or 0
-    written = tokens("prompt_tokens_details", "cache_write_tokens") or 0
-    return Usage(prompt, cached, written, completion, tokens("completion_tokens_details", "reasoning_tokens") or 0)
-
-
 class Server:
     """Where calls go: its address and key, what it supports, and every judgement about a response."""
 
@@ -2220,14 +2195,11 @@ class Server:
         if not self.api_key and not self.host.endswith("openai.com"):
             self.api_key = PLACEHOLDER_KEY
         self.parameters = first_parameters(options.model, self.is_capped)
-        self.knows_price = self.prices.of(Usage()) is not None
+        self.knows_price = self.prices.of(Usage(), "standard") is not None
         if self.is_capped and not self.knows_price:
             raise InputError(f"No price of {self.model!r} is known, so its cost cannot be capped: pass `price`.")
-        self.fatal_error: ProviderError | None = None
+        self.fatal_error: EnrichmentError | None = None  # the first one after which no call is made
         self.reached = False  # whether anything has come back
-        self.succeeded_at = -math.inf  # seconds on the sender's clock, as is failing_since
-        self.failing_since = math.inf
-        self.failures = 0  # in a row, over all requests
         self.unknown_refusals = 0  # in a row
         self.served: dict[str, str | int | None] = {}  # model asked for -> model that answered first
         self.told_of_model = False
@@ -2250,8 +2222,12 @@ class Server:
                 max_retries=0,
                 # Connecting takes far less than an answer: a server that is not there is known soon.
                 timeout=openai.Timeout(self.timeout, connect=min(5.0, self.timeout)),
-                # A proxy cannot reach this machine's own servers. A compressed reply could be of any size.
-                http_client=bounded_client()(trust_env=not self.is_local, headers={"accept-encoding": "identity"}),
+                http_client=openai.DefaultHttpxClient(
+                    trust_env=not self.is_local,  # a proxy cannot reach this machine's own servers
+                    headers={"accept-encoding": "identity"},  # a compressed reply could be of any size
+                    max_redirects=MOST_REDIRECTS,
+                    event_hooks={"request": [check_origin], "response": [read_reply]},
+                ),
             )
         except Exception as error:  # what the HTTP library makes of the environment has no common class
             set_here = [name for name in CLIENT_VARIABLES if os.environ.get(name) or os.environ.get(name.lower())]
@@ -2263,16 +2239,8 @@ class Server:
 
     @contextlib.contextmanager
     def connect(self) -> Iterator[None]:
-        with self.client as client, self._retirement_notice():
-            try:
-                yield
-            finally:
-                del self.client  # a closed one cannot be used again
-                client.close()
-
-    @contextlib.contextmanager
-    def _retirement_notice(self) -> Iterator[None]:
-        """Look up the model's shutdown date in the background, and report it when the calls are done."""
+        """For calls; meanwhile look up the model's shutdown date, and report it when the calls are done."""
+        client = self.client
         dates: list[str] = []
 
         def ask() -> None:
@@ -2286,13 +2254,10 @@ class Server:
         try:
             yield
         finally:
+            del self.client  # a closed one cannot be used again
+            client.close()
             for date in dates:
                 self.warn(f"{self.model} will be shut down on {date}: finish with it by then, or pass another `model`.")
-
-    def upload(self, name: str, file: IO[bytes]) -> Response:
-        """Upload a file of requests for a Batch API job."""
-        form = {"headers": {"Content-Type": "multipart/form-data"}}
-        return self.call("/files", {"purpose": "batch"}, files=[("file", (name, file))], options=form)
 
     def call(self, path: str, body: Any = None, **settings: Any) -> Response:
         """A call of any kind: POST with a body, else GET. The body of a file's content is the open file.
@@ -2325,29 +2290,42 @@ class Server:
 
     # Judgements, which are made in the main thread.
 
-    def judge(self, response: Response, request: Request, sent_with: Parameters, now: float) -> tuple[Outcome, str]:
+    def judge(self, response: Response, request: Request, sent_with: Parameters) -> tuple[Outcome, str]:
         """What a response means after all that came before it, and why. FATAL leaves its line in `fatal_error`."""
         outcome, reason = classify(response)
         self.reached |= response.status > 0
-        if outcome is Outcome.ANSWERED and request.id_set and self._has_first_ids(response, request):
-            outcome = Outcome.FATAL
-        if outcome is Outcome.ANSWERED and not request.id_set and self._is_suspect(response, request):
-            outcome = Outcome.SUSPECT
-        if outcome is Outcome.ANSWERED and look_up(response.body["choices"][0], "finish_reason") == "length":
-            outcome, reason = self._judge_cut_off(response, sent_with)
         if outcome is Outcome.ANSWERED:
-            self._note_model(request.prompt.model, look_up(response.body, "model"))
+            outcome, reason = self._judge_completion(response, request, sent_with)
         if outcome in {Outcome.ANSWERED, Outcome.REFUSED}:
-            self.succeeded_at, self.failing_since, self.failures, self.unknown_refusals = now, math.inf, 0, 0
-            self._make_room(response)
+            self.unknown_refusals = 0
         elif outcome is Outcome.UNKNOWN:
             outcome, reason = self._judge_unknown(response, reason, sent_with)
-        elif outcome is Outcome.TRANSIENT:
-            self.failures += 1
-            self.failing_since = min(self.failing_since, now)
         if outcome is Outcome.FATAL and not self.fatal_error:
             self.fatal_error = self.explain(response, request.rows)
         return outcome, reason
+
+    def _judge_completion(self, response: Response, request: Request, sent_with: Parameters) -> tuple[Outcome, str]:
+        """A completion may be another request's, or cut off at our own bound, which is raised before rows are split."""
+        if request.id_set and self._has_first_ids(response, request):
+            return Outcome.FATAL, ""
+        if not request.id_set and self._is_suspect(response, request):
+            return Outcome.SUSPECT, ""
+        # Room for twice the reasoning seen, so that an answer which it crowded out fits at the next try.
+        reasoning = (response.usage or Usage()).reasoning
+        room = min(MOST_REASONING, 2 * reasoning)
+        if room > self.parameters.reasoning_room:
+            self.parameters = replace(self.parameters, reasoning_room=room)
+        is_cut_off = look_up(response.body["choices"][0], "finish_reason") == "length"
+        if is_cut_off and sent_with.completion_bound is not None:
+            if reasoning and sent_with.reasoning_room >= MOST_REASONING:
+                return Outcome.FAILED, f"the model reasoned for {reasoning:,} tokens and came to no answer"
+            is_ours = sent_with == self.parameters and not reasoning
+            if is_ours and self.parameters.answer_factor < MOST_ANSWER_FACTOR:
+                self.parameters = replace(self.parameters, answer_factor=2 * self.parameters.answer_factor)
+            if sent_with != self.parameters:
+                return Outcome.RESEND, ""
+        self._note_model(request.prompt.model, look_up(response.body, "model"))
+        return Outcome.ANSWERED, ""
 
     def _is_suspect(self, response: Response, request: Request) -> bool:
         """Whether this may be the reply to another request, from a cache that takes similar requests for the same.
@@ -2383,25 +2361,6 @@ class Server:
             self.warn(
                 f"{asked} was answered by {before} and is now by {served}: the run's record counts the rows of each."
             )
-
-    def _make_room(self, response: Response) -> None:
-        """Leave room for twice the reasoning seen, so that an answer which it crowded out fits at the next try."""
-        room = min(MOST_REASONING, 2 * (response.usage or Usage()).reasoning)
-        if room > self.parameters.reasoning_room:
-            self.parameters = replace(self.parameters, reasoning_room=room)
-
-    def _judge_cut_off(self, response: Response, sent_with: Parameters) -> tuple[Outcome, str]:
-        """An answer that was cut off at our own bound is sent again with a higher one, before rows are split."""
-        if sent_with.completion_bound is None:
-            return Outcome.ANSWERED, ""
-        reasoning = (response.usage or Usage()).reasoning
-        self._make_room(response)
-        if reasoning and sent_with.reasoning_room >= MOST_REASONING:
-            return Outcome.FAILED, f"the model reasoned for {reasoning:,} tokens and came to no answer"
-        is_ours = sent_with == self.parameters and not reasoning
-        if is_ours and self.parameters.answer_factor < MOST_ANSWER_FACTOR:
-            self.parameters = replace(self.parameters, answer_factor=2 * self.parameters.answer_factor)
-        return (Outcome.ANSWERED if sent_with == self.parameters else Outcome.RESEND), ""
 
     def _judge_unknown(self, response: Response, reason: str, sent_with: Parameters) -> tuple[Outcome, str]:
         """A refusal for an unknown reason: of a parameter, of these texts, or of everything?"""
@@ -2460,7 +2419,7 @@ class Server:
         """What a call may cost at most: a token has at least one byte, and the completion its bound."""
         prompt = len(json.dumps(build_body(request, self.parameters), ensure_ascii=False).encode())
         completion = most_completion_tokens(request, self.parameters)
-        return replace(self.prices, tier=tier).of(Usage(prompt=prompt, written=prompt, completion=completion)) or 0.0
+        return self.prices.of(Usage(prompt=prompt, written=prompt, completion=completion), tier) or 0.0
 
 
 QUOTED = 12  # letters or digits in a row by which a message is taken to repeat a text
@@ -2478,28 +2437,28 @@ class Prices:
 
     user: tuple[float, float] | None  # per million prompt and completion tokens
     model: str  # that is asked; one served under a name that the list does not have is priced like it
-    tier: str = "standard"  # the sender's, because what a job replies calls its own tier "default"
 
-    def billed(self, response: Response) -> float | None:
+    def billed(self, response: Response, tier: str) -> float | None:
         """What a response says that it cost; None: it does not say, or the price is not known."""
-        usage = response.usage
-        return None if usage is None else self.of(usage, str(look_up(response.body, "model") or ""))
+        # The tier is the sender's, because what a job replies calls its own tier "default".
+        served = str(look_up(response.body, "model") or "")
+        return None if response.usage is None else self.of(response.usage, tier, served)
 
-    def of(self, usage: Usage, served: str = "") -> float | None:
+    def of(self, usage: Usage, tier: str, served: str = "") -> float | None:
         """The cost of one call; None: not known. Per call, since a long one may cost more per token."""
         if self.user is not None:
             return (usage.prompt * self.user[0] + usage.completion * self.user[1]) / 1e6
-        tokens = (usage.prompt, usage.cached, usage.written, usage.completion)
-        listed = list_price(served, self.tier, *tokens) if served else None
-        return list_price(self.model, self.tier, *tokens) if listed is None else listed
+        listed = list_price(served, tier, usage) if served else None
+        return list_price(self.model, tier, usage) if listed is None else listed
 
 
 @lru_cache(maxsize=1024)
-def list_price(model: str, tier: str, prompt: int, cached: int, written: int, completion: int) -> float | None:
+def list_price(model: str, tier: str, usage: Usage) -> float | None:
     """The list price of one call's tokens."""
     try:
         import genai_prices
 
+        prompt, cached, written, completion, _ = usage
         tokens = genai_prices.Usage(
             input_tokens=prompt, cache_read_tokens=cached, cache_write_tokens=written, output_tokens=completion
         )
@@ -2531,6 +2490,8 @@ class Bucket:
     level: float
     rate: float
     at: float
+    remaining: float  # what the server said last, to the call that left then
+    departure: Departure
 
     def level_at(self, now: float) -> float:
         return min(self.capacity, self.level + (now - self.at) * self.rate)
@@ -2542,9 +2503,6 @@ class Departure(NamedTuple):
     at: float
     spent: Mapping[str, float]
     tokens: float = 0.0  # its own
-
-
-NOT_LEFT = Departure(-math.inf, {})
 
 
 class Pace:
@@ -2563,9 +2521,7 @@ class Pace:
         self.reserve = max(1.0, max_workers / 8)
         self.charge = 1.0  # what the server takes off its limit of tokens for one of ours
         self.fallen = self.guessed = 0.0  # over the calls seen lately
-        self.seen: tuple[float, float, float] | None = None  # the last report: departed at, remaining, spent by then
         self.buckets: dict[str, Bucket] = {}
-        self.newest = -math.inf
 
     def delay(self, tokens: float, now: float) -> float:
         """Seconds until a call of so many tokens may leave; 0 or less: now."""
@@ -2589,32 +2545,32 @@ class Pace:
 
         What the server had left then, less what has been spent since, plus what has flowed in since.
         """
-        if departure.at < self.newest:
-            return
-        self.newest = departure.at
         for name, (limit, remaining, reset) in rate_limits(headers).items():
+            before = self.buckets.get(name)
+            if before and departure.at < before.departure.at:
+                continue
             rate = (limit - remaining) / reset if limit > remaining and reset > 0 else limit / 60
             since = self.spent[kind_of(name)] - departure.spent[kind_of(name)]
             if kind_of(name) == "tokens":
-                self._learn_charge(remaining, limit, rate, departure)
+                if before and remaining < limit:  # a full limit hides what it lost
+                    self._learn_charge(before, remaining, rate, departure)
                 since *= self.charge
             level = min(limit, remaining - since + rate * (now - departure.at))
-            self.buckets[name] = Bucket(limit, level, rate, now)
+            self.buckets[name] = Bucket(limit, level, rate, now, remaining, departure)
 
-    def _learn_charge(self, remaining: float, limit: float, rate: float, departure: Departure) -> None:
+    def _learn_charge(self, before: Bucket, remaining: float, rate: float, departure: Departure) -> None:
         """Compare how far the limit has fallen between two reports with what was spent in between by our guess.
 
         Servers charge more or less than a prompt has: the bound of the completion, or what it came to, in the end. The
-        sums are over many calls and fade, because single reports come out of order. A full limit hides what it lost.
+        sums are over many calls and fade, because single reports come out of order.
         """
-        spent = departure.spent["tokens"]
-        if self.seen and remaining < limit and spent > self.seen[2]:
-            at, before, spent_before = self.seen
-            self.fallen = FADING * self.fallen + before - remaining + rate * (departure.at - at)
-            self.guessed = FADING * self.guessed + spent - spent_before
-            if self.guessed > 20 * (spent / max(1.0, departure.spent["requests"])):  # the calls that make it reliable
-                self.charge = min(MOST_CHARGE, max(1 / MOST_CHARGE, self.fallen / self.guessed))
-        self.seen = departure.at, remaining, spent
+        (at, spent_before, _), (now, spent, _) = before.departure, departure
+        if spent["tokens"] <= spent_before["tokens"]:
+            return
+        self.fallen = FADING * self.fallen + before.remaining - remaining + rate * (now - at)
+        self.guessed = FADING * self.guessed + spent["tokens"] - spent_before["tokens"]
+        if self.guessed > 20 * (spent["tokens"] / max(1.0, spent["requests"])):  # the calls that make it reliable
+            self.charge = min(MOST_CHARGE, max(1 / MOST_CHARGE, self.fallen / self.guessed))
 
     def refuse(self, seconds: float, departure: Departure, now: float) -> None:
         """Make all calls wait: as long as the server asks, else longer with each refusal in a row."""
@@ -2693,7 +2649,6 @@ class Attempt:
     request: Request
     parameters: Parameters = field(default_factory=Parameters)  # that it was last sent with
     tier: str = "standard"  # at which it is billed: genai-prices' "processing"
-    from_job: bool = False
     calls: int = 0
     seconds: float = 0.0  # of its calls, summed
     cost: float | None = None  # US dollars; None: the price or the usage is not known
@@ -2745,26 +2700,22 @@ class RetryPolicy(NamedTuple):
     most_failures: int  # of a row that is sent alone, alike or not
 
 
-GIVE_UP = RetryPolicy(in_halves=False, most_failures=0)
-
-
 def next_requests(
-    attempt: Attempt, problems: Mapping[Row, str], policy: RetryPolicy
+    attempt: Attempt, problems: Mapping[Row, str], policy: RetryPolicy | None
 ) -> tuple[list[Request], dict[Row, str]]:
-    """The requests that follow from what is wrong with an attempt's rows, and the rows that are given up."""
-    request, gone = attempt.request, {row: reason for row, reason in problems.items() if not row.text}
-    problems = {row: reason for row, reason in problems.items() if row.text}
-    rows = tuple(problems)
-    if not attempt.is_splittable:
-        return [], gone | problems
+    """The requests that follow from what is wrong with an attempt's rows, and those given up; without a policy, all."""
+    if policy is None or not attempt.is_splittable:
+        return [], dict(problems)
+    request, rows = attempt.request, tuple(row for row in problems if row.text)
+    given_up = {row: reason for row, reason in problems.items() if not row.text}
     if policy.in_halves and len(request.rows) > 1:
         middle = (len(rows) + 1) // 2
-        return [replace(request, rows=half) for half in (rows[:middle], rows[middle:]) if half], gone
-    again, given_up = [], gone
-    for row, reason in problems.items():
-        failures = (*request.failures, reason)
-        if failures.count(reason) >= ALIKE_FAILURES or len(failures) >= policy.most_failures:
-            given_up[row] = reason
+        return [replace(request, rows=half) for half in (rows[:middle], rows[middle:]) if half], given_up
+    again = []
+    for row in rows:
+        failures = (*request.failures, problems[row])
+        if failures.count(problems[row]) >= ALIKE_FAILURES or len(failures) >= policy.most_failures:
+            given_up[row] = problems[row]
         else:
             again.append(replace(request, rows=(row,), failures=failures))
     return again, given_up
@@ -2865,7 +2816,7 @@ def estimate_cost(requests: Iterable[Request], seen: Experience, server: Server)
         prompt += prompt_tokens(request, server.parameters) * seen.prompt
         completion += usual_answer_tokens(request, seen.prevalence) * seen.completion
     each = Usage(prompt=round(prompt / max(1, count)), completion=round(completion / max(1, count)))
-    prices = [replace(server.prices, tier=sender.tier).of(each) for sender in (ThreadSender, JobSender)]
+    prices = [server.prices.of(each, sender.tier) for sender in (ThreadSender, JobSender)]
     live, in_jobs = (None if price is None else dollars(price * count) for price in prices)
     note = f" ({OPENAI_WOULD_BILL})" if server.is_local and server.prices.user is None else ""
     cost = f"about {live}, with `use_batch_api` {in_jobs}{note}"
@@ -2895,6 +2846,7 @@ class Sender:
 
     tier: ClassVar[str] = "standard"  # at which its calls are billed
     policy: ClassVar[RetryPolicy] = RetryPolicy(in_halves=True, most_failures=sys.maxsize)
+    calls_server: ClassVar[bool] = True  # else it needs no key and no connection
     collects_jobs: ClassVar[bool] = False  # whether it has something to do while jobs are open, though no request is
     headline: ClassVar[str] = ""  # how it sends; `max_workers` may stand in braces
     start_line: ClassVar[str] = ""  # what it does first; `at_once` may stand in braces
@@ -2922,8 +2874,8 @@ class Flight:
     failures: int = 0  # calls that failed on their way or in the server
     failed_since: float = math.inf
     # Of its last call:
-    departure: Departure = NOT_LEFT
-    bound: float = 0.0  # US dollars that it may cost at most
+    departure: Departure = field(init=False)
+    bound: float = field(init=False)  # US dollars that it may cost at most
 
 
 CALL_SECONDS = 600.0  # after which a call is given up whose reply only drips; the timeout, if that is longer
@@ -3015,7 +2967,8 @@ class ThreadSender(Sender):
         self.waiting: list[tuple[float, int, Flight]] = []  # a heap, by the time at which a retry is due
         self.ties = itertools.count()  # in that heap, settled in order
         self.limited_since = math.inf  # since when only 429s have come
-        self.error: EnrichmentError | None = None
+        self.failing_since = math.inf  # since when no request has succeeded
+        self.failures = 0  # in a row, over all requests
 
     def send(self, requests: Queue) -> Generator[Attempt, None, None]:
         with self.calls:
@@ -3031,15 +2984,14 @@ class ThreadSender(Sender):
             for _, _, flight in self.waiting:  # their calls were made, so they are recorded
                 stopped = "not answered before the stop"
                 yield replace(flight.attempt, body={}, problem=stopped, is_splittable=False)
-        error = self.error or self.server.fatal_error
-        if error:
-            raise error
+        if self.server.fatal_error:
+            raise self.server.fatal_error
         if self.stop.is_set():
             raise Stopped
 
     @property
     def is_running(self) -> bool:
-        return not self.error and not self.server.fatal_error and not self.stop.is_set()
+        return not self.server.fatal_error and not self.stop.is_set()
 
     def _launch(self, requests: Queue) -> float:
         """Start the calls that may start now; return the seconds until another one may, half a second at most."""
@@ -3056,13 +3008,10 @@ class ThreadSender(Sender):
                 return min(0.5, wait)
             bound = 0.0 if self.budget.cap is None else self.server.worst_cost(request, self.tier)
             if not self.budget.reserve(bound):
-                self.error = None if self.in_flight else self.budget.exceeded(bound)
+                self.server.fatal_error = None if self.in_flight else self.budget.exceeded(bound)
                 return 0.5
-            if is_retry:
-                flight = heapq.heappop(self.waiting)[2]
-                flight.attempt = replace(flight.attempt, parameters=self.server.parameters)
-            else:
-                flight = Flight(Attempt(requests.pop(), self.server.parameters, self.tier))
+            flight = heapq.heappop(self.waiting)[2] if is_retry else Flight(Attempt(requests.pop(), tier=self.tier))
+            flight.attempt = replace(flight.attempt, parameters=self.server.parameters)
             flight.departure, flight.bound = self.pace.leave(tokens, now), bound
             self.in_flight[self.calls.start(partial(self._call, flight.attempt))] = flight
         return 0.5
@@ -3082,23 +3031,24 @@ class ThreadSender(Sender):
         flight = self.in_flight.pop(number)
         now, request = self.clock(), flight.attempt.request
         self.pace.observe(response.headers, flight.departure, now)
-        cost = self.server.prices.billed(response)
+        cost = self.server.prices.billed(response, self.tier)
         unconfirmed = 0.0
         if cost is None and response.may_be_billed and self.server.knows_price:
             unconfirmed = flight.bound or self.server.worst_cost(request, self.tier)
         self.budget.settle(flight.bound, cost, unconfirmed)
         flight.attempt = flight.attempt.returned(response, cost, unconfirmed)
-        outcome, reason = self.server.judge(response, request, flight.attempt.parameters, now)
+        outcome, reason = self.server.judge(response, request, flight.attempt.parameters)
         self.limited_since = min(self.limited_since, now) if outcome is Outcome.LIMITED else math.inf
         if outcome in {Outcome.ANSWERED, Outcome.REFUSED, Outcome.FAILED}:
             self.pace.succeed()
+            self.failing_since, self.failures = math.inf, 0
             self.calls.slowest = max(self.calls.slowest, response.seconds)
             if outcome is Outcome.ANSWERED:
                 return flight.attempt
             return replace(flight.attempt, problem=reason, is_splittable=outcome is Outcome.REFUSED)
         wait = requested_wait(response.headers)
         if max(wait, now - self.limited_since) > LONGEST_WAIT:
-            self.error = self.error or ProviderError(long_wait_line(self.server.host, wait))
+            self.server.fatal_error = self.server.fatal_error or ProviderError(long_wait_line(self.server.host, wait))
         elif outcome is Outcome.TRANSIENT:
             return self._retry(flight, wait, reason, now)
         if outcome is Outcome.LIMITED:
@@ -3116,18 +3066,20 @@ class ThreadSender(Sender):
 
     def _retry(self, flight: Flight, wait: float, reason: str, now: float) -> Attempt | None:
         """Retry after a pause, until the retries are used up or the server proves to be gone."""
-        server = self.server
+        host = self.server.host
         flight.failures += 1
         flight.failed_since = min(flight.failed_since, now)
+        self.failures += 1
+        self.failing_since = min(self.failing_since, now)
         # A few failures may be chance even if no retries are allowed.
-        is_gone = server.succeeded_at < flight.failed_since and server.failures >= max(5, self.options.max_retries + 1)
-        if not server.reached and now - server.failing_since > UNREACHABLE_SECONDS:
-            self._give_up(f"No answer from {server.host}: {reason}. Check the address and the network")
+        is_gone = self.failing_since <= flight.failed_since and self.failures >= max(5, self.options.max_retries + 1)
+        if not self.server.reached and now - self.failing_since > UNREACHABLE_SECONDS:
+            self._give_up(f"No answer from {host}: {reason}. Check the address and the network")
         elif flight.failures <= self.options.max_retries:
             self._send_again(flight, now + (wait or backoff(flight.failures, self.pace.jitter())))
             return None
         elif is_gone:
-            self._give_up(f"{server.host} fails every request ({reason}, {server.failures} in a row). Try later")
+            self._give_up(f"{host} fails every request ({reason}, {self.failures} in a row). Try later")
         else:
             problem = f"the server failed on it {flight.failures} times ({reason})"
             return replace(flight.attempt, problem=problem, is_splittable=False)
@@ -3135,7 +3087,8 @@ class ThreadSender(Sender):
         return None
 
     def _give_up(self, line: str) -> None:
-        self.error = self.error or ProviderError(f"{line}, then run the same command: what came back is kept.")
+        line = f"{line}, then run the same command: what came back is kept."
+        self.server.fatal_error = self.server.fatal_error or ProviderError(line)
 
 
 def long_wait_line(host: str, wait: float) -> str:
@@ -3279,7 +3232,7 @@ class JobSender(Sender):
             if is_full or not self.budget.reserve_job(self.server.worst_cost(request, self.tier)):
                 break
             file.write(encoded)
-            attempt = self.waiting.popleft() if self.waiting else Attempt(requests.pop(), tier=self.tier, from_job=True)
+            attempt = self.waiting.popleft() if self.waiting else Attempt(requests.pop(), tier=self.tier)
             job.attempts[request.custom_id] = replace(attempt, parameters=job.parameters)
         job.set_aside = self.budget.for_jobs - before
         return job
@@ -3289,7 +3242,8 @@ class JobSender(Sender):
 
         def upload() -> Response:
             file.seek(0)
-            return self.server.upload(f"{job.tag}.jsonl", file)
+            files, form = [("file", (f"{job.tag}.jsonl", file))], {"headers": {"Content-Type": "multipart/form-data"}}
+            return self.server.call("/files", {"purpose": "batch"}, files=files, options=form)
 
         rows = (row for attempt in job.attempts.values() for row in attempt.request.rows)
         try:
@@ -3495,10 +3449,10 @@ class JobSender(Sender):
         del job.attempts[request.custom_id]
         status = look_up(line, "response", "status_code")
         response = Response(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0)
-        cost = Prices(job.user_price, request.prompt.model, self.tier).billed(response)
+        cost = Prices(job.user_price, request.prompt.model).billed(response, self.tier)
         self.budget.settle_job(0.0, cost or 0.0)
         attempt = attempt.returned(response, cost, 0.0)
-        outcome, reason = self.server.judge(response, request, job.parameters, time.monotonic())
+        outcome, reason = self.server.judge(response, request, job.parameters)
         self.completions += outcome is Outcome.ANSWERED
         again = None if outcome is Outcome.FAILED else request.with_texts
         is_broken = outcome in {Outcome.TRANSIENT, Outcome.LIMITED}
@@ -3797,7 +3751,7 @@ class Store:
                 "answers": given,
             }
             self._insert("attempts", values)
-            if attempt.from_job:
+            if attempt.tier == JobSender.tier:
                 self.db.execute("DELETE FROM job_requests WHERE custom_id = ?", (request.custom_id,))
         self.unwritten = []
 
@@ -3858,7 +3812,7 @@ class Store:
                 rows = tuple(Row(row_keys[start : start + KEY_BYTES], "", None) for start in starts)
                 prompt = Prompt(tuple(stored[number] for number in numbers.split()))
                 request = Request(rows, prompt, tuple(json.loads(failures)))
-                job.attempts[name] = Attempt(request, parameters=job.parameters, tier=JobSender.tier, from_job=True)
+                job.attempts[name] = Attempt(request, job.parameters, JobSender.tier)
         return list(jobs.values())
 
     def note(self, name: str, value: object) -> None:
@@ -3894,7 +3848,7 @@ class Store:
         return dict(zip((*sums[:-1], "dollars", "first_answer_at", "last_answer_at"), found, strict=True))
 
 
-def open_store(options: Options, server: Server) -> Store:
+def open_store(options: Options, server: Server | None) -> Store:
     """The run's store; a file is not made for a dry run, nor where no call to the server could be made."""
     path = options.written.get("store")
     if path is None or not path.exists():
@@ -3902,7 +3856,7 @@ def open_store(options: Options, server: Server) -> Store:
             Files(empty, options.written, options.overwrite).check()
         if options.dry_run:
             return Store(None)
-        if path is not None:
+        if path is not None and server:
             _ = server.client
     return Store(path)
 
