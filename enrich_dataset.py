@@ -544,8 +544,8 @@ class Run:
         self.gold = read_gold(options, table)
         self.report = Report(options, server.host, server.knows_price, server.is_local, len(table))
         from_examples = example_cells(table, self.prompt.examples, options.labels)
-        self.report.example_rows = int((self.requested & (from_examples >= 0).all(axis=1)).sum())
-        self.given = merge(from_examples, table.given)  # cells that are not left to the model
+        self.report.example_rows = int((self.requested & complete(from_examples)).sum())
+        self.held = merge(from_examples, table.given)  # cells that no model is asked for
         self.save_at = time.monotonic() + SAVE_SECONDS
 
     def label(self) -> Run:
@@ -556,7 +556,7 @@ class Run:
             self.files.check()
             sample = options.written.get("sample")
             if sample and sample.exists():
-                read_sample(sample, options.labels)  # so that one that nobody can read is told now
+                read_sample(sample, self.table, options.labels)  # so that one that nobody can read is told now
             if options.forget_jobs and not options.dry_run:
                 for job in self.store.open_jobs():
                     self.console.warn(f"Job {job.batch_id} is given up: {len(job.attempts)} requests.")
@@ -614,7 +614,7 @@ class Run:
     def read_store(self, fresh: bool = False) -> None:
         """All that is known: what the table holds, else its example, else the newest answer, else an open job."""
         known, self.attempts = self.store.known(self.prompt, self.table, answers=not fresh)
-        self.cells = merge(known[self.table.key_indexes], self.given)
+        self.cells = merge(known[self.table.key_indexes], self.held)
 
     def requests(self, batches: Iterable[Batch]) -> Iterator[Request]:
         """The batches with their texts, which are read when they are sent."""
@@ -664,21 +664,21 @@ class Run:
         with contextlib.closing(sender.send(requests)) as attempts:
             for attempt in attempts:
                 answers, problems = read_answers(attempt)
-                self.report.note_replies(attempt, bool(answers), problems)
+                self.report.add(attempt, answers, problems)
                 sender.is_proven |= bool(answers)
-                self.end_if_useless(attempt)
+                self.end_if_useless()
                 policy = None if self.report.hardly_any_useful else sender.policy
                 again, given_up = next_requests(attempt, problems, policy)
                 self.store.record(attempt, answers)
                 requests.put_first(again)
-                self.report.add(attempt, len(answers), given_up)
+                self.report.give_up(attempt, given_up)
                 progress.landed(self.report, len(answers), len(again))
                 self.save_now_and_then()
 
-    def end_if_useless(self, attempt: Attempt) -> None:
+    def end_if_useless(self) -> None:
         """End a run none of whose answers can be used."""
         report = self.report
-        if report.calls + attempt.calls >= MOST_USELESS_CALLS and not report.answered and not any(report.recent):
+        if report.calls >= MOST_USELESS_CALLS and not report.answered:
             kinds = ", ".join(f"{reason} ({count})" for reason, count in report.problems.most_common(3))
             self.server.fatal_error = self.server.fatal_error or ProviderError(
                 f"No call of this run has given an answer that can be used; rows by what came: {kinds}. Try another "
@@ -720,7 +720,7 @@ class Run:
     def audit(self) -> dict[str, Any]:
         """Re-query labelled rows individually. Those answers are compared with the labels and never become labels."""
         prompt = self.prompt.for_audit()
-        numbers, pending = self.draw_audit(prompt, (self.cells >= 0).all(axis=1))
+        numbers, pending = self.draw_audit(prompt, complete(self.cells))
         if len(pending):
             self.console.say("", f"Auditing {len(numbers)} rows, each alone in its call: {len(pending)} API calls...")
             self.report.audited = len(pending)
@@ -731,20 +731,17 @@ class Run:
             measured["lines_that_differ"] = list(self.table.line_numbers(measured["rows_that_differ"]))
         return figures
 
-    def draw_audit(self, prompt: Prompt, labelled: Any) -> tuple[IntArray, IntArray]:
+    def draw_audit(self, prompt: Prompt, labelled: BoolArray) -> tuple[IntArray, IntArray]:
         """The numbers of the rows to audit, of those that the model labelled, and of these the ones to send."""
-        import numpy as np
-
-        distinct, _ = self.population(labelled)
-        seed, key = self.options.seed, self.table.key  # by digests, so that a larger audit holds the smaller one
-        drawn = heapq.nsmallest(self.options.audit, distinct.tolist(), lambda row: digest(seed, key(row).hex()))
-        numbers = np.array(drawn, np.intp)
+        numbers, _ = self.population(labelled)
+        order = permanent_numbers(map(self.table.key, numbers), self.options.seed).argsort()
+        numbers = numbers[order[: self.options.audit]]
         known = self.store.known(prompt, self.table)[0][self.table.key_indexes[numbers]]
         return numbers, numbers[(known == BLANK).any(axis=1)]
 
-    def population(self, labelled: Any) -> tuple[IntArray, IntArray]:
-        """Of these rows, where the model labels them, each distinct text's first, and how often each occurs."""
-        return self.table.distinct_rows(self.requested & labelled & (self.given < 0).all(axis=1))
+    def population(self, labelled: BoolArray) -> tuple[IntArray, IntArray]:
+        """The first rows of the requested distinct texts that the model labelled, and how often each occurs."""
+        return self.table.distinct_rows(self.requested & labelled & (self.held < 0).all(axis=1))
 
     def compare(self, gold: Gold) -> dict[str, Any]:
         """Compare the requested rows with people's labels, and list where they differ beside the output."""
@@ -752,10 +749,10 @@ class Run:
         requested[~self.requested] = BLANK
         figures, disagreements = compare_with_gold(gold, requested, self.options.labels)
         if gold.probabilities is not None:
-            labels, population = self.options.labels, self.population((self.cells >= 0).all(axis=1))
+            labels, population = self.options.labels, self.population(complete(self.cells))
             figures["corrected_shares"] = correct_by_sample(gold, self.table, self.cells, population, labels)
         if self.options.output_filepath is not None:
-            numbers = sorted({each.row for each in disagreements})
+            numbers = list(dict.fromkeys(row for row, *_ in disagreements))
             lines = dict(zip(numbers, self.table.line_numbers(numbers), strict=True))
             is_named = self.options.gold_key or gold.probabilities  # else the key is a text
             rows = ([row, lines[row], key if is_named else "", *rest] for row, key, *rest in disagreements)
@@ -765,9 +762,9 @@ class Run:
 
     def extend_sample(self, path: Path) -> list[str]:
         """Draw texts for people to code, and keep what they have filled in already."""
-        numbers, _ = self.population((self.cells >= 0).all(axis=1))
+        numbers, _ = self.population(complete(self.cells))
         keys, predicted = [self.table.key(number) for number in numbers], self.cells[numbers] == 1
-        before = read_sample(path, self.options.labels) if path.exists() else None
+        before = read_sample(path, self.table, self.options.labels) if path.exists() else None
         count = max(self.options.sample, len(before.keys) if before else 0)
         drawn, probabilities = draw_sample(keys, predicted, count, self.options.seed)
         state = digest(self.options.seed, [key.hex() for key in keys], predicted.tobytes().hex()).hex()
@@ -810,7 +807,7 @@ class Run:
 
     def finish(self) -> None:
         """Bring the report up to date with the table and the store."""
-        by_model = (self.given < 0) & (self.cells >= 0)
+        by_model = (self.held < 0) & (self.cells >= 0)
         indexes, origins = self.store.origins()
         self.report.note_cells(self.table, self.cells, self.requested)
         self.report.note_origins(indexes[self.attempts[self.table.key_indexes]] * by_model, origins)
@@ -818,13 +815,10 @@ class Run:
         self.report.rest_cost = self.rest_cost()
 
     def rest_cost(self) -> float:
-        """What the requested rows would cost that are lacking, at what a row has taken so far; 0: not known."""
-        report, lacking = self.report, self.requested & (self.table.lengths > 0) & (self.cells == BLANK).any(axis=1)
+        """What the requested rows would cost that are lacking, at what a row has cost so far; 0: not known."""
+        lacking = self.requested & (self.table.lengths > 0) & (self.cells == BLANK).any(axis=1)
         rest, _ = self.table.distinct_rows(lacking)
-        # Of 100 rows, since tokens are whole numbers.
-        some = Usage(*(tokens * 100 // max(1, report.answered) for tokens in report.usage))
-        price = self.server.prices.of(some, self.sender.tier) if report.answered else 0.0
-        return (price or 0.0) * len(rest) / 100
+        return self.report.cost / self.report.answered * len(rest) if self.report.answered else 0.0
 
     def write_record(self) -> None:
         """Write the run's record beside the output."""
@@ -833,7 +827,8 @@ class Run:
         hashes = {"input": self.table.content} | ({"gold": self.gold.content} if self.gold else {})
         record = {f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in hashes.items()}
         with self.files.replacing("record") as file:
-            record |= without_nan(run_record(self.report))
+            # There and back, since JSON has no NaN: what is not defined is null.
+            record |= json.loads(json.dumps(run_record(self.report)), parse_constant=lambda _: None)
             file.write(json.dumps(record, ensure_ascii=False, indent=2).encode() + b"\n")
 
 
@@ -892,6 +887,13 @@ def answer_cells(texts: str, labels: int) -> Cells:
     import numpy as np
 
     return (np.frombuffer(texts.encode(), np.int8) - ord("0")).reshape(-1, labels)
+
+
+def complete(cells: Cells) -> BoolArray:
+    """For each row, whether all its cells are 0 or 1."""
+    import numpy as np
+
+    return np.asarray((cells >= 0).all(axis=1))
 
 
 class LabelCount(NamedTuple):
@@ -3552,7 +3554,7 @@ class Origin(NamedTuple):
     """What attempts have sent and what has answered them, where they are alike in that."""
 
     questions: tuple[Question, ...]
-    most_rows: int  # in a call
+    most_rows: int  # in a call about these questions
     parameters: str  # as JSON
     tier: str
     model_served: str | None
@@ -3710,17 +3712,17 @@ class Store:
         import numpy as np
 
         found: dict[tuple[str, ...], int] = {}
-        most_rows: Counter[int] = Counter()
+        most_rows: Counter[str] = Counter()  # by the questions' numbers
         kinds = "questions, parameters, tier, model_served, system_fingerprint"
         with self._translate_errors():
             stored = self._questions()
             indexes = np.zeros(1 + self._one("SELECT coalesce(max(id), 0) FROM attempts")[0], np.int32)
             for attempt, rows, *kind in self.db.execute(f"SELECT id, requested, {kinds} FROM attempts ORDER BY id"):
-                index = indexes[attempt] = found.setdefault(tuple(kind), 1 + len(found))
-                most_rows[index] = max(rows, most_rows[index])
+                indexes[attempt] = found.setdefault(tuple(kind), 1 + len(found))
+                most_rows[kind[0]] = max(rows, most_rows[kind[0]])
         return indexes, [
-            Origin(tuple(stored[number] for number in numbers.split()), most_rows[index], *rest)
-            for (numbers, *rest), index in found.items()
+            Origin(tuple(stored[number] for number in numbers.split()), most_rows[numbers], *rest)
+            for numbers, *rest in found
         ]
 
     def record(self, attempt: Attempt, answers: Mapping[Row, str]) -> None:
@@ -3867,38 +3869,27 @@ def open_store(options: Options, server: Server | None) -> Store:
 
 
 class Confusion(NamedTuple):
-    """How often two annotations agree; the second is the one that is held to be right."""
+    """How often two annotations agree, in rows or in shares; the second is the one that is held to be right."""
 
-    tp: int = 0
-    fp: int = 0
-    fn: int = 0
-    tn: int = 0
-
-    @property
-    def rows(self) -> int:
-        return sum(self)
-
-    @property
-    def agreement(self) -> float:
-        return ratio(self.tp + self.tn, self.rows)
-
-    @property
-    def kappa(self) -> float:
-        """Cohen's kappa (1960), the agreement beyond chance; NaN if both annotations are one value throughout."""
-        n = self.rows
-        chance = ratio((self.tp + self.fp) * (self.tp + self.fn) + (self.tn + self.fn) * (self.tn + self.fp), n * n)
-        return ratio(self.agreement - chance, 1 - chance)
+    tp: float
+    fp: float
+    fn: float
+    tn: float
 
     def figures(self) -> dict[str, float]:
-        tp, fp, fn, _ = self
+        """Kappa is Cohen's (1960), the agreement beyond chance; NaN if both annotations are one value throughout."""
+        tp, fp, fn, tn = self
+        rows = sum(self)
+        accuracy = ratio(tp + tn, rows)
+        chance = ratio((tp + fp) * (tp + fn) + (tn + fn) * (tn + fp), rows * rows)
         return {
-            "rows": self.rows,
+            "rows": rows,
             "support": tp + fn,
             "precision": ratio(tp, tp + fp),
             "recall": ratio(tp, tp + fn),
             "f1": ratio(2 * tp, 2 * tp + fp + fn),
-            "accuracy": self.agreement,
-            "kappa": self.kappa,
+            "accuracy": accuracy,
+            "kappa": ratio(accuracy - chance, 1 - chance),
             **self._asdict(),
         }
 
@@ -3931,13 +3922,11 @@ def shares_by(cells: Cells, labels: Sequence[str], by_values: Sequence[str]) -> 
     import numpy as np
 
     shares: dict[str, dict[str, float]] = {label: {} for label in labels}
-    values, columns = np.array(by_values, dtype=object), zip(labels, cells.T, strict=True)
-    rows_of = {value: values == value for value, _ in Counter(by_values).most_common(SHOWN_VALUES)}
-    for label, column in columns:
-        for value, rows in rows_of.items():
-            ones, zeros, _ = count_labels(column[rows, None], [label])[label]
+    values = np.array(by_values, dtype=object)
+    for value, _ in Counter(by_values).most_common(SHOWN_VALUES):
+        for label, (ones, zeros, _) in count_labels(cells[values == value], labels).items():
             shares[label][value] = ratio(ones, ones + zeros)
-    return shares if by_values else {}
+    return shares
 
 
 def measure_audit(labels: Sequence[str], numbers: Any, labelled: Cells, audited: Cells) -> dict[str, Any]:
@@ -3946,14 +3935,15 @@ def measure_audit(labels: Sequence[str], numbers: Any, labelled: Cells, audited:
     for place, label in enumerate(labels):
         first, second = labelled[:, place], audited[:, place]
         confusion = count_confusion(first, second)
+        told, rows = confusion.figures(), sum(confusion)
         differ = (first >= 0) & (second >= 0) & (first != second)
         figures[label] = {
-            "rows": confusion.rows,
-            "agreement": confusion.agreement,
-            "agreement_95": wilson(confusion.tp + confusion.tn, confusion.rows),
-            "kappa": confusion.kappa,
-            "share": ratio(confusion.tp + confusion.fp, confusion.rows),
-            "share_audited": ratio(confusion.tp + confusion.fn, confusion.rows),
+            "rows": rows,
+            "agreement": told["accuracy"],
+            "agreement_95": wilson(confusion.tp + confusion.tn, rows),
+            "kappa": told["kappa"],
+            "share": ratio(confusion.tp + confusion.fp, rows),
+            "share_audited": ratio(confusion.tp + confusion.fn, rows),
             "rows_that_differ": sorted(numbers[differ].tolist()),
         }
     return figures
@@ -4001,7 +3991,7 @@ MOST_WITHOUT = 0.5  # of a sample, for texts without a predicted label
 
 
 def sampling_sizes(predicted: BoolArray) -> FloatArray:
-    """How large a part of a sample each text is to have; they add up to 1.
+    """How large a part of a sample each text is to have, above 0; they add up to 1.
 
     Texts without a predicted label get as large a part as their share, at most half; the rest goes in equal parts to
     the labels' predicted positives. `predicted`: texts x labels.
@@ -4029,19 +4019,24 @@ def inclusion_probabilities(sizes: FloatArray, count: int) -> FloatArray:
         certain |= above
 
 
+def permanent_numbers(keys: Iterable[bytes], seed: int) -> FloatArray:
+    """A random number for each text, made of the seed and the text, so that a larger draw holds the smaller one."""
+    import numpy as np
+
+    return np.array([int.from_bytes(digest(seed, key.hex())[:8], "big") for key in keys]) / 2**64
+
+
 def draw_sample(keys: Sequence[bytes], predicted: BoolArray, count: int, seed: int) -> tuple[IntArray, FloatArray]:
     """The indexes of drawn texts, and the inclusion probabilities of all.
 
-    Sequential Poisson sampling (Ohlsson 1998, Journal of Official Statistics 14) with permanent random numbers, made of
-    the seed and the text, so that a larger sample holds the smaller one.
+    Sequential Poisson sampling with permanent random numbers (Ohlsson 1998, Journal of Official Statistics 14).
     """
     import numpy as np
 
     sizes = sampling_sizes(predicted)
     probabilities = inclusion_probabilities(sizes, count)
-    random_numbers = np.array([int.from_bytes(digest(seed, key.hex())[:8], "big") for key in keys]) / 2**64
-    with np.errstate(divide="ignore", invalid="ignore"):
-        order = np.lexsort((random_numbers / sizes, probabilities < 1))[:count]
+    random_numbers = permanent_numbers(keys, seed)
+    order = np.lexsort((random_numbers / sizes, probabilities < 1))[:count]
     return order[np.argsort(random_numbers[order])], probabilities
 
 
@@ -4058,7 +4053,7 @@ def weighted_rate(positive: BoolArray, weights: FloatArray) -> Rate:
     total = float(weights.sum())
     share = ratio(float(weights[positive].sum()), total)
     size = ratio(total * total, float((weights * weights).sum()))
-    return Rate(share, *((math.nan, math.nan) if math.isnan(size) else wilson(share * size, size)))
+    return Rate(share, *wilson(share * size, size))
 
 
 def correct_share(raw: float, ppv: Rate, missed: Rate) -> dict[str, Rate]:
@@ -4068,34 +4063,20 @@ def correct_share(raw: float, ppv: Rate, missed: Rate) -> dict[str, Rate]:
     is raw * ppv + (1 - raw) * missed; its interval combines theirs by MOVER (Zou & Donner 2008, Statistics in Medicine
     27). The other figures rise with `ppv` and fall with `missed`, so that their limits follow from opposite limits.
     """
-    nothing = Rate(math.nan, math.nan, math.nan)
-    ppv, missed = (ppv if raw else Rate(0.0, 0.0, 0.0)), (missed if raw < 1 else Rate(0.0, 0.0, 0.0))
+    import numpy as np
+
+    nobody = Rate(0.0, 0.0, 0.0)
+    ppv, missed = ppv if raw else nobody, missed if raw < 1 else nobody
     share = raw * ppv.value + (1 - raw) * missed.value
     below = math.hypot(raw * (ppv.value - ppv.low), (1 - raw) * (missed.value - missed.low))
     above = math.hypot(raw * (ppv.high - ppv.value), (1 - raw) * (missed.high - missed.value))
-
-    def recall(found: float, lost: float) -> float:
-        return ratio(raw * found, raw * found + (1 - raw) * lost)
-
-    def f1(found: float, lost: float) -> float:
-        return ratio(2 * raw * found, raw + raw * found + (1 - raw) * lost)
-
-    def kappa(found: float, lost: float) -> float:
-        true = raw * found + (1 - raw) * lost
-        agreement, chance = raw * found + (1 - raw) * (1 - lost), raw * true + (1 - raw) * (1 - true)
-        return ratio(agreement - chance, 1 - chance)
-
-    def of(figure: Callable[[float, float], float]) -> Rate:
-        return Rate(figure(ppv.value, missed.value), figure(ppv.low, missed.high), figure(ppv.high, missed.low))
-
+    figures = [
+        Confusion(raw * found, raw * (1 - found), (1 - raw) * lost, (1 - raw) * (1 - lost)).figures()
+        for found, lost in ((ppv.value, missed.value), (ppv.low, missed.high), (ppv.high, missed.low))
+    ]
     return {
-        "corrected_share": nothing
-        if math.isnan(share)
-        else Rate(share, max(0.0, share - below), min(1.0, share + above)),
-        "precision": ppv if raw else nothing,
-        "recall": of(recall),
-        "f1": of(f1),
-        "kappa": of(kappa),
+        "corrected_share": Rate(*np.clip([share, share - below, share + above], 0, 1).tolist()),
+        **{name: Rate(*(each[name] for each in figures)) for name in ("precision", "recall", "f1", "kappa")},
     }
 
 
@@ -4149,13 +4130,19 @@ def corrected_shares(
 SAMPLE_ID, PROBABILITY = "sample_id", "inclusion_probability"
 
 
-class Coded(NamedTuple):
-    """A sample as people have filled it in."""
+class Gold(NamedTuple):
+    """Labels made by people."""
 
-    keys: list[bytes]  # of its rows
     cells: Cells
-    probabilities: list[float]
+    keys: list[str]  # of its rows
+    numbers: IntArray  # the rows of the labelled table that have these keys, -1 where there is none
     content: bytes
+    not_compared: list[str]  # columns that match no label
+    probabilities: list[float] | None = None  # at which its rows were drawn, if they were
+
+    def coded(self, labels: Sequence[str]) -> list[str]:
+        """The labels that people gave to some row, or denied it."""
+        return [label for label, column in zip(labels, self.cells.T, strict=True) if (column >= 0).any()]
 
 
 def sample_id(key: bytes) -> str:
@@ -4163,38 +4150,42 @@ def sample_id(key: bytes) -> str:
     return f"t{key.hex()}"
 
 
-def read_sample(source: Source, labels: Sequence[str]) -> Coded:
+def read_sample(source: Source, table: Table, labels: Sequence[str]) -> Gold:
     """Read a sample, whatever a spreadsheet has made of its order, delimiters, line ends and decimal points."""
-    table = read_table(source, Columns(SAMPLE_ID, PROBABILITY, labels, text_is="column", advice="fix the cell"))
+    import numpy as np
+
+    sample = read_table(source, Columns(SAMPLE_ID, PROBABILITY, labels, text_is="column", advice="fix the cell"))
     keys, probabilities = [], []
-    for number, row in enumerate(table.rows()):
+    for number, row in enumerate(sample.rows()):
         try:
             key, probability = bytes.fromhex(row.text.strip()[1:]), float((row.label or "").replace(",", "."))
         except ValueError:
             key, probability = b"", 0.0
         if len(key) != KEY_BYTES or not 0 < probability <= 1:
             raise InputError(
-                f"Row {number} of the sample {table.source} has no {SAMPLE_ID}, or no {PROBABILITY} above 0 and up to "
+                f"Row {number} of the sample {sample.source} has no {SAMPLE_ID}, or no {PROBABILITY} above 0 and up to "
                 "1: restore them from a copy, or move the file away and draw anew."
             )
         keys.append(key)
         probabilities.append(probability)
     if len(set(keys)) < len(keys):
-        raise InputError(f"The sample {table.source} has a {SAMPLE_ID} twice: remove one of these rows.")
-    return Coded(keys, table.given, probabilities, table.content)
+        raise InputError(f"The sample {sample.source} has a {SAMPLE_ID} twice: remove one of these rows.")
+    places = table.find(b"".join(keys))
+    numbers = np.where(places < 0, -1, table.first_rows[places]) if len(table) else places
+    return Gold(sample.given, list(map(sample_id, keys)), numbers, sample.content, [], probabilities)
 
 
 def sample_content(
-    rows: Iterable[tuple[Row, float]], filled: Mapping[bytes, Sequence[int]], options: Options, delimiter: str
+    rows: Iterable[tuple[Row, float]], filled: Mapping[str, Sequence[int]], options: Options, delimiter: str
 ) -> bytes:
-    """A sample for people to fill in, of rows with their probabilities, with what is filled in already, by row key."""
+    """A sample for people to fill in, of rows with their probabilities, with what is filled in already, by its ids."""
     header = [SAMPLE_ID, options.text_column, *options.labels, PROBABILITY]
     unfilled = [BLANK] * len(options.labels)
     lines = (
         [
             sample_id(row.key),
             row.text,
-            *("" if value < 0 else value for value in filled.get(row.key, unfilled)),
+            *("" if value < 0 else value for value in filled.get(sample_id(row.key), unfilled)),
             f"{chance:.12g}",
         ]
         for row, chance in rows
@@ -4215,37 +4206,19 @@ def is_sample(source: Source) -> bool:
     return {SAMPLE_ID, PROBABILITY} <= set(source.columns)
 
 
-class Gold(NamedTuple):
-    """Labels made by people."""
-
-    cells: Cells
-    keys: list[str]  # of its rows
-    numbers: IntArray  # the rows of the labelled table that have these keys, -1 where there is none
-    content: bytes
-    not_compared: list[str]  # columns that match no label
-    probabilities: list[float] | None = None  # at which its rows were drawn, if they were
-
-    def coded(self, labels: Sequence[str]) -> list[str]:
-        """The labels that people gave to some row, or denied it."""
-        return [label for label, column in zip(labels, self.cells.T, strict=True) if (column >= 0).any()]
-
-
 def read_gold(options: Options, table: Table) -> Gold | None:
     """Read people's labels, and match them with rows of the table."""
     if options.gold is None:
         return None
-    import numpy as np
     import pandas as pd
 
     if is_sample(options.gold):
-        coded = read_sample(options.gold, options.labels)
-        if not (coded.cells >= 0).any():
+        sample = read_sample(options.gold, table, options.labels)
+        if not sample.coded(options.labels):
             raise InputError(
                 "No 1 or 0 is filled in in the sample that is passed as `gold`: have people code some rows."
             )
-        places = table.find(b"".join(coded.keys))
-        numbers = np.where(places < 0, -1, table.first_rows[places]) if len(table) else places
-        return Gold(coded.cells, list(map(sample_id, coded.keys)), numbers, coded.content, [], coded.probabilities)
+        return sample
     key = options.gold_key or options.text_column
     columns = Columns(key, None, options.labels, text_is="gold key (`gold_key`)", advice="fix the cell")
     gold = read_table(options.gold, columns)
@@ -4265,11 +4238,10 @@ def read_gold(options: Options, table: Table) -> Gold | None:
         raise InputError(
             f"The gold labels ({gold.source}) have the same {key!r} in {where or twice}: remove one, or {unique}."
         )
-    given: dict[Any, Any] = dict(enumerate(table.given.T))
-    rows = pd.DataFrame({"number": range(len(index)), "key": table.key_indexes, **given}, index)[index.isin(people)]
-    if rows.drop(columns="number").groupby(level=0).nunique().gt(1).any(axis=None):
+    rows = pd.DataFrame(table.given).assign(row=table.key_indexes, key=index)[index.isin(people)].drop_duplicates()
+    if rows["key"].duplicated().any():
         raise InputError(f"Different rows of {table.source} have the same {key!r} as a gold row: {unique}.")
-    numbers = rows["number"][~rows.index.duplicated()].reindex(people, fill_value=-1).to_numpy()
+    numbers = pd.Series(rows.index, rows["key"]).reindex(people, fill_value=-1).to_numpy()
     others = [name for name in gold.header if name not in {key, *options.labels}]
     return Gold(gold.given, list(people), numbers, gold.content, others)
 
@@ -4278,58 +4250,51 @@ def correct_by_sample(
     gold: Gold, table: Table, cells: Cells, population: tuple[IntArray, IntArray], labels: Sequence[str]
 ) -> dict[str, Any]:
     """The labels' shares in a population (first rows, and how often each occurs), corrected by a coded sample of it."""
-    import numpy as np
     import pandas as pd
 
     numbers, counts = population
-    index = table.key_indexes[numbers]
-    drawn = np.where(gold.numbers < 0, -1, table.key_indexes[gold.numbers])
-    is_known = np.isin(drawn, index)
+    index, matched = table.key_indexes[numbers], gold.numbers >= 0
     predicted = pd.DataFrame(label_columns(cells[numbers], labels), index)
-    people = pd.DataFrame(label_columns(gold.cells[is_known], labels), drawn[is_known])
-    probability = pd.Series(np.array(gold.probabilities)[is_known], drawn[is_known])
+    people = pd.DataFrame(label_columns(gold.cells[matched], labels), table.key_indexes[gold.numbers[matched]])
+    probability = pd.Series(gold.probabilities)[matched].set_axis(people.index)
+    people = people[people.index.isin(index)]
     shares = corrected_shares(predicted, people, gold.coded(labels), probability, pd.Series(counts, index))
     return {str(label): figures for label, figures in shares.to_dict("index").items()}
 
 
-class Disagreement(NamedTuple):
-    """A cell that people have given another value."""
+def compare_with_gold(
+    gold: Gold, cells: Cells, labels: Sequence[str]
+) -> tuple[dict[str, Any], list[tuple[int, str, str, int, int]]]:
+    """The figures of the labels that people gave, with how many of their rows could not be compared, by reason.
 
-    row: int
-    key: str
-    label: str
-    model: int
-    people: int
-
-
-def compare_with_gold(gold: Gold, cells: Cells, labels: Sequence[str]) -> tuple[dict[str, Any], list[Disagreement]]:
-    """The figures of the labels that people gave, with how many of their rows could not be compared, by reason."""
+    And the cells to which people gave another value, in the table's order: row, key, label, the model's, people's.
+    """
+    import numpy as np
     import pandas as pd
 
-    matched = (gold.numbers >= 0).nonzero()[0]
-    model, people = cells[gold.numbers[matched]], gold.cells[matched]
+    matched = np.argsort(gold.numbers)[int((gold.numbers < 0).sum()) :]
+    numbers, people = gold.numbers[matched], gold.cells[matched]
+    model = cells[numbers]
     predicted, right = (pd.DataFrame(label_columns(each, labels)) for each in (model, people))
     figures = evaluate_labels(predicted, right, gold.coded(labels))
-    for rate, part, whole in (("precision", "tp", "fp"), ("recall", "tp", "fn")):
-        counts = figures[["tp", "fp", "fn"]].fillna(0)
-        figures[[f"{rate}_low", f"{rate}_high"]] = [
-            wilson(hits, hits + others) for hits, others in zip(counts[part], counts[whole], strict=True)
-        ]
-    differ = (model >= 0) & (people >= 0) & (model != people)
+    told = figures.astype(object).where(figures.notna(), math.nan).to_dict("index")
+    for each in told.values():
+        for rate, others in (("precision", "fp"), ("recall", "fn")):
+            each[f"{rate}_low"], each[f"{rate}_high"] = wilson(each["tp"], each["tp"] + each[others])
+    differ = ((model >= 0) & (people >= 0) & (model != people)).nonzero()
     disagreements = [
-        Disagreement(int(gold.numbers[matched[at]]), gold.keys[matched[at]], labels[place], *pair)
-        for at, place in zip(*differ.nonzero(), strict=True)
-        for pair in [(int(model[at, place]), int(people[at, place]))]
+        (int(numbers[at]), gold.keys[matched[at]], labels[place], int(model[at, place]), int(people[at, place]))
+        for at, place in zip(*differ, strict=True)
     ]
     return {
-        "gold": figures.astype(object).where(figures.notna(), math.nan).to_dict("index"),
+        "gold": told,
         "gold_unmatched": {
             "not in the table": len(gold.keys) - len(matched),
             "not coded": int((gold.cells < 0).all(axis=1).sum()),
             "not labelled": int((model < 0).any(axis=1).sum()),
         },
         "gold_columns_not_compared": gold.not_compared,
-    }, sorted(disagreements, key=lambda disagreement: disagreement.row)
+    }, disagreements
 
 
 # --- Report -----------------------------------------------------------------------------------------------
@@ -4410,22 +4375,22 @@ class Report:
         self.batches = len(batches)
         self.lacks = lacks.pop() if len(lacks) == 1 else None
 
-    def add(self, attempt: Attempt, answered: int, given_up: Mapping[Row, str]) -> None:
+    def add(self, attempt: Attempt, answers: Mapping[Row, str], problems: Mapping[Row, str]) -> None:
         self.calls += attempt.calls
         self.attempts += 1
-        self.answered += answered
+        self.answered += len(answers)
         self.call_seconds += attempt.seconds
         self.usage = Usage(*map(operator.add, self.usage, attempt.usage or Usage()))
         self.cost += attempt.cost or 0.0
         self.unconfirmed_cost += attempt.unconfirmed_cost
         self.unconfirmed_calls += attempt.unconfirmed_calls
-        self.failed.update((row.key, reason) for row, reason in given_up.items())
-        self.unsplit += bool(given_up) and attempt.is_splittable and self.hardly_any_useful
-
-    def note_replies(self, attempt: Attempt, has_answers: bool, problems: Mapping[Row, str]) -> None:
         if attempt.calls:
-            self.recent.append(has_answers)
+            self.recent.append(bool(answers))
             self.problems.update(problems.values())
+
+    def give_up(self, attempt: Attempt, rows: Mapping[Row, str]) -> None:
+        self.failed.update((row.key, reason) for row, reason in rows.items())
+        self.unsplit += bool(rows) and attempt.is_splittable and self.hardly_any_useful
 
     def note_cells(self, table: Table, cells: Cells, requested: BoolArray) -> None:
         labels = self.options.labels
@@ -4436,10 +4401,11 @@ class Report:
             for number in blank.nonzero()[0].tolist()
         }
         self.lines = dict(zip(self.blank_rows, table.line_numbers(self.blank_rows), strict=False))
-        self.labelled_rows = int((requested & (cells >= 0).all(axis=1)).sum())
+        self.labelled_rows = int((requested & complete(cells)).sum())
         self.labels = count_labels(cells[requested], labels)
         self.table_labels = count_labels(cells, labels)
-        self.shares = shares_by(cells[requested], labels, list(compress(table.by_values, requested)))
+        if table.by_values:
+            self.shares = shares_by(cells[requested], labels, list(compress(table.by_values, requested)))
 
     def note_origins(self, of_cells: IntArray, origins: Sequence[Origin]) -> None:
         """From an index into `origins`, counted from 1, for each cell of the table that a model gave; else 0."""
@@ -4452,13 +4418,12 @@ class Report:
                 rows[kind(origin)] = rows.get(kind(origin), False) | has_cell
             return {key: int(found.sum()) for key, found in rows.items() if found.any()}
 
-        most = {questions: max(x.most_rows for x in origins if x.questions == questions) for questions, *_ in origins}
         served = rows_by(lambda origin: (origin.model_served, origin.system_fingerprint))
         sent_with = rows_by(lambda origin: (*Parameters.from_json(origin.parameters).shown.items(), origin.tier))
         self.origins = {
             "prompts": [
-                {"rows": rows, **Prompt(questions).as_record(most[questions])}
-                for questions, rows in rows_by(lambda origin: origin.questions).items()
+                {"rows": rows, **Prompt(questions).as_record(most)}
+                for (questions, most), rows in rows_by(lambda origin: (origin.questions, origin.most_rows)).items()
             ],
             "served": [
                 {"rows": rows, "model": model, "system_fingerprint": mark} for (model, mark), rows in served.items()
@@ -4769,15 +4734,6 @@ def run_record(report: Report) -> dict[str, Any]:
     }
 
 
-def without_nan(value: Any) -> Any:
-    """The same with None for what is not defined, since JSON has no NaN."""
-    if isinstance(value, dict):
-        return {name: without_nan(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 # --- Plot -------------------------------------------------------------------------------------------------
 #
 # In: label columns. Out: one picture.
@@ -4839,27 +4795,27 @@ def require_matplotlib(path: Path | None = None) -> None:
 def draw_shares(
     axes: Axes, df: pd.DataFrame, labels: Sequence[str], by: str | None, corrected: Mapping[str, Mapping[str, float]]
 ) -> None:
+    import numpy as np
+
+    def draw(title: str, marker: str, places: Sequence[float], rates: Sequence[Sequence[float]]) -> None:
+        """Shares with their limits, low and high, at these heights."""
+        shares, low, high = np.array(rates).T
+        widths = np.maximum(0.0, [shares - low, high - shares])
+        axes.errorbar(shares, places, xerr=widths, fmt=marker, markersize=4, capsize=2, label=title)
+
     groups = [("all rows", df)]
     if by is not None:
         names = list(df[by].value_counts().index[:6])
         groups = [(f"{by}: {name}", df[df[by] == name]) for name in names]
     for number, (name, part) in enumerate(groups):
         counts = [(int(part[label].sum()), int(part[label].notna().sum())) for label in labels]
-        middle = [ratio(ones, rows) for ones, rows in counts]
-        bounds = [wilson(ones, rows) for ones, rows in counts]
-        errors = [(max(0.0, x - low), max(0.0, high - x)) for x, (low, high) in zip(middle, bounds, strict=True)]
         places = [place + 0.8 * ((number + 0.5) / len(groups) - 0.5) for place in range(len(labels))]
-        title = f"{name} (n={len(part):,})"
-        axes.errorbar(
-            middle, places, xerr=list(zip(*errors, strict=True)), fmt="o", markersize=4, capsize=2, label=title
-        )
-    shown = {place: corrected[label] for place, label in enumerate(labels) if label in corrected}
+        draw(f"{name} (n={len(part):,})", "o", places, [(ratio(*count), *wilson(*count)) for count in counts])
+    shown = {place + 0.25: corrected[label] for place, label in enumerate(labels) if label in corrected}
     if shown:
-        low, value, high = ([each[f"corrected_share{end}"] for each in shown.values()] for end in ("_low", "", "_high"))
-        widths = [[max(0.0, x - y) for x, y in zip(*pair, strict=True)] for pair in ((value, low), (high, value))]
-        places = [place + 0.25 for place in shown]
-        axes.errorbar(value, places, xerr=widths, fmt="s", markersize=4, capsize=2, label="corrected by people")
-    axes.set_yticks(range(len(labels)), [label.replace("$", r"\$") for label in labels])
+        rates = [[each[f"corrected_share{end}"] for end in ("", "_low", "_high")] for each in shown.values()]
+        draw("corrected by people", "s", list(shown), rates)
+    axes.set_yticks(range(len(labels)), labels, parse_math=False)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value >= 0.1 or not value else f"{value:.1%}")
@@ -4869,17 +4825,18 @@ def draw_shares(
 
 
 def draw_together(axes: Axes, df: pd.DataFrame, labels: Sequence[str]) -> None:
-    ones = df[list(labels)].fillna(0).astype(float).to_numpy()
+    import numpy as np
+
+    ones = df[list(labels)].fillna(0).to_numpy(float)
     counts = ones.T @ ones
-    totals = [counts[place][place] for place in range(len(labels))]
-    shares = [[ratio(pair, total) for pair in row] for row, total in zip(counts, totals, strict=True)]
+    with np.errstate(invalid="ignore"):  # of a label that never applies
+        shares = counts / counts.diagonal()[:, None]
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for row, values in enumerate(shares):
-        for place, share in enumerate(values):
-            if share == share and row != place and len(labels) <= 25:  # more numbers could not be read
-                color = "white" if share > 0.6 else "black"
-                axes.text(place, row, f"{share:.0%}".rstrip("%"), ha="center", va="center", fontsize=6, color=color)
-    axes.set_xticks(range(len(labels)), [label.replace("$", r"\$") for label in labels], rotation=90)
+    for (row, place), share in np.ndenumerate(shares):
+        if not math.isnan(share) and row != place and len(labels) <= 25:  # more numbers could not be read
+            color = "white" if share > 0.6 else "black"
+            axes.text(place, row, f"{share:.0%}".rstrip("%"), ha="center", va="center", fontsize=6, color=color)
+    axes.set_xticks(range(len(labels)), labels, rotation=90, parse_math=False)
     axes.set_title("Of the rows with the label on the left, % with the one below", fontsize="medium")
     axes.figure.colorbar(image, ax=axes, format=lambda value, _: f"{value:.0%}", shrink=0.6)
 
