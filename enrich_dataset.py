@@ -58,7 +58,7 @@ import warnings
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -2870,14 +2870,19 @@ class Sender:
 
 @dataclass
 class Flight:
-    """An attempt in flight, or waiting to be retried, with what its retries go by."""
+    """An attempt in flight, or waiting to leave, with what its retries go by."""
 
     attempt: Attempt
+    due: float  # when it may leave
     failures: int = 0  # calls that failed on their way or in the server
     failed_since: float = math.inf
     # Of its last call:
     departure: Departure = field(init=False)
     bound: float = field(init=False)  # US dollars that it may cost at most
+
+    def __lt__(self, other: Flight) -> bool:
+        """In a heap, the one that is due first comes first."""
+        return self.due < other.due
 
 
 CALL_SECONDS = 600.0  # after which a call is given up whose reply only drips; the timeout, if that is longer
@@ -2892,18 +2897,14 @@ class Calls:
     Threads only call. Everything that decides runs in the main thread, so there is no lock.
     """
 
-    def __init__(self, workers: int, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.workers, self.clock = workers, clock
+    def __init__(self, workers: int, timeout: float) -> None:
         self.longest = max(CALL_SECONDS, timeout)
-        self.pool = self._new_pool()
-        self.completed: queue.SimpleQueue[tuple[int, Response | Exception]] = queue.SimpleQueue()
-        self.started: dict[int, float] = {}  # by the number of a call that has not come back, the oldest first
-        self.numbers = itertools.count()
+        self.new_pool = partial(ThreadPoolExecutor, workers, thread_name_prefix="enrich")
+        self.pool = self.new_pool()
+        self.completed: queue.SimpleQueue[Future[Response]] = queue.SimpleQueue()
+        self.started: dict[Future[Response], float] = {}  # calls that have not come back, the oldest first
         self.slowest = 0.0  # seconds that an answer has taken
         self.stopped_at = math.inf
-
-    def _new_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.workers, thread_name_prefix="enrich")
 
     def __enter__(self) -> Calls:
         return self
@@ -2911,43 +2912,34 @@ class Calls:
     def __exit__(self, *exc_info: object) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def start(self, call: Callable[[], Response]) -> int:
-        """Have a call made; return its number."""
-        number = next(self.numbers)
-        self.started[number] = self.clock()
+    def start(self, call: Callable[[], Response]) -> Future[Response]:
+        """Have a call made, which `next` will return."""
+        made = self.pool.submit(call)
+        self.started[made] = time.monotonic()
+        made.add_done_callback(self.completed.put)
+        return made
 
-        def make() -> None:
-            try:
-                self.completed.put((number, call()))
-            except Exception as error:  # a bug is raised in the main thread
-                self.completed.put((number, error))
-
-        self.pool.submit(make)
-        return number
-
-    def next(self, pause: float, is_stopping: bool) -> tuple[int, Response] | None:
-        """The number of a call that came back, and its response; None if none does within `pause` seconds.
+    def next(self, pause: float, is_stopping: bool) -> tuple[Future[Response], Response] | None:
+        """A call that came back, and its response; None if none does within `pause` seconds.
 
         The oldest comes back as if it had timed out if it takes too long; its thread is left behind with its pool.
         """
-        now, number = self.clock(), next(iter(self.started), None)
+        now, oldest = time.monotonic(), next(iter(self.started), None)
         self.stopped_at = min(self.stopped_at, now) if is_stopping else math.inf
-        if number is not None:
-            age, stopped_for = now - self.started[number], now - self.stopped_at
+        if oldest is not None:
+            age, stopped_for = now - self.started[oldest], now - self.stopped_at
             if age > self.longest or stopped_for > max(STOP_SECONDS, self.slowest):
                 self.pool.shutdown(wait=False)
-                self.pool = self._new_pool()
-                del self.started[number]
-                return number, Response(0, {}, None, age, "no whole answer in time")
+                self.pool = self.new_pool()
+                del self.started[oldest]
+                return oldest, Response(0, {}, None, age, "no whole answer in time")
         try:
-            number, response = self.completed.get(timeout=pause)
+            made = self.completed.get(timeout=pause)
         except queue.Empty:
             return None
-        if self.started.pop(number, None) is None:  # it had been given up
+        if self.started.pop(made, None) is None:  # it had been given up
             return None
-        if isinstance(response, Exception):
-            raise response
-        return number, response
+        return made, made.result()  # a bug in it is raised here, in the main thread
 
 
 @dataclass
@@ -2960,14 +2952,11 @@ class ThreadSender(Sender):
     headline = "Parallel workers: {max_workers}"
     start_line = "Processing {at_once} batches simultaneously..."
 
-    clock: Callable[[], float] = time.monotonic
-
     def __post_init__(self) -> None:
         self.pace = Pace(int(self.options.max_workers))
-        self.calls = Calls(int(self.options.max_workers), self.options.timeout, self.clock)
-        self.in_flight: dict[int, Flight] = {}  # by the number of the call
-        self.waiting: list[tuple[float, int, Flight]] = []  # a heap, by the time at which a retry is due
-        self.ties = itertools.count()  # in that heap, settled in order
+        self.calls = Calls(int(self.options.max_workers), self.options.timeout)
+        self.in_flight: dict[Future[Response], Flight] = {}
+        self.waiting: list[Flight] = []  # a heap
         self.limited_since = math.inf  # since when only 429s have come
         self.failing_since = math.inf  # since when no request has succeeded
         self.failures = 0  # in a row, over all requests
@@ -2983,9 +2972,9 @@ class ThreadSender(Sender):
                 if landed:
                     self._launch(requests)  # before the caller takes its time over the attempt
                     yield landed
-            for _, _, flight in self.waiting:  # their calls were made, so they are recorded
-                stopped = "not answered before the stop"
-                yield replace(flight.attempt, body={}, problem=stopped, is_splittable=False)
+            called = [flight.attempt for flight in self.waiting if flight.attempt.calls]
+            for attempt in called:  # which may have been billed, so they are recorded
+                yield replace(attempt, body={}, problem="not answered before the stop", is_splittable=False)
         if self.server.fatal_error:
             raise self.server.fatal_error
         if self.stop.is_set():
@@ -2998,11 +2987,13 @@ class ThreadSender(Sender):
     def _launch(self, requests: Queue) -> float:
         """Start the calls that may start now; return the seconds until another one may, half a second at most."""
         while self.is_running and len(self.in_flight) < self._most_at_once and (self.waiting or requests.peek()):
-            now = self.clock()
-            is_retry = bool(self.waiting) and self.waiting[0][0] <= now
-            request = self.waiting[0][2].attempt.request if is_retry else requests.peek()
-            if request is None:
-                return min(0.5, self.waiting[0][0] - now)
+            now = time.monotonic()
+            if not (self.waiting and self.waiting[0].due <= now) and requests.peek():
+                heapq.heappush(self.waiting, Flight(Attempt(requests.pop(), tier=self.tier), due=now))
+            flight = self.waiting[0]
+            request = flight.attempt.request
+            if flight.due > now:
+                return min(0.5, flight.due - now)
             tokens = float(max(prompt_tokens(request, self.server.parameters), most_answer_tokens(request)))
             wait = self.pace.delay(tokens, now)
             if wait > 0:
@@ -3012,10 +3003,11 @@ class ThreadSender(Sender):
             if not self.budget.reserve(bound):
                 self.server.fatal_error = None if self.in_flight else self.budget.exceeded(bound)
                 return 0.5
-            flight = heapq.heappop(self.waiting)[2] if is_retry else Flight(Attempt(requests.pop(), tier=self.tier))
+            heapq.heappop(self.waiting)
             flight.attempt = replace(flight.attempt, parameters=self.server.parameters)
             flight.departure, flight.bound = self.pace.leave(tokens, now), bound
-            self.in_flight[self.calls.start(partial(self._call, flight.attempt))] = flight
+            call = partial(self.server.call, "/chat/completions", build_body(request, self.server.parameters))
+            self.in_flight[self.calls.start(call)] = flight
         return 0.5
 
     @property
@@ -3025,13 +3017,10 @@ class ThreadSender(Sender):
             return 1
         return int(self.pace.slots) if self.is_proven else min(int(self.pace.slots), MOST_UNPROVEN)
 
-    def _call(self, attempt: Attempt) -> Response:
-        return self.server.call("/chat/completions", build_body(attempt.request, attempt.parameters))
-
-    def _take_in(self, number: int, response: Response) -> Attempt | None:
+    def _take_in(self, made: Future[Response], response: Response) -> Attempt | None:
         """The attempt if it has landed, or None if it is to be sent again, later."""
-        flight = self.in_flight.pop(number)
-        now, request = self.clock(), flight.attempt.request
+        flight = self.in_flight.pop(made)
+        now, request = time.monotonic(), flight.attempt.request
         self.pace.observe(response.headers, flight.departure, now)
         cost = self.server.prices.billed(response, self.tier)
         unconfirmed = 0.0
@@ -3045,14 +3034,15 @@ class ThreadSender(Sender):
             self.pace.succeed()
             self.failing_since, self.failures = math.inf, 0
             self.calls.slowest = max(self.calls.slowest, response.seconds)
-            if outcome is Outcome.ANSWERED:
-                return flight.attempt
-            return replace(flight.attempt, problem=reason, is_splittable=outcome is Outcome.REFUSED)
-        wait = requested_wait(response.headers)
+            return replace(flight.attempt, problem=reason, is_splittable=outcome is not Outcome.FAILED)
+        wait, flight.due = requested_wait(response.headers), now
         if max(wait, now - self.limited_since) > LONGEST_WAIT:
             self.server.fatal_error = self.server.fatal_error or ProviderError(long_wait_line(self.server.host, wait))
         elif outcome is Outcome.TRANSIENT:
-            return self._retry(flight, wait, reason, now)
+            problem = self._note_failure(flight, reason, now)
+            if problem:
+                return replace(flight.attempt, problem=problem, is_splittable=False)
+            flight.due = now + (wait or backoff(flight.failures, self.pace.jitter()))
         if outcome is Outcome.LIMITED:
             known = self.pace.resume_at
             self.pace.refuse(wait, flight.departure, now)
@@ -3060,37 +3050,29 @@ class ThreadSender(Sender):
                 self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.")
         if outcome is Outcome.SUSPECT:
             flight.attempt = replace(flight.attempt, request=replace(request, id_set=1))
-        self._send_again(flight, now)  # after an error it only waits to be recorded
+        heapq.heappush(self.waiting, flight)  # after an error it only waits to be recorded
         return None
 
-    def _send_again(self, flight: Flight, due: float) -> None:
-        heapq.heappush(self.waiting, (due, next(self.ties), flight))
-
-    def _retry(self, flight: Flight, wait: float, reason: str, now: float) -> Attempt | None:
-        """Retry after a pause, until the retries are used up or the server proves to be gone."""
-        host = self.server.host
+    def _note_failure(self, flight: Flight, reason: str, now: float) -> str:
+        """Why the request is given up, if its retries are used up; the run ends if the server proves to be gone."""
+        host, retries = self.server.host, self.options.max_retries
         flight.failures += 1
         flight.failed_since = min(flight.failed_since, now)
         self.failures += 1
         self.failing_since = min(self.failing_since, now)
         # A few failures may be chance even if no retries are allowed.
-        is_gone = self.failing_since <= flight.failed_since and self.failures >= max(5, self.options.max_retries + 1)
+        is_gone = self.failing_since <= flight.failed_since and self.failures >= max(5, retries + 1)
         if not self.server.reached and now - self.failing_since > UNREACHABLE_SECONDS:
-            self._give_up(f"No answer from {host}: {reason}. Check the address and the network")
-        elif flight.failures <= self.options.max_retries:
-            self._send_again(flight, now + (wait or backoff(flight.failures, self.pace.jitter())))
-            return None
+            line = f"No answer from {host}: {reason}. Check the address and the network"
+        elif flight.failures <= retries:
+            return ""
         elif is_gone:
-            self._give_up(f"{host} fails every request ({reason}, {self.failures} in a row). Try later")
+            line = f"{host} fails every request ({reason}, {self.failures} in a row). Try later"
         else:
-            problem = f"the server failed on it {flight.failures} times ({reason})"
-            return replace(flight.attempt, problem=problem, is_splittable=False)
-        self._send_again(flight, math.inf)
-        return None
-
-    def _give_up(self, line: str) -> None:
-        line = f"{line}, then run the same command: what came back is kept."
-        self.server.fatal_error = self.server.fatal_error or ProviderError(line)
+            return f"the server failed on it {flight.failures} times ({reason})"
+        error = ProviderError(f"{line}, then run the same command: what came back is kept.")
+        self.server.fatal_error = self.server.fatal_error or error
+        return ""
 
 
 def long_wait_line(host: str, wait: float) -> str:
@@ -3130,7 +3112,6 @@ class Job:
     planned_at: float = field(default_factory=time.time)  # seconds since 1970
     set_aside: float = 0.0  # US dollars
     batch_id: str | None = None
-    number: int = 0  # in the store
     attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
     looks: int = 0  # at its files, in vain
 
@@ -3157,8 +3138,7 @@ class JobSender(Sender):
         self.calls = Calls(1, self.options.timeout)
         self.jobs: list[Job] = []
         self.waiting: deque[Attempt] = deque()  # for the next job, because an earlier one left them undone
-        self.most_requests = JOB_REQUESTS  # per job; fewer once the account's queue has proved to be shorter
-        self.most_bytes = JOB_BYTES
+        self.most_requests = JOB_REQUESTS  # per job; fewer once a file or the account's queue has proved to be smaller
         self.queue_is_full = False  # until a job ends
         self.barren = 0  # jobs in a row that did nothing
         self.completions = 0  # that could be read, whatever they said
@@ -3166,7 +3146,7 @@ class JobSender(Sender):
     def send(self, requests: Queue) -> Generator[Attempt, None, None]:
         with self.calls:
             self._resume()
-            while self.jobs or self.waiting or requests.peek():
+            while self.jobs or self._next(requests):
                 self._submit(requests)
                 ended = self._poll()
                 for job, batch in ended:
@@ -3204,18 +3184,23 @@ class JobSender(Sender):
         self.store.forget_job(job)
         self.budget.settle_job(job.set_aside, 0.0)
         left = [(attempt, attempt.request.with_texts) for attempt in job.attempts.values()]
-        self.waiting.extend(replace(attempt, request=request) for attempt, request in left if request)
+        undone = [replace(attempt, request=request) for attempt, request in left if request]
+        self.waiting.extendleft(reversed(undone))
         return [attempt for attempt, request in left if not request]
+
+    def _next(self, requests: Queue) -> Request | None:
+        """The request that goes into a job next, which stays."""
+        return self.waiting[0].request if self.waiting else requests.peek()
 
     def _submit(self, requests: Queue) -> None:
         """Submit as many jobs as the requests need and the queue and the budget allow."""
-        while (self.waiting or requests.peek()) and not self.queue_is_full and not self.stop.is_set():
+        while self._next(requests) and not self.queue_is_full and not self.stop.is_set():
             with tempfile.TemporaryFile() as file:
                 job = self._pack(requests, file)
                 if not job.attempts:
                     break
                 self._start(job, file)
-        request = self.waiting[0].request if self.waiting else requests.peek()
+        request = self._next(requests)
         if request and not self.jobs and not self.stop.is_set():
             raise self.budget.exceeded(self.server.worst_cost(request, self.tier))
 
@@ -3223,14 +3208,11 @@ class JobSender(Sender):
         """Write requests to a job's file, as many as it may hold, and take them from the queue."""
         job = Job(uuid.uuid4().hex, self.server.address, self.server.parameters, self.server.prices.user)
         before = self.budget.for_jobs
-        while len(job.attempts) < self.most_requests:
-            request = self.waiting[0].request if self.waiting else requests.peek()
-            if request is None:
-                break
+        while len(job.attempts) < self.most_requests and (request := self._next(requests)):
             body = build_body(request, self.server.parameters)
             line = {"custom_id": request.custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
             encoded = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-            is_full = file.tell() + len(encoded) > self.most_bytes and job.attempts
+            is_full = file.tell() + len(encoded) > JOB_BYTES and job.attempts
             if is_full or not self.budget.reserve_job(self.server.worst_cost(request, self.tier)):
                 break
             file.write(encoded)
@@ -3240,8 +3222,6 @@ class JobSender(Sender):
         return job
 
     def _start(self, job: Job, file: IO[bytes]) -> None:
-        size = file.tell()
-
         def upload() -> Response:
             file.seek(0)
             files, form = [("file", (f"{job.tag}.jsonl", file))], {"headers": {"Content-Type": "multipart/form-data"}}
@@ -3253,9 +3233,8 @@ class JobSender(Sender):
         except FileTooLarge:
             if len(job.attempts) == 1:
                 raise ProviderError(f"{self.server.host} takes no file of a single request (HTTP 413).") from None
-            self.most_bytes = size // 2
-            self.waiting.extendleft(reversed(job.attempts.values()))
-            self.budget.settle_job(job.set_aside, 0.0)
+            self.most_requests = len(job.attempts) // 2
+            self._release(job)
             return
         self.store.plan_job(job)
         order = {
@@ -3264,12 +3243,7 @@ class JobSender(Sender):
             "completion_window": "24h",
             "metadata": {"enrich_dataset": job.tag},
         }
-        created = self._call_with_retries(
-            partial(self.server.call, "/batches", order),
-            rows=rows,
-            recover=partial(self._find, job),  # the job may be there, and only the reply have been lost
-            undo=partial(self.store.forget_job, job),
-        )
+        created = self._call_with_retries(partial(self.server.call, "/batches", order), rows=rows, creates=job)
         job.batch_id = str(created.get("id"))
         self.store.note_job(job)
         self.jobs.append(job)
@@ -3294,7 +3268,7 @@ class JobSender(Sender):
         path, seen = "/batches?limit=100", {""}
         for _ in range(MOST_PAGES):
             page = self._call_with_retries(partial(self.server.call, path))
-            found = page.get("data") if isinstance(page, dict) else None
+            found = page.get("data")
             batches = [batch for batch in found if isinstance(batch, dict)] if isinstance(found, list) else []
             yield from batches
             last = str(batches[-1].get("id")) if batches else ""
@@ -3317,18 +3291,19 @@ class JobSender(Sender):
         call: Callable[[], Response],
         thing: str = "",
         rows: Iterable[Row] = (),
-        recover: Callable[[], Any] = lambda: None,
-        undo: Callable[[], None] = lambda: None,
+        creates: Job | None = None,
     ) -> Any:
         """A reply's body, for a call that may be repeated: retried while the network or the server fails.
 
-        `thing`: what a 404 means to be unknown. `rows`: what it sends. `recover`: what may give the body before a
-        retry. `undo`: what to do if the call is refused for good.
+        `thing`: what a 404 means to be unknown. `rows`: what it sends. `creates`: the job that it creates, which may be
+        there although the call failed, and is forgotten if the call is refused for good.
         """
         started, failures, limits = time.monotonic(), 0, 0
         while True:
             response = self._call(call)
-            outcome, reason = classify(response, lambda body: None if isinstance(body, (str, int)) else body)
+            outcome, reason = classify(
+                response, lambda body: None if isinstance(body, (str, int, float, list)) else body
+            )
             self.server.reached |= response.status > 0
             if outcome is Outcome.ANSWERED:
                 return response.body
@@ -3340,8 +3315,8 @@ class JobSender(Sender):
             passed = time.monotonic() - started
             if wait > LONGEST_WAIT or (is_limited and passed > LONGEST_WAIT):
                 raise ProviderError(long_wait_line(self.server.host, wait))
-            if is_refused:
-                undo()
+            if is_refused and creates:
+                self.store.forget_job(creates)
             if (
                 is_refused
                 or failures > self.options.max_retries
@@ -3349,9 +3324,9 @@ class JobSender(Sender):
             ):
                 raise self._explain(response, outcome, reason, thing, rows)
             self._pause(wait or backoff(failures + limits, random.uniform(0.75, 1.25)))
-            recovered = None if is_limited else recover()
-            if recovered:
-                return recovered
+            found = self._find(creates) if creates and not is_limited else None
+            if found:
+                return found
 
     def _explain(
         self, response: Response, outcome: Outcome, reason: str, thing: str, rows: Iterable[Row]
@@ -3374,7 +3349,6 @@ class JobSender(Sender):
         for job in list(self.jobs):
             name = str(job.batch_id)
             batch = self._call_with_retries(partial(self.server.call, f"/batches/{name}"), name)
-            batch = batch if isinstance(batch, dict) else {}
             done += min(len(job.attempts), sum(count_of(batch, kind) for kind in ("completed", "failed")))
             if batch.get("status") in ENDED:
                 self.jobs.remove(job)
@@ -3428,18 +3402,16 @@ class JobSender(Sender):
 
     def _take_back(self, job: Job, batch: dict[str, Any]) -> None:
         """A job that was refused as a whole: because the account's queue is full, or for good."""
-        attempts = list(job.attempts.values())
         self._release(job)
-        self.waiting.rotate(len(attempts))  # to the front, where they were
         errors = batch["errors"].get("data") if isinstance(batch.get("errors"), dict) else batch.get("errors")
         told = errors if isinstance(errors, list) else [errors]
         words = "; ".join(f"{look_up(error, 'message') or error} ({look_up(error, 'code')})" for error in told)
-        if QUEUE_FULL.search(words) and (self.jobs or len(attempts) > 1):
+        if QUEUE_FULL.search(words) and (self.jobs or len(job.attempts) > 1):
             self.queue_is_full = bool(self.jobs)
             if not self.jobs:
-                self.most_requests = (len(attempts) + 1) // 2
+                self.most_requests = (len(job.attempts) + 1) // 2
             return
-        quoted = self.server.quote(words, (row for attempt in attempts for row in attempt.request.rows))
+        quoted = self.server.quote(words, (row for attempt in job.attempts.values() for row in attempt.request.rows))
         raise ProviderError(f"{self.server.host} refused job {job.batch_id}; act on what it says: {quoted}")
 
     def _take_in(self, job: Job, line: dict[str, Any]) -> Iterator[Attempt]:
@@ -3461,7 +3433,8 @@ class JobSender(Sender):
         if again and is_broken and len(request.failures) + 1 < self.policy.most_failures:
             self.waiting.append(replace(attempt, request=replace(again, failures=(*request.failures, reason))))
         elif again and outcome in {Outcome.RESEND, Outcome.SUSPECT}:
-            self.waiting.append(replace(attempt, request=replace(again, id_set=int(outcome is Outcome.SUSPECT))))
+            id_set = 1 if outcome is Outcome.SUSPECT else again.id_set
+            self.waiting.append(replace(attempt, request=replace(again, id_set=id_set)))
         else:
             is_about_texts = outcome in {Outcome.ANSWERED, Outcome.REFUSED}
             yield replace(attempt, problem=reason, is_splittable=is_about_texts)
@@ -3530,16 +3503,9 @@ CREATE TABLE notes (name TEXT PRIMARY KEY, value);
 ALL_ANSWERS = "SELECT id, questions, row_keys, answers FROM attempts WHERE answers != '' ORDER BY id"
 OPEN_ROWS = "SELECT 0, questions, row_keys, '' FROM job_requests"
 OF_OPEN_JOBS = "FROM jobs WHERE id IN (SELECT job FROM job_requests)"
-MONEY = f"""
-SELECT coalesce(sum(cost), 0) + coalesce(sum(unconfirmed_cost), 0)
-    + coalesce((SELECT value FROM notes WHERE name = 'unsettled_cost'), 0),
-    (SELECT coalesce(sum(set_aside), 0) {OF_OPEN_JOBS})
-FROM attempts
-"""
-UNSETTLE_JOBS = f"""
-INSERT OR REPLACE INTO notes SELECT 'unsettled_cost',
-    coalesce((SELECT value FROM notes WHERE name = 'unsettled_cost'), 0) + coalesce(sum(set_aside), 0) {OF_OPEN_JOBS}
-"""
+NOTE = "INSERT OR REPLACE INTO notes VALUES (?, ?)"
+SPENT = "SELECT coalesce(sum(cost), 0) + coalesce(sum(unconfirmed_cost), 0) FROM attempts"
+SET_ASIDE = f"SELECT coalesce(sum(set_aside), 0) {OF_OPEN_JOBS}"
 EXPERIENCE = """
 SELECT coalesce(1.0 * sum(prompt_tokens) / sum(guessed_prompt), 1),
     coalesce(1.0 * sum(completion_tokens) / sum(guessed_completion), 1),
@@ -3638,16 +3604,13 @@ class Store:
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         """As `_translate_errors`, but notice a file that is gone or another one, into which nothing would ever come."""
-        is_there = not self.path or not self.file
-        if self.path and self.file:
-            with contextlib.suppress(OSError):
-                is_there = os.path.samestat(os.stat(self.path), self.file)  # noqa: PTH116 # once per call, so fast
-        if not is_there:
-            raise EnrichmentError(
-                f"The store {self.path} was deleted or replaced while this run went on: nothing more is sent; the "
-                "output has all that came back. Make that the input of the next run, and nothing is paid twice."
-            )
-        return self._translate_errors()
+        with contextlib.suppress(OSError):
+            if self.file is None or os.path.samestat(os.stat(str(self.path)), self.file):  # noqa: PTH116 # for each call
+                return self._translate_errors()
+        raise EnrichmentError(
+            f"The store {self.path} was deleted or replaced while this run went on: nothing more is sent; the output "
+            "has all that came back. Make that the input of the next run, and nothing is paid twice."
+        )
 
     def known(self, prompt: Prompt, table: Table, answers: bool = True) -> tuple[Cells, IntArray]:
         """The cells of the table's distinct rows, and for each the attempt that answered it; 0: none did.
@@ -3691,7 +3654,7 @@ class Store:
         wanted = np.zeros((len(table.first_rows), len(asked)), bool)
         for batch in batches:
             wanted[table.key_indexes[batch.numbers]] = batch.lacks
-        counts: Counter[tuple[str, str]] = Counter()
+        counts: dict[str, IntArray] = {}  # for each reason, by label
         for _, questions, row_keys, _ in self._asked(ALL_ANSWERS) if batches else ():
             places = table.find(row_keys)
             for question in questions:
@@ -3701,10 +3664,8 @@ class Store:
                 # An existing label is part of a row's key, so rows are matched only if both have one, or neither.
                 is_matched = question.sends_label == ours.sends_label
                 rows = int(wanted[places[places >= 0], place].sum()) if is_matched else len(places)
-                counts[explain_difference(question, ours), question.label] += rows
-        most: dict[str, int] = {}  # of the labels, since an answer is about several
-        for (reason, _), count in counts.items():
-            most[reason] = max(count, most.get(reason, 0))
+                counts.setdefault(explain_difference(question, ours), np.zeros(len(asked), int))[place] += rows
+        most = {reason: count.max() for reason, count in counts.items()}  # since an answer is about several labels
         return [f"{count:,} stored answers {reason}" for reason, count in most.items() if reason and count]
 
     def origins(self) -> tuple[IntArray, list[Origin]]:
@@ -3774,31 +3735,31 @@ class Store:
         return " ".join(str(self.numbers[question]) for question in prompt.questions)
 
     def plan_job(self, job: Job) -> None:
-        """Keep a job before it is created, and give it its number."""
+        """Keep a job before it is created."""
         with self._writing():
             values = {"tag": job.tag, "server": job.server, "planned_at": job.planned_at, "set_aside": job.set_aside}
             values |= {"parameters": job.parameters.as_json, "user_price": json.dumps(job.user_price)}
-            job.number = self._insert("jobs", values)
+            number = self._insert("jobs", values)
             for name, attempt in job.attempts.items():
                 request = attempt.request
                 keys, failures = b"".join(row.key for row in request.rows), json.dumps(request.failures)
-                asked = (name, job.number, self._question_numbers(request.prompt), keys, failures)
+                asked = (name, number, self._question_numbers(request.prompt), keys, failures)
                 self.db.execute("INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?)", asked)
 
     def note_job(self, job: Job) -> None:
         """Keep what the provider calls it, once it is created."""
         with self._writing():
-            self.db.execute("UPDATE jobs SET batch_id = ? WHERE id = ?", (job.batch_id, job.number))
+            self.db.execute("UPDATE jobs SET batch_id = ? WHERE tag = ?", (job.batch_id, job.tag))
 
     def forget_job(self, job: Job) -> None:
         """There is nothing more to be had from it."""
         with self._writing():
-            self.db.execute("DELETE FROM job_requests WHERE job = ?", (job.number,))
+            self.db.execute("DELETE FROM job_requests WHERE job IN (SELECT id FROM jobs WHERE tag = ?)", (job.tag,))
 
     def give_up_jobs(self) -> None:
         """Free the rows of all open jobs; what these may cost counts as spent, as for calls in flight at a kill."""
         with self._writing():
-            self.db.execute(UNSETTLE_JOBS)
+            self.db.execute(NOTE, ("unsettled_cost", self.noted("unsettled_cost", 0.0) + self._one(SET_ASIDE)[0]))
             self.db.execute("DELETE FROM job_requests")
 
     def open_jobs(self) -> list[Job]:
@@ -3808,7 +3769,6 @@ class Store:
             stored, jobs = self._questions(), {}
             for number, tag, server, parameters, price, *rest in self.db.execute(f"SELECT {columns} {OF_OPEN_JOBS}"):
                 jobs[number] = Job(tag, server, Parameters.from_json(parameters), json.loads(price), *rest)
-                jobs[number].number = number
             for name, number, numbers, row_keys, failures in self.db.execute("SELECT * FROM job_requests"):
                 job, starts = jobs[number], range(0, len(row_keys), KEY_BYTES)
                 rows = tuple(Row(row_keys[start : start + KEY_BYTES], "", None) for start in starts)
@@ -3820,7 +3780,7 @@ class Store:
     def note(self, name: str, value: object) -> None:
         """Keep a value under a name, in place of what it had."""
         with self._writing():
-            self.db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, value))
+            self.db.execute(NOTE, (name, value))
 
     def noted(self, name: str, default: T) -> T:
         """The value that is kept under a name."""
@@ -3834,8 +3794,7 @@ class Store:
 
     def money(self) -> tuple[float, float]:
         """US dollars: what all runs have cost, with what was in flight when one was killed; what open jobs may cost."""
-        spent, set_aside = self._one(MONEY)
-        return spent, set_aside
+        return self._one(SPENT)[0] + self.noted("unsettled_cost", 0.0), self._one(SET_ASIDE)[0]
 
     def experience(self, model: str) -> Experience:
         """What the calls of this model so far tell of those to come."""
