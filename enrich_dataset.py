@@ -574,6 +574,9 @@ class Run:
             stale = [] if options.fresh else self.store.stale(self.prompt, self.table, batches)
             say(*plan_lines(report, stale, self.sender))
             if options.dry_run:
+                for first in itertools.islice(self.requests(batches), 1):
+                    one_row = replace(first, rows=first.rows[:1])
+                    say(*request_lines(one_row, self.server.parameters, self.server.address), verbatim=True)
                 say(*self.dry_run_lines(batches))
                 self.read_store()
                 self.finish()
@@ -785,17 +788,14 @@ class Run:
         ]
 
     def dry_run_lines(self, batches: Sequence[Batch]) -> list[str]:
-        """What would be sent, and last what it would cost."""
-        first = next(self.requests(batches), None)
-        one_row = replace(first, rows=first.rows[:1]) if first else None
-        shown = request_lines(one_row, self.server.parameters, self.server.address) if one_row else []
+        """How much would be sent, and last what it would cost."""
         prompt = self.prompt.for_audit()
         _, audited = self.draw_audit(prompt, self.table.lengths > 0)
         alone = (Request((row,), prompt) for row in self.table.rows(audited))
         requests = itertools.chain(self.requests(batches), alone)
         estimate = estimate_cost(requests, self.store.experience(self.options.model), self.server)
         audit = [f"Rows that the audit would send, each alone: {len(audited)}"] if self.options.audit else []
-        return [*shown, f"Distinct rows to send: {self.report.distinct}", *audit, *estimate]
+        return [f"Distinct rows to send: {self.report.distinct}", *audit, *estimate]
 
     def plotted(self) -> pd.DataFrame:
         """The requested rows' labels, and what they are broken down by."""
@@ -1120,14 +1120,17 @@ def csv_bytes(header: Iterable[str], rows: Iterable[Iterable[object]], **style: 
     return text.getvalue().encode("utf-8", "replace")
 
 
-def find_header(head: list[str], text_column: str, source: str) -> tuple[str, str, list[str]]:
-    """What a CSV's first lines are: what stands before the header, the delimiter, and the header's fields.
+# Excel may name the delimiter in a first line of its own.
+DELIMITER_LINE = re.compile('\ufeff*"?sep=(.)"?[\r\n]*', re.IGNORECASE)
 
-    Excel may name the delimiter in a line of its own, which is taken off `head`. Else it is the one by which the header
-    names the text column, else the one that finds most columns.
+
+def find_header(head: list[str], text_column: str, source: str) -> tuple[str, list[str]]:
+    """The delimiter and the header's fields, from a CSV's first lines.
+
+    If no line of its own names the delimiter, it is the one by which the header names the text column, else the one
+    that finds most columns.
     """
-    told = re.fullmatch('\ufeff*"?sep=(.)"?[\r\n]*', head[0], re.IGNORECASE) if head else None
-    preamble = head.pop(0) if told else ""
+    told = DELIMITER_LINE.fullmatch(head[0]) if head else None
     headers = {
         delimiter: next((fields for fields, _, _ in read_records(head, delimiter, source) if fields), [])
         for delimiter in (told[1] if told else ",;\t|")
@@ -1135,7 +1138,7 @@ def find_header(head: list[str], text_column: str, source: str) -> tuple[str, st
     delimiter = max(headers, key=lambda each: (text_column in headers[each], len(headers[each])))
     if not headers[delimiter]:
         raise InputError(f"{source} is empty: a CSV with a header line was expected.")
-    return preamble, delimiter, headers[delimiter]
+    return delimiter, headers[delimiter]
 
 
 def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> Table:
@@ -1144,7 +1147,7 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
 
     lines: Iterator[str] = io.TextIOWrapper(io.BytesIO(content), encoding, newline="")
     head = list(itertools.islice(lines, 100))  # enough for a header whose names hold newlines
-    preamble, delimiter, header = find_header(head, columns.text, source)
+    delimiter, header = find_header(head, columns.text, source)
     text_at = find_column(header, columns.text, columns.text_is, source)
     label_at = None if columns.label is None else find_column(header, columns.label, "column", source)
     by_at = None if columns.by is None else find_column(header, columns.by, "`by` column", source)
@@ -1156,8 +1159,8 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
             f"A label cannot be written in the encoding of {source} ({encoding}): rename it, or save that as UTF-8."
         ) from None
 
-    keys, lengths, starts, ends, header_end = bytearray(), array("i"), array("q"), array("q"), 0
-    end, raw_header = len(preamble.encode(encoding)), ""
+    keys, lengths, starts, ends = bytearray(), array("i"), array("q"), array("q")
+    end, header_end, raw_header = 0, 0, ""
     held = {place: array("b") for place, column in enumerate(held_at) if column is not None}
     by_values: list[str] = []
     for fields, raw, line in read_records(itertools.chain(head, lines), delimiter, source):
@@ -1204,7 +1207,10 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
 
 
 def read_records(lines: Iterable[str], delimiter: str, source: str) -> Iterator[tuple[list[str], str, int]]:
-    """Each record's fields (none: a blank line), its raw text, byte for byte, and the number of its last line."""
+    """Each record's fields, its raw text, byte for byte, and the number of its last line.
+
+    A blank line has no fields, nor has a first line that names the delimiter.
+    """
     raw: list[str] = []
     ended = False
 
@@ -1228,6 +1234,7 @@ def read_records(lines: Iterable[str], delimiter: str, source: str) -> Iterator[
         text = "".join(raw)
         raw.clear()
         is_blank = len(fields) < 2 and not text.strip("\ufeff\r\n\t ")
+        is_blank |= reader.line_num == 1 and DELIMITER_LINE.fullmatch(text) is not None
         if ended and not is_blank:
             raise InputError(f"{source}: a quote is opened and never closed; close it.")
         if text:
@@ -1643,13 +1650,13 @@ def user_message(rows: Sequence[Row], id_set: int = 0) -> str:
 def row_ids(count: int, id_set: int = 0) -> tuple[str, ...]:
     """The ids of a batch's rows: three digits, for each position always the same, no two alike.
 
-    The second set has the ids that the first one reaches from position 450 on.
+    The second set has four digits, so that it shares no id with the first one, however long the batches.
 
     Not 1, 2, 3: a model that skips a text and counts on would give each later text its neighbour's labels, unseen. Such
     an id cannot be counted, only copied, and costs the same one token. 389 has no factor in common with the 900 numbers
     of three digits, so that all positions differ, and is far enough from 0 and 450 that neighbours look unlike.
     """
-    return tuple(str(100 + ((position + 450 * id_set) * 389 + 560) % 900) for position in range(count))
+    return tuple(str(100 + (position * 389 + 560) % 900 + 1000 * id_set) for position in range(count))
 
 
 FENCED = re.compile(r"\s*```\w*\s*(.*?)\s*```\s*", re.DOTALL)
@@ -2132,10 +2139,10 @@ def classify(response: Response, expected: Callable[[Any], Any] = first_message)
     if response.status // 100 == 2:
         is_answer = expected(response.body) is not None
         return (Outcome.ANSWERED, "") if is_answer else (Outcome.TRANSIENT, "no completion in the reply")
-    codes, message = error_words(response.body)
-    words = " ".join([*codes, message]).lower()
+    names, message = error_words(response.body)
+    words = " ".join([*names, message]).lower()
     status = f"HTTP {response.status}"
-    if response.status in {401, 402} or codes & MONEY_CODES:
+    if response.status in {401, 402} or names & MONEY_CODES:
         return Outcome.FATAL, status
     is_rate_limit = response.status == 429 and "too large" not in words  # which may be about tokens per minute, too
     if (TOO_LONG.search(words) and not is_rate_limit) or response.status == 413:
@@ -2148,16 +2155,16 @@ def classify(response: Response, expected: Callable[[Any], Any] = first_message)
         return Outcome.TRANSIENT, status
     if response.status == 404 or (response.status == 403 and message):
         return Outcome.FATAL, status
-    return Outcome.UNKNOWN, f"{status} {' '.join(sorted(codes))}".strip()
+    return Outcome.UNKNOWN, f"{status} {' '.join(sorted(names))}".strip()
 
 
 def error_words(body: Any) -> tuple[set[str], str]:
-    """An error's code and type, and its message: servers send `error` as an object, a text, or not at all."""
+    """An error's code, type and param, and its message: servers send `error` as an object, a text, or not at all."""
     error = body.get("error", body) if isinstance(body, dict) else ""
     if not isinstance(error, dict):
         return set(), str(error)
-    codes = {str(error.get(name)) for name in ("code", "type")} - {"None"}
-    return {code for code in codes if re.fullmatch(r"[\w.-]{1,60}", code)}, str(error.get("message", ""))
+    names = {str(error.get(name)) for name in ("code", "type", "param")} - {"None"}
+    return {name for name in names if re.fullmatch(r"[\w.\[\]-]{1,60}", name)}, str(error.get("message", ""))
 
 
 def look_up(body: Any, *names: str) -> str | int | None:
@@ -2366,9 +2373,9 @@ class Server:
 
     def _judge_unknown(self, response: Response, reason: str, sent_with: Parameters) -> tuple[Outcome, str]:
         """A refusal for an unknown reason: of a parameter, of these texts, or of everything?"""
-        words = f"{error_words(response.body)[1]} {look_up(response.body, 'error', 'param')}"
+        names, message = error_words(response.body)
         is_new = sent_with == self.parameters and response.status in {400, 422}
-        lower = fall_back(self.parameters, words) if is_new else None
+        lower = fall_back(self.parameters, " ".join([*names, message])) if is_new else None
         if lower:
             self.parameters, name = lower
             self.warn(f"{self.host} refuses a parameter of the request: continuing with {name}.")
@@ -2386,8 +2393,8 @@ class Server:
 
     def explain(self, response: Response, rows: Iterable[Row] = ()) -> ProviderError:
         """The line for a response after which no request will succeed; `rows` are what was sent."""
-        codes, message = error_words(response.body)
-        told = " ".join(sorted(codes))
+        names, message = error_words(response.body)
+        told = " ".join(sorted(names))
         quoted = f" It says: {f'{told}: ' if told else ''}{self.quote(message, rows)}" if response.body else ""
         where = f"{self.host} (HTTP {response.status})"
         line = f"Every request is refused by {where}: fix what it reports.{quoted}"
@@ -2402,13 +2409,13 @@ class Server:
             )
         if response.status in {401, 403}:
             line = f"The API key was refused by {where}: check the key and its permissions.{quoted}"
-        if codes & MONEY_CODES or response.status == 402:
+        if names & MONEY_CODES or response.status == 402:
             line = f"No money or budget is left at {where}: add credit or raise the limit, then continue.{quoted}"
         return ProviderError(line)
 
     def quote(self, words: str, rows: Iterable[Row]) -> str:
         """A server's words on one line, without the key; left out as a whole where they may quote a text."""
-        words = " ".join(words.split())
+        words = " ".join(words.replace("`", "'").split())  # in backquotes it could name one of our options
         said = letters(words)
         sent = "\n".join(letters(text) for row in rows for text in (row.text, row.label or ""))
         if any(said[at : at + QUOTED] in sent for at in range(len(said) - QUOTED + 1)):
@@ -3043,12 +3050,12 @@ class ThreadSender(Sender):
             if problem:
                 return replace(flight.attempt, problem=problem, is_splittable=False)
             flight.due = now + (wait or backoff(flight.failures, self.pace.jitter()))
-        if outcome is Outcome.LIMITED:
+        elif outcome is Outcome.LIMITED:
             known = self.pace.resume_at
             self.pace.refuse(wait, flight.departure, now)
             if self.pace.resume_at > max(now + 30, known + 1):  # shorter waits, and those told before, are not news
                 self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.")
-        if outcome is Outcome.SUSPECT:
+        elif outcome is Outcome.SUSPECT:
             flight.attempt = replace(flight.attempt, request=replace(request, id_set=1))
         heapq.heappush(self.waiting, flight)  # after an error it only waits to be recorded
         return None
@@ -3076,8 +3083,8 @@ class ThreadSender(Sender):
 
 
 def long_wait_line(host: str, wait: float) -> str:
-    """For a wait, in seconds, that the run does not wait; 0: it was refused for an hour without being told how long."""
-    if not wait:
+    """For a wait, in seconds, that is too long; or a shorter one, after an hour of nothing but these."""
+    if wait <= LONGEST_WAIT:
         return (
             f"{host} has answered nothing but HTTP 429 for an hour; what came back is kept: run the same command later."
         )
@@ -3116,8 +3123,8 @@ class Job:
     looks: int = 0  # at its files, in vain
 
 
-class FileTooLarge(Exception):  # noqa: N818
-    """The server takes no file of this size."""
+class FileTooLarge(ProviderError):  # noqa: N818
+    """The server takes no file of this size; a smaller one may do."""
 
 
 @dataclass
@@ -3232,7 +3239,7 @@ class JobSender(Sender):
             uploaded = self._call_with_retries(upload, rows=rows)
         except FileTooLarge:
             if len(job.attempts) == 1:
-                raise ProviderError(f"{self.server.host} takes no file of a single request (HTTP 413).") from None
+                raise
             self.most_requests = len(job.attempts) // 2
             self._release(job)
             return
@@ -3308,7 +3315,9 @@ class JobSender(Sender):
             if outcome is Outcome.ANSWERED:
                 return response.body
             if response.status == 413:
-                raise FileTooLarge
+                raise FileTooLarge(
+                    f"{self.server.host} takes no request of this size (HTTP 413): see what limits it there."
+                )
             wait, is_limited = requested_wait(response.headers), outcome is Outcome.LIMITED
             failures, limits = failures + (not is_limited), limits + is_limited
             is_refused = outcome not in {Outcome.TRANSIENT, Outcome.LIMITED}
@@ -4158,7 +4167,7 @@ def is_sample(source: Source) -> bool:
     if isinstance(source, (str, Path)):
         try:
             with Path(source).open("rb") as file:
-                head = file.read(65_536)
+                head = file.read(65_536).replace(b"\0", b"")  # as UTF-16 it has these
         except OSError:  # which is told when it is read
             return False
         return SAMPLE_ID.encode() in head and PROBABILITY.encode() in head
@@ -4649,11 +4658,12 @@ def run_record(report: Report) -> dict[str, Any]:
     """What a paper's appendix needs, and what reproduces the run; without key or text."""
     options = report.options
     parameters = {
-        name: value for name, value in vars(options).items() if name not in {"api_key", "base_url", "new_labels"}
+        name: "a DataFrame" if hasattr(value, "iloc") else value if type(value) in PLAIN else str(value)
+        for name, value in vars(options).items()
+        if name not in {"api_key", "base_url", "new_labels"}
     }
-    parameters |= {name: str(value) for name, value in parameters.items() if isinstance(value, Path)}
     return {
-        "parameters": {name: value if type(value) in PLAIN else "a DataFrame" for name, value in parameters.items()},
+        "parameters": parameters,
         "labels": dict(options.new_labels) if isinstance(options.new_labels, Mapping) else list(options.labels),
         "server": report.host,
         "versions": {
@@ -4812,10 +4822,10 @@ class Console:
         self.quiet = quiet
         self.as_flags = as_flags
 
-    def say(self, *lines: str) -> None:
+    def say(self, *lines: str, verbatim: bool = False) -> None:
         if not self.quiet:
             for line in lines:
-                show(name_options(line, self.as_flags), sys.stdout)
+                show(line if verbatim else name_options(line, self.as_flags), sys.stdout)
 
     def warn(self, line: str) -> None:
         if not self.quiet:

@@ -186,6 +186,12 @@ class StandIn(ThreadingHTTPServer):
         self.pages_lag = 0  # how many lists of jobs do not show the newest
         self.drips_everywhere = ""  # a way to drip, for calls of all kinds
         self.endless_pages = False  # has_more is always true
+        self.oldest_first = False  # in a list of jobs
+        self.strange_jobs: list[Any] = []  # that a list of jobs begins with
+        self.looks: deque[tuple[int, dict[str, str], Any] | None] = (
+            deque()
+        )  # as script, for the polls and downloads of jobs
+        self.long_line = 0  # bytes of a line before the others of a job's file
         self.hold_at = ""  # a point of a job's life at which a request is held: "upload", "create", ...
         self.held = threading.Event()
         self.let_go = threading.Event()
@@ -304,6 +310,8 @@ class StandIn(ThreadingHTTPServer):
 
     def break_file(self, content: bytes) -> bytes | None:
         """What a client gets of an output file; None: a 404."""
+        if b'"response"' in content and self.long_line:
+            return b"x" * self.long_line + b"\n" + content
         if not self.broken_files or b'"response"' not in content:
             return content
         kind, lines = self.broken_files.popleft(), content.splitlines(keepends=True)
@@ -667,6 +675,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def show_job_or_file(self) -> None:
         server, (name, _, rest) = self.server, self.path.removeprefix("/v1/").partition("/")
+        scripted = server.looks.popleft() if server.looks else None
+        if scripted:
+            return self.send(scripted[0], scripted[2], scripted[1])
         if name == "files":
             server.hold("download")
             content = server.break_file(server.files[rest.removesuffix("/content")])
@@ -682,6 +693,8 @@ class Handler(BaseHTTPRequestHandler):
                 view["output_file_id"] = None
             return self.send(200, view | server.odd_fields)
         newest = [job.view() for job in reversed(server.jobs.values())]
+        if server.oldest_first:
+            newest.reverse()
         if server.pages_lag > 0:
             server.pages_lag -= 1
             newest = newest[1:]
@@ -690,7 +703,9 @@ class Handler(BaseHTTPRequestHandler):
         page = newest[start : start + 2] or newest[-1:] * server.endless_pages
         last = page[-1]["id"] if page else None
         more = server.endless_pages or len(newest) > start + len(page)
-        return self.send(200, {"object": "list", "data": page, "last_id": last, "has_more": more})
+        return self.send(
+            200, {"object": "list", "data": [*server.strange_jobs, *page], "last_id": last, "has_more": more}
+        )
 
     def send_raw(self, content: bytes) -> None:
         self.send_response(200)

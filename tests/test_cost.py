@@ -165,6 +165,15 @@ class TestBefore:
         assert "another" not in printed
         assert printed.index("Estimated cost: about $0.0000") > printed.index("strict")
 
+    def test_what_it_shows_is_as_it_would_be_sent(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        path = job.write(["a text about `limit` and cake"]).input.with_name("instructions.txt")
+        path.write_text("Mind the `fresh` ones.")
+        assert job.command("--dry-run", "--instructions", str(path)) == 0
+        printed = capsys.readouterr().out
+        assert "Mind the `fresh` ones." in printed
+        assert "a text about `limit` and cake" in printed
+        assert "with --batch-api $" in printed
+
     def test_a_dry_run_counts_the_audit_and_says_whose_dollars_they_are(
         self, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -156,11 +159,54 @@ class TestRefused:
         path.write_text("label,definition\n" + "".join(f"{label},something\n" for label in LABELS))
         assert "itself" in refused(job, capsys, flag, str(path), "--output", str(path), "--overwrite")
 
-    def test_a_device_or_a_pipe(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        pipe = job.write(["cake"]).input.with_name("pipe")
-        os.mkfifo(pipe)
-        for path in ("/dev/null", str(pipe)):
-            assert "is a device or a pipe: choose a file." in refused(job, capsys, "--output", path)
+    @pytest.mark.parametrize("kind", ["socket", "folder"])
+    @pytest.mark.parametrize(
+        "name", ["out.csv", "plot.png", "out.csv.run.json", "out.csv.sample.csv", "out.csv.disagreements.csv"]
+    )
+    def test_what_is_no_file_is_refused_whatever_is_to_be_written_there(
+        self, job: Job, name: str, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = job.write(["cake"]).input.with_name(name)
+        monkeypatch.chdir(path.parent)  # a socket's path may not be long
+        if kind == "folder":
+            path.mkdir()
+        else:  # which, unlike a pipe, does not keep a test waiting that opens it, and is nobody else's, as a device is
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(name)
+        gold = job.input.with_name("gold.csv")
+        gold.write_text(f"text,{LABELS[0]}\ncake,1\n")
+        arguments = ["--gold", str(gold), "--plot", str(job.input.with_name("plot.png")), "--sample", "1"]
+        assert job.command(*arguments, "--overwrite") == 2
+        words = "is a folder: add a file name." if kind == "folder" else "is a device or a pipe: choose a file."
+        assert words in capsys.readouterr().err
+        assert job.server.calls == []
+        assert not job.store.exists()
+
+    @pytest.mark.parametrize(
+        ("name", "flags"),
+        [
+            ("plot.png", ["--input", "--gold", "--codebook", "--examples", "--api-key-file", "--store"]),
+            ("out.csv.run.json", ["--codebook", "--api-key-file", "--store"]),
+            ("out.csv.sample.csv", ["--input", "--codebook", "--examples", "--api-key-file", "--store"]),
+        ],
+    )
+    def test_what_is_read_is_written_over_by_nothing(
+        self, job: Job, name: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = job.write(["cake"]).input.with_name(name)
+        arguments = ["--plot", str(job.input.with_name("plot.png")), "--sample", "1", "--overwrite"]
+        for flag in flags:
+            content = f"text,{','.join(LABELS)}\ncake,1,0,0\n"
+            if flag == "--codebook":
+                content = "label,definition\n" + "".join(f"{label},something\n" for label in LABELS)
+            path.unlink(missing_ok=True)
+            if flag != "--store":
+                path.write_text("a-key" if flag == "--api-key-file" else content)
+            before = path.read_bytes() if path.exists() else b""
+            assert job.command(*arguments, flag, str(path)) == 2
+            assert "itself" in capsys.readouterr().err
+            assert job.server.calls == []
+            assert (path.read_bytes() if path.exists() else b"") == before
 
 
 class TestDrafts:
@@ -169,6 +215,32 @@ class TestDrafts:
         job.output.chmod(0o600)
         job.enrich()
         assert stat.S_IMODE(job.output.stat().st_mode) == 0o600
+
+    @pytest.mark.skipif("os.getuid() != 0")
+    def test_the_output_keeps_its_owner(self, job: Job) -> None:
+        job.write(make_texts(5)).enrich(limit=2)
+        os.chown(job.output, 1234, 2345)
+        job.enrich()
+        assert (job.output.stat().st_uid, job.output.stat().st_gid) == (1234, 2345)
+
+    def test_a_link_in_the_place_of_a_temporary_file_leads_no_data_elsewhere(self, job: Job) -> None:
+        """Laid while the run goes on, by somebody who knows the name of the temporary file."""
+        precious = job.input.with_name("precious")
+        precious.write_text("precious")
+        job.write(make_texts(5)).enrich(limit=2)
+        with module.Store(job.store) as store:
+            draft = module.Files(store, {}, overwrite=False)._draft(job.output)
+        admit = job.server.admit
+
+        def lay(tokens: int) -> tuple[dict[str, str], str]:
+            draft.symlink_to(precious)
+            return admit(tokens)
+
+        job.server.admit = lay  # type: ignore[method-assign]
+        job.enrich()
+        job.check()
+        assert precious.read_text() == "precious"
+        assert not job.output.is_symlink()
 
     def test_a_users_own_file_of_a_like_name_is_left_alone(self, job: Job) -> None:
         precious = job.output.with_name("out.csv.tmp")
@@ -190,3 +262,22 @@ class TestDrafts:
         assert sorted(path.name for path in job.output.parent.iterdir()) == [
             "in.csv", "out.csv", "out.csv.answers.sqlite3", "out.csv.run.json",
         ]  # fmt: skip
+
+
+def test_the_hash_of_the_record_is_that_of_what_was_read(job: Job) -> None:
+    gold = job.input.with_name("gold.csv")
+    gold.write_text(f"text,{LABELS[0]}\nviolence,1\n")
+    read = {
+        path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (job.write(["violence", "cake"]).input, gold)
+    }
+    admit = job.server.admit
+
+    def edit(tokens: int) -> tuple[dict[str, str], str]:
+        for path in read:
+            path.write_text("something else")
+        return admit(tokens)
+
+    job.server.admit = edit  # type: ignore[method-assign]
+    job.enrich(gold=gold)
+    record = json.loads(Path(f"{job.output}.run.json").read_text())
+    assert [record["input_sha256"], record["gold_sha256"]] == list(read.values())

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ FAST = {"use_batch_api": True, "poll_interval": 0.05}
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that takes long takes a second."""
-    for name in ("CALL_SECONDS", "STOP_SECONDS", "FIND_SECONDS"):
+    """All that takes long takes a second, or five."""
+    for name in ("CALL_SECONDS", "STOP_SECONDS"):
         monkeypatch.setattr(module, name, 1.0)
+    monkeypatch.setattr(module, "FIND_SECONDS", 5.0)
 
 
 def billed(job: Job) -> float:
@@ -69,6 +71,54 @@ class TestMoney:
         with module.Store(job.store) as store:
             assert store.money()[0] == pytest.approx(float(counted) + float(aside), rel=0.01)
 
+    def test_no_tokenizer_that_has_a_byte_a_token_or_more_bills_beyond_what_is_set_aside(self, job: Job) -> None:
+        """Where our guess of the tokens would let a call leave that costs more than the cap."""
+        cap, job.server.bills = 0.001, 3.0
+        job.write([f"tram number {number} " + "goes there and back " * 100 for number in range(30)])
+        with pytest.raises(module.BudgetExceeded):
+            job.enrich(max_cost=cap)
+        assert billed(job) <= cap
+        job.enrich(max_cost=cap * 20)
+        job.check()
+
+    @pytest.mark.one_form
+    def test_a_call_that_timed_out_keeps_what_was_set_aside_for_it(
+        self, job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(module, "LONGEST_BACKOFF", 0.05)
+        admit, delays = job.server.admit, [1.0]
+
+        def delay(tokens: int) -> tuple[dict[str, str], str]:
+            time.sleep(delays.pop() if delays else 0.0)
+            return admit(tokens)
+
+        job.server.admit = delay  # type: ignore[method-assign]
+        assert job.write(["cake"]).command("--max-cost", "1", "--timeout", "0.4") == 0
+        assert "set aside for 1 call whose bill is unknown" in capsys.readouterr().out
+        with module.Store(job.store) as store:
+            assert store.money()[0] > 1.5 * price(job.server.calls[-1:])
+
+    @pytest.mark.one_form
+    @pytest.mark.usefixtures("soon")
+    def test_a_call_that_was_given_up_keeps_what_was_set_aside_for_it(
+        self, job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "LONGEST_BACKOFF", 0.05)
+        job.server.script.append(None)
+        job.server.faults = {"drip-blanks": 1.0}
+        admit = job.server.admit
+
+        def heal(tokens: int) -> tuple[dict[str, str], str]:
+            job.server.faults = {} if job.server.calls else job.server.faults
+            return admit(tokens)
+
+        job.server.admit = heal  # type: ignore[method-assign]
+        assert job.write(["cake"]).command("--max-cost", "1", "--timeout", "2.5") == 0
+        assert "set aside for 1 call whose bill is unknown" in capsys.readouterr().out
+        with module.Store(job.store) as store:
+            assert store.money()[0] > 1.5 * price(job.server.calls[-1:])
+        job.check()
+
 
 class TestTime:
     @pytest.mark.usefixtures("soon")
@@ -76,7 +126,7 @@ class TestTime:
     def test_a_call_that_drips_has_an_end_and_is_retried(self, job: Job, fault: str) -> None:
         job.server.faults = {fault: 0.3}
         started = time.monotonic()
-        job.write(make_texts(60)).enrich(timeout=1.0)
+        job.write(make_texts(60)).enrich(timeout=2.5)  # the bytes come a second apart
         job.check()
         assert time.monotonic() - started < 30
 
@@ -113,11 +163,30 @@ class TestTime:
         assert job.write(make_texts(30)).command("--max-workers", "1") == 1
         errors = capsys.readouterr().err
         assert re.search(r" asks to wait( until [\d:-]+)? \((1 h 2 min|[\d,]+ days)\); answers so far are kept", errors)
+        assert "all workers wait" not in errors
         job.check(blank_rows=range(10, 30))
 
-    @pytest.mark.parametrize("value", ["inf", "1e400", "nan", "soon", "Fri, 31 Dec 9999 23:59:59 +2400"])
-    def test_what_is_no_wait_is_taken_as_absent(self, job: Job, value: str) -> None:
-        job.server.script.extend([(429, {"retry-after": value, "retry-after-ms": "inf"}, error_body("wait"))] * 2)
+    @pytest.mark.parametrize("wait", ["1e12", "Fri, 31 Dec 9999 23:59:59 GMT"])
+    def test_a_wait_that_ends_after_the_last_of_all_dates_ends_the_run(
+        self, job: Job, wait: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.server.script.extend([None, (429, {"retry-after": wait}, error_body("wait"))])
+        assert job.write(make_texts(30)).command("--max-workers", "1") == 1
+        assert re.search(
+            r" asks to wait( until 9999-12-31)? \([\d,]+ days\); answers so far are kept", capsys.readouterr().err
+        )
+        job.check(blank_rows=range(10, 30))
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"retry-after": "inf"}, {"retry-after": "1e400"}, {"retry-after": "nan"}, {"retry-after": "soon"},
+            {"retry-after": "Fri, 31 Dec 9999 23:59:59 +2400"}, {"retry-after": "Fri, 31 Dec 99999999999 23:59:59 GMT"},
+            {"retry-after-ms": "inf"}, {"retry-after-ms": "nan"},
+        ],
+    )  # fmt: skip
+    def test_what_is_no_wait_is_taken_as_absent_in_either_header(self, job: Job, headers: dict[str, str]) -> None:
+        job.server.script.extend([(429, headers, error_body("wait"))] * 2)
         job.write(make_texts(30)).enrich()
         job.check()
 
@@ -131,6 +200,31 @@ class TestTime:
         job.server.script.append((429, {"retry-after": "9000"}, error_body("wait")))
         with pytest.raises(module.ProviderError, match=r"asks to wait until \d\d:\d\d \(2 h 30 min\)"):
             job.write(make_texts(30)).enrich(**FAST)
+
+    def test_an_hour_of_nothing_but_refusals_ends_a_run_of_jobs_too(
+        self, job: Job, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "LONGEST_WAIT", 0.5)
+        job.server.script.extend([(429, {"retry-after-ms": "50"}, error_body("slow down"))] * 200)
+        with pytest.raises(module.ProviderError, match="has answered nothing but HTTP 429 for an hour"):
+            job.write(make_texts(30)).enrich(**FAST)
+        assert len(job.server.script) > 100
+
+    def test_the_bar_shows_what_it_waits_for_and_how_long(self, job: Job) -> None:
+        job.server.script.append((429, {"retry-after": "3"}, error_body("slow down")))
+        leader, follower = os.openpty()
+        termios.tcsetwinsize(follower, (24, 120))
+        program = [sys.executable, str(ROOT / "enrich_dataset.py")]
+        arguments = job.write(make_texts(10)).arguments("--base-url", job.server.url)
+        process = subprocess.Popen([*program, *arguments], stdout=subprocess.DEVNULL, stderr=follower)
+        os.close(follower)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while piece := os.read(leader, 4096):
+                shown += piece
+        os.close(leader)
+        assert process.wait(30) == 0
+        assert re.search(rb"rate limit, waiting [123] s", shown)
 
 
 class TestMemory:
@@ -149,6 +243,19 @@ class TestMemory:
         record = json.loads(Path(f"{job.output}.run.json").read_text())
         assert {row["reason"] for row in record["blank_rows"]} == {"reply too large"}
 
+    def test_a_jobs_file_is_read_as_a_stream_and_its_lines_have_a_bound(self, job: Job) -> None:
+        """A line without end before the answers, of 300 MB."""
+        job.server.long_line = 300_000_000
+        job.write(make_texts(20))
+        code = "import resource, sys, enrich_dataset as m\ncode = m.main(sys.argv[1:])\n"
+        code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\nsys.exit(code)"
+        arguments = job.arguments("--base-url", job.server.url, "--quiet", "--batch-api", "--poll-interval", "0.05")
+        run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert int(run.stdout) < 300
+        job.check()
+        assert len(job.server.jobs) == 1
+
 
 class TestReach:
     def test_a_redirect_to_another_origin_gets_no_text(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +266,22 @@ class TestReach:
             assert other.calls == []
             here, there = (server.url.removesuffix("/v1") for server in (job.server, other))
             assert f"{here} redirects to {there}; texts go nowhere but to --base-url" in capsys.readouterr().err
+        job.check(blank_rows=range(30))
+
+    @pytest.mark.parametrize("status", [307, 308])
+    @pytest.mark.parametrize("more", [(), ("--batch-api", "--poll-interval", "0.05", "--max-retries", "0")])
+    def test_no_kind_of_redirect_takes_a_text_elsewhere(
+        self, job: Job, status: int, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with StandIn() as other:
+            there = f"{other.url}/files" if more else f"{other.url}/chat/completions"
+            job.server.script.extend([(status, {"location": there}, {})] * 3)
+            assert job.write(make_texts(30)).command(*more) == 1
+            assert other.calls == []
+            assert other.arrived == 0
+            assert not other.files
+        errors = capsys.readouterr().err
+        assert f"redirects to {other.url.removesuffix('/v1')}; texts go nowhere but to --base-url" in errors
         job.check(blank_rows=range(30))
 
     def test_one_within_the_origin_is_followed(self, job: Job) -> None:
@@ -210,6 +333,13 @@ class TestCaches:
         job.enrich()
         job.check()
 
+    @pytest.mark.parametrize("batch_size", [451, 500])
+    def test_a_cache_is_noticed_whatever_the_size_of_a_batch(self, job: Job, batch_size: int) -> None:
+        job.server.faults = {"cache": 1.0}
+        texts = [f"{'violence' if number < batch_size else 'cake'} {number}" for number in range(2 * batch_size)]
+        assert job.write(texts).command("--max-workers", "1", "--batch-size", str(batch_size)) == 1
+        job.check(blank_rows=range(batch_size, 2 * batch_size))
+
     def test_alike_replies_of_a_server_that_numbers_them_by_the_second_are_believed_after_two(self, job: Job) -> None:
         completion = {"id": "chatcmpl-1763", "created": 1763, "model": "m"}
         complete = job.server.complete
@@ -242,6 +372,25 @@ class TestDisk:
         assert labelled >= 10 * (len(job.server.calls) - 1)
         job.check(blank_rows=range(labelled, 200))
 
+    def test_a_store_that_is_replaced_meanwhile_stops_the_run_and_the_csv_has_all(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        admit = job.server.admit
+
+        def replace(tokens: int) -> tuple[dict[str, str], str]:
+            if len(job.server.calls) == 5:
+                job.store.rename(job.store.with_name("moved"))
+                job.store.write_bytes(b"")
+            return admit(tokens)
+
+        job.server.admit = replace  # type: ignore[method-assign]
+        assert job.write(make_texts(200)).command("--max-workers", "1") == 1
+        assert "was deleted or replaced while this run went on: nothing more is sent" in capsys.readouterr().err
+        assert len(job.server.calls) <= 7
+        labelled = len([cells for cells in job.cells if "" not in cells])
+        assert labelled >= 10 * (len(job.server.calls) - 1)
+        job.check(blank_rows=range(labelled, 200))
+
     def test_a_store_that_cannot_be_written_stops_the_run_at_once(self, job: Job) -> None:
         job.write(make_texts(200)).enrich(limit=20)
         with contextlib.closing(sqlite3.connect(job.store)) as db:
@@ -267,10 +416,16 @@ class TestTables:
             assert job.output.read_bytes().decode() == expected
             assert list(frame.columns) == ["text", "a,b", *LABELS]
 
+    @pytest.mark.parametrize("content", ["text;id\na;1\nb\n", 'text;id\na;1\n"b;1"2"\n'])
+    def test_its_lines_are_counted_from_that_one(self, job: Job, content: str) -> None:
+        job.input.write_text(f"sep=;\n{content}", encoding="utf-8", newline="")
+        with pytest.raises(module.InputError, match="line 4"):
+            job.enrich()
+
     @pytest.mark.parametrize("encoding", ["utf-32", "utf-32-le", "utf-32-be"])
     def test_utf_32_is_refused(self, job: Job, encoding: str) -> None:
         job.input.write_bytes("\ufefftext\ncake\n".encode(encoding))
-        with pytest.raises(module.InputError):
+        with pytest.raises(module.InputError, match="is UTF-32: save it as UTF-8 CSV"):
             job.enrich()
         assert job.server.calls == []
 
@@ -368,11 +523,30 @@ class TestJobs:
         job.check()
         assert sorted(job.asked) == sorted({*texts[:15], *texts[16:], "an attack, edited"})
 
-    def test_a_429_while_polling_is_waited_for_and_not_counted(self, job: Job) -> None:
+    def test_a_429_is_waited_for_and_not_counted(self, job: Job) -> None:
         limited = (429, {"retry-after-ms": "1"}, error_body("slow down"))
-        job.server.script.extend([limited] * 20)
+        job.server.script.extend([limited] * 20)  # uploading and creating
+        job.server.looks.extend([limited] * 10 + [None] + [limited] * 10)  # polling and downloading
         job.write(make_texts(20)).enrich(**FAST, max_retries=0)
         job.check()
+        assert not job.server.looks
+
+    @pytest.mark.one_form
+    def test_a_413_to_a_poll_is_one_line(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.server.looks.append((413, {}, error_body("too large")))
+        assert job.write(make_texts(20)).command("--batch-api", "--poll-interval", "0.05") == 1
+        errors = capsys.readouterr().err
+        assert "takes no request of this size (HTTP 413)" in errors
+        assert "unexpected" not in errors
+        assert job.command("--batch-api", "--poll-interval", "0.05") == 0
+        job.check()
+
+    @pytest.mark.one_form
+    def test_a_list_as_the_reply_to_an_upload_is_no_reply(self, job: Job) -> None:
+        job.server.script.append((200, {}, ["x"]))
+        job.write(make_texts(20)).enrich(**FAST)
+        job.check()
+        assert len(job.server.jobs) == 1
 
     def test_a_413_makes_the_files_smaller(self, job: Job) -> None:
         job.server.script.extend([(413, {}, error_body("too large"))] * 2)
@@ -389,11 +563,7 @@ class TestJobs:
         assert len(job.server.jobs) == jobs
 
     @pytest.mark.parametrize(
-        "fields",
-        [
-            {"request_counts": {}}, {"request_counts": None}, {"errors": "none"}, {"metadata": "x"}, {"created_at": None},
-            {"request_counts": {"completed": "many"}}, {"metadata": None, "errors": ["x"]},
-        ],
+        "fields", [{"request_counts": {}}, {"request_counts": None}, {"request_counts": {"completed": "many"}}]
     )  # fmt: skip
     def test_odd_fields_cost_themselves_alone(self, job: Job, fields: dict[str, Any]) -> None:
         job.server.odd_fields = fields
@@ -401,18 +571,41 @@ class TestJobs:
         job.check()
 
     @pytest.mark.usefixtures("soon")
-    @pytest.mark.parametrize("trouble", ["lags", "has no end", "is reversed"])
+    @pytest.mark.parametrize(
+        "trouble", ["lags", "has no end", "is oldest first", "holds odd ones", "is of another clock"]
+    )
     def test_a_job_is_found_in_any_list_after_its_reply_was_lost(self, job: Job, trouble: str) -> None:
-        job.write(make_texts(5)).enrich(**FAST)
-        job.write(make_texts(30))
-        job.server.pages_lag = 2 * (trouble == "lags")
+        for count in range(1, 6):  # on more than one page
+            job.write(make_texts(count)).enrich(**FAST)
+        job.server.pages_lag = {"lags": 2, "has no end": 3}.get(trouble, 0)
         job.server.endless_pages = trouble == "has no end"
-        job.server.clock_skew = -86_400.0 * (trouble == "is reversed")
+        job.server.oldest_first = trouble == "is oldest first"
+        job.server.clock_skew = -86_400.0 * (trouble == "is of another clock")
+        if trouble == "holds odd ones":
+            job.server.strange_jobs = ["no object", None, {"id": "x"}, {"metadata": "x"}, {"metadata": None}]
         job.server.hold_at = "created"
-        job.enrich(**FAST, timeout=0.3)
+        job.write(make_texts(30)).enrich(**FAST, timeout=0.3)
         job.server.let_go.set()
         job.check()
-        assert len(job.server.jobs) == 2
+        assert len(job.server.jobs) == 6
+
+    def test_short_files_are_looked_at_again_at_the_next_poll_and_not_at_once(self, job: Job) -> None:
+        job.server.broken_files.extend(["empty"] * 3)
+        started = time.monotonic()
+        job.write(make_texts(20)).enrich(use_batch_api=True, poll_interval=0.4)
+        assert time.monotonic() - started > 3 * 0.4
+        job.check()
+
+    @pytest.mark.parametrize(
+        "errors", ["the queue is gone", ["the queue is gone"], {"data": "the queue is gone"}, None]
+    )
+    def test_a_failed_job_is_told_whatever_form_its_errors_have(self, job: Job, errors: Any) -> None:
+        job.server.odd_fields = {"status": "failed", "output_file_id": None, "errors": errors}
+        told = (
+            "act on what it says: .*the queue is gone" if errors and "data" not in errors else "act on what it says: "
+        )
+        with pytest.raises(module.ProviderError, match=told):
+            job.write(make_texts(20)).enrich(**FAST)
 
     def test_leaving_without_a_store_is_refused(self, server: StandIn) -> None:
         import pandas as pd
@@ -454,6 +647,32 @@ class TestQuotes:
         assert job.write([TEXT]).command() == 1
         assert "It says: archived invalid_request_error: Your project is archived." in capsys.readouterr().err
 
+    @pytest.mark.parametrize("kind", ["jobs", "labels", "creation"])
+    def test_a_refused_job_or_label_is_not_quoted_either(
+        self, job: Job, kind: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        text = "Nobody should read this Sentence"
+        words = f"Cannot take: {text.upper()}"
+        if kind == "jobs":
+            job.server.job_plans.append({"error": {"code": "bad", "message": words, "line": 1}})
+            code = job.write([text, "cake"]).command("--batch-api")
+        elif kind == "creation":
+            job.server.script.extend([None, (403, {}, error_body(words, code="bad"))])
+            code = job.write([text, "cake"]).command("--batch-api")
+        else:
+            job.input.write_text(f"text,label\ncake,{text}\n")
+            job.server.script.append((403, {}, error_body(words, code="bad")))
+            code = job.command("--label-column", "label")
+        assert code == 1
+        errors = capsys.readouterr().err
+        assert "nobody" not in errors.casefold()
+        assert "(left out, since it repeats a part of what was sent)" in errors
+
+    def test_the_param_that_a_server_names_is_told(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.server.script.append((403, {}, error_body("No.", code="archived", param="metadata.team")))
+        assert job.write(["cake"]).command() == 1
+        assert "metadata.team" in capsys.readouterr().err
+
 
 class TestPython:
     def test_numbers_of_numpy_and_odd_columns(self, server: StandIn) -> None:
@@ -483,15 +702,19 @@ class TestPython:
         assert told["blank_row_count"] == 300
         assert len(told["blank_rows"]) == module.ATTRIBUTE_ROWS == 100
 
-    def test_signal_handlers_that_are_not_pythons_are_left_alone(self, job: Job) -> None:
+    def test_a_program_whose_signal_handler_is_not_pythons_gets_it_back(self, job: Job) -> None:
         code = (
             "import ctypes, signal, sys\n"
-            "ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(1))\n"
-            "real = signal.getsignal\n"
-            "signal.getsignal = lambda number: None if number == signal.SIGTERM else real(number)\n"
+            "handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: None)\n"
+            "libc = ctypes.CDLL(None)\n"
+            "libc.signal(signal.SIGTERM, handler)\n"
+            "del sys.modules['_signal'], sys.modules['signal']\n"  # as it begins where a program has its own already
+            "import signal\n"
+            "assert signal.getsignal(signal.SIGTERM) is None\n"
             "import enrich_dataset\n"
             f"sys.exit(enrich_dataset.main({job.write(['cake']).arguments('--base-url', job.server.url)!r}))"
         )
         run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
         assert run.returncode == 0, run.stderr
+        assert "Traceback" not in run.stderr
         job.check()

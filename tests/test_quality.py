@@ -478,6 +478,13 @@ class TestRecord:
         assert record["blank_rows"] == []
         assert record["audit"][LABELS[0]]["rows"] == 5
 
+    def test_numpys_strings_are_strings_in_it(self, job: Job) -> None:
+        import numpy as np
+
+        job.write(["cake"]).enrich(model=np.str_("gpt-4o-mini"))
+        record = json.loads(Path(f"{job.output}.run.json").read_text())
+        assert record["parameters"]["model"] == "gpt-4o-mini"
+
     def test_blank_rows_stand_in_it_with_their_reasons(self, job: Job) -> None:
         job.write(["cake", "poison-refusal", ""]).enrich()
         record = json.loads(Path(f"{job.output}.run.json").read_text())

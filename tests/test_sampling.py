@@ -263,6 +263,24 @@ class TestCommand:
         assert "Gold rows that are not in the table: 30\n" in printed
         assert "A sample's rows are found only with the --label-column with which it was drawn\n" in printed
 
+    @pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+    def test_one_that_was_saved_in_another_encoding_is_a_sample_still(
+        self, job: Job, encoding: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = Path(f"{job.output}.sample.csv")
+        job.write(make_texts(100)).enrich(sample=20)
+        code(path)
+        path.write_bytes(path.read_bytes().decode("utf-8-sig").encode(encoding))
+        assert job.command("--gold", str(path)) == 0
+        assert "=== Shares, corrected by what people coded, with 95 % intervals ===" in capsys.readouterr().out
+
+    def test_a_coded_one_and_a_table_without_rows(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        path = Path(f"{job.output}.sample.csv")
+        job.write(make_texts(100)).enrich(sample=20)
+        code(path)
+        assert job.write([]).command("--gold", str(path)) == 0
+        assert "Gold rows that are not in the table: 20\n" in capsys.readouterr().out
+
     def test_it_grows_in_another_folder_too(self, job: Job, tmp_path: Path) -> None:
         job.write(make_texts(100)).enrich(sample=20)
         code(Path(f"{job.output}.sample.csv"))
