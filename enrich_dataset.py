@@ -148,7 +148,7 @@ class Stopped(KeyboardInterrupt):
 # An option is declared here and nowhere else: signatures, docstrings, flags and range checks follow from its field.
 
 ANY_COUNT = (0, math.inf)
-# The default model until a day, and from that day on: gpt-4o-mini is shut down then (OpenAI, deprecations).
+# gpt-4o-mini is shut down on this day (OpenAI, deprecations); the second model is the default from then on.
 DEFAULT_MODELS = ("gpt-4o-mini", date(2027, 1, 14), "gpt-6-luna")
 
 
@@ -160,8 +160,10 @@ def default_model(today: date) -> str:
 def option(
     default: T, text: str, limits: tuple[float, float] | None = None, flag: str = "", heading: str = "", **argument: Any
 ) -> T:
-    """An option's field: `limits` are a number's, a `heading` of the help holds until the next one, `argument` goes to
-    argparse."""
+    """A field for one option.
+
+    `limits` bound a number; `heading` starts a group of the help, up to the next one; `argument` goes to argparse.
+    """
     metadata = {"help": text, "limits": limits, "flag": flag, "heading": heading, "argument": argument}
     return field(default=default, metadata=metadata)
 
@@ -258,8 +260,8 @@ class Options:
             object.__setattr__(self, declared.name, value)
         if self.sample and self.output_filepath is None:
             raise InputError("`sample` writes a file beside the output, so it is for enrich_dataset, which has one.")
-        if not self.model.strip():
-            raise InputError("`model` is blank: pass a name, such as gpt-4o-mini.")
+        if not (self.model or "").strip():
+            raise InputError(f"`model` is blank: pass a name, such as {OPTIONS['model'].default}.")
         if self.no_wait and not self.use_batch_api:
             raise InputError("`no_wait` is for Batch API jobs: drop it, or send jobs.")
         if self.no_wait and "store" not in self.written:
@@ -267,7 +269,7 @@ class Options:
         if self.gold_key is not None and self.gold is None:
             raise InputError("`gold_key` needs gold labels: pass `gold`, or drop it.")
         if not isinstance(self.new_labels, (str, Mapping)):  # an array or a generator will do
-            object.__setattr__(self, "new_labels", list(self.new_labels))
+            object.__setattr__(self, "new_labels", [] if self.new_labels is None else list(self.new_labels))
         check_labels(self.new_labels)
         for column in {self.text_column, self.label_column} & {*self.labels}:
             raise InputError(
@@ -286,7 +288,7 @@ class Options:
         read = {what: Path(path) for what, path in given.items() if isinstance(path, (str, Path))}
         written = self.written
         if "input" not in read and "output" in written:
-            raise InputError("`input_filepath` must be a path: label a DataFrame by enrich_dataframe(df, ...).")
+            raise InputError("`input_filepath` must be a path: label a DataFrame with enrich_dataframe(df, ...).")
         for what, path in read.items():
             if not (path.is_file() if what == "input" else path.exists()):
                 raise InputError(f"There is no file {path}: check the path of the {what}.")
@@ -300,9 +302,7 @@ class Options:
                 raise InputError(f"The {what} {path} is a device or a pipe: choose a file.")
             if not path.parent.is_dir():
                 raise InputError(f"There is no folder {path.parent} for the {what}: create it, or choose another.")
-        # A sample that has been coded is read as gold, and may grow at the same time.
-        coded = "gold", written.get("sample")
-        check_apart(written, {what: path for what, path in (read | written).items() if (what, path) != coded})
+        check_apart(written, read | written)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -310,7 +310,7 @@ class Options:
 
     @property
     def written(self) -> dict[str, Path]:
-        """The files that the run writes, by what they are."""
+        """The files that the run may write, by what they are."""
 
         def beside(ending: str, is_wanted: bool = True) -> str | None:
             return f"{self.output_filepath}{ending}" if is_wanted and self.output_filepath is not None else None
@@ -354,11 +354,13 @@ def check_kind(what: str, path: Path) -> None:
 
 
 def check_apart(written: Mapping[str, Path], others: Mapping[str, Path]) -> None:
-    """Refuse to write a file that is used as something else, too."""
+    """Refuse to write a file that also has another role."""
     for (what, path), (other, its_path) in itertools.product(written.items(), others.items()):
         is_same = path.resolve() == its_path.resolve()
-        if what != other and (is_same or (path.exists() and its_path.exists() and path.samefile(its_path))):
-            raise InputError(f"The {what} is the {other} itself ({path}): choose another file for the {what}.")
+        is_same |= path.exists() and its_path.exists() and path.samefile(its_path)
+        # A sample that has been coded is read as gold, and may grow at the same time.
+        if is_same and what != other and (what, other) != ("sample", "gold"):
+            raise InputError(f"The {what} is the {other} itself ({path}): choose another file for one of them.")
 
 
 OPTIONS = {declared.name: declared for declared in dataclasses.fields(Options)}
@@ -375,7 +377,7 @@ def name_options(message: str, as_flags: bool) -> str:
 
 
 def check_option(value: Any, declared: dataclasses.Field[Any]) -> Any:
-    """A value that is in its limits, or one of its choices."""
+    """The value, once it is checked against its limits or choices."""
     argument, is_absent = declared.metadata["argument"], value is None and declared.default is None
     choices, count = argument.get("choices"), argument.get("nargs")
     if choices and not is_absent and value not in choices:
@@ -392,7 +394,7 @@ def check_option(value: Any, declared: dataclasses.Field[Any]) -> Any:
 
 
 def check_number(value: Any, declared: dataclasses.Field[Any]) -> int | float:
-    """A number in its limits, as Python's own, which numpy's are not."""
+    """The number, checked against its limits, as Python's own int or float."""
     whole, (low, high) = "int" in str(declared.type), declared.metadata["limits"]
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
         or_auto = " or auto" if "auto" in str(declared.type) else ""
@@ -403,9 +405,8 @@ def check_number(value: Any, declared: dataclasses.Field[Any]) -> int | float:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-UNPRINTABLE = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
-)  # not joiners and odd blanks, which some scripts' words hold
+# Joiners and unusual spaces are allowed: words of some scripts need them.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def check_labels(labels: Sequence[str] | Mapping[str, str]) -> None:
@@ -417,7 +418,7 @@ def check_labels(labels: Sequence[str] | Mapping[str, str]) -> None:
         if not isinstance(label, str) or not label.strip() or UNPRINTABLE.search(label):
             raise InputError(f"A label must be a name of printable characters, not {label!r}.")
         if label != label.strip():
-            raise InputError(f"The label {label!r} begins or ends with a blank: remove it.")
+            raise InputError(f"The label {label!r} begins or ends with whitespace: remove it.")
     seen: dict[str, str] = {}
     for label in labels:
         if label in seen.values():
@@ -427,11 +428,11 @@ def check_labels(labels: Sequence[str] | Mapping[str, str]) -> None:
         seen[label.casefold()] = label
     for label, definition in labels.items() if isinstance(labels, Mapping) else ():
         if not isinstance(definition, str) or not definition.strip():
-            raise InputError(f"The definition of {label!r} must be a text that is not empty: write one.")
+            raise InputError(f"The definition of {label!r} must be a non-empty string: write one.")
 
 
 def accepts(make: Callable[P, Options]) -> Callable[[Callable[[Options], T]], Callable[P, T]]:
-    """Give a function of Options the signature of what makes them, where **options stands for all the others."""
+    """Turn a function of Options into one of `make`'s arguments; **options are all options that have a default."""
     own, named = (inspect.signature(each).parameters for each in (make, Options))
     parameters = [each for each in own.values() if each.kind is not each.VAR_KEYWORD]
     others = [each for name, each in named.items() if name not in own and each.default is not each.empty]
@@ -458,8 +459,8 @@ def accepts(make: Callable[P, Options]) -> Callable[[Callable[[Options], T]], Ca
 
 # --- The story --------------------------------------------------------------------------------------------
 #
-# In: options. Out: a labelled table, its report, and files. Everything below is called from here, and everything that
-# decides, writes or prints runs in this one thread: workers only make calls.
+# In: options. Out: a labelled table, its report, and files. All other sections are called from here. All that decides,
+# writes or prints runs in this one thread: workers only make calls.
 
 
 @accepts(Options)
@@ -521,7 +522,10 @@ def enrich_dataframe(options: Options) -> pd.DataFrame:
 
 
 class Run:
-    """One run on one table; start reading at `label`. Only this section uses it: the steps take what they need."""
+    """One run on one table; start reading at `label`. Only this section uses it: the steps take what they need.
+
+    `store`, `files` and `budget` are there while `label` runs, `cells` from the first `read_store`.
+    """
 
     def __init__(self, options: Options, console: Console) -> None:
         import numpy as np
@@ -539,7 +543,7 @@ class Run:
         self.requested[options.start_index : options.start_index + (options.limit or len(table))] = True
         self.options = options = fit_to_table(options, table, self.requested)
         self.table, self.server, self.console = table, server, console
-        self.sender: type[Sender] = JobSender if options.use_batch_api else ThreadSender
+        self.sender_class: type[Sender] = JobSender if options.use_batch_api else ThreadSender
         self.prompt = read_prompt(options, server.address)
         self.gold = read_gold(options, table)
         self.report = Report(options, server.host, server.knows_price, server.is_local, len(table))
@@ -550,13 +554,13 @@ class Run:
 
     def label(self) -> Run:
         options, report, say = self.options, self.report, self.console.say
-        say(*opening_lines(options, self.sender))
-        with open_store(options, self.server if self.sender.calls_server else None) as self.store:
+        say(*opening_lines(options, self.sender_class))
+        with open_store(options, self.server if self.sender_class.calls_server else None) as self.store:
             self.files = Files(self.store, options.written, options.overwrite)
             self.files.check()
             sample = options.written.get("sample")
             if sample and sample.exists():
-                read_sample(sample, self.table, options.labels)  # so that one that nobody can read is told now
+                read_sample(sample, self.table, options.labels)  # so that an unreadable one is told now
             if options.forget_jobs and not options.dry_run:
                 for job in self.store.open_jobs():
                     self.console.warn(f"Job {job.batch_id} is given up: {len(job.attempts)} requests.")
@@ -572,7 +576,7 @@ class Run:
             batches = make_batches(self.table, lacking, int(options.batch_size))
             report.note_plan(self.table, self.cells, self.requested, batches)
             stale = [] if options.fresh else self.store.stale(self.prompt, self.table, batches)
-            say(*plan_lines(report, stale, self.sender))
+            say(*plan_lines(report, stale, self.sender_class))
             if options.dry_run:
                 for first in itertools.islice(self.requests(batches), 1):
                     one_row = replace(first, rows=first.rows[:1])
@@ -583,7 +587,7 @@ class Run:
                 return self
 
             # 2. Send it.
-            if batches or (self.sender.collects_jobs and self.store.open_jobs()):
+            if batches or (self.sender_class.collects_jobs and self.store.open_jobs()):
                 self.send(self.requests(batches), len(batches))
 
             # 3. The table, from what the store knows by then.
@@ -607,7 +611,7 @@ class Run:
         return self
 
     def labelled_frame(self) -> pd.DataFrame:
-        """The table with its labels, and what the run has to tell in `attrs`."""
+        """The table with its labels, and with the run's figures in `attrs`."""
         frame = self.table.to_frame()
         for label, column in label_columns(self.cells, self.options.labels).items():
             frame[label] = column
@@ -616,23 +620,23 @@ class Run:
 
     def read_store(self, fresh: bool = False) -> None:
         """All that is known: what the table holds, else its example, else the newest answer, else an open job."""
-        known, self.attempts = self.store.known(self.prompt, self.table, answers=not fresh)
+        known, self.answered_by = self.store.known(self.prompt, self.table, answers=not fresh)
         self.cells = merge(known[self.table.key_indexes], self.held)
 
     def requests(self, batches: Iterable[Batch]) -> Iterator[Request]:
-        """The batches with their texts, which are read when they are sent."""
-        prompt = lru_cache(maxsize=None)(self.prompt.about)
+        """The batches with their texts, which are read only when they are sent."""
+        prompt = functools.cache(self.prompt.about)
         for batch in batches:
             yield Request(tuple(self.table.rows(batch.numbers)), prompt(batch.lacks))
 
     def send(self, requests: Iterable[Request], count: int) -> None:
-        """Have the requests answered; whatever ends that early, the CSV is written with what there is."""
+        """Have the requests answered; if that ends early, write the CSV with what there is."""
         with (
-            stop_on_signals() as stop,  # first, since a Ctrl-C within an import may be lost
-            self.server.connect() if self.sender.calls_server else contextlib.nullcontext(),
+            stop_on_signals() as stop,  # first: what follows imports, and a Ctrl-C within an import may be lost
+            self.server.connect() if self.sender_class.calls_server else contextlib.nullcontext(),
             self.console.progress(count) as progress,
         ):
-            sender = self.sender(
+            sender = self.sender_class(
                 self.options, self.server, self.budget, self.store, self.restore, stop, self.console.warn, progress
             )
             started = time.monotonic()
@@ -679,7 +683,7 @@ class Run:
                 self.save_now_and_then()
 
     def end_if_useless(self) -> None:
-        """End a run none of whose answers can be used."""
+        """End the run if no call has given an answer that can be used."""
         report = self.report
         if report.calls >= MOST_USELESS_CALLS and not report.answered:
             kinds = ", ".join(f"{reason} ({count})" for reason, count in report.problems.most_common(3))
@@ -705,7 +709,7 @@ class Run:
                 self.table.write(self.cells, self.options.labels, file)
 
     def save_if_possible(self) -> None:
-        """Save; if that fails only say so: the answers are in the store, and the file may be free later."""
+        """Save; if that fails, only say so: the answers are in the store, and the file may be free later."""
         try:
             self.save()
         except EnrichmentError as error:
@@ -735,7 +739,7 @@ class Run:
         return figures
 
     def draw_audit(self, prompt: Prompt, labelled: BoolArray) -> tuple[IntArray, IntArray]:
-        """The numbers of the rows to audit, of those that the model labelled, and of these the ones to send."""
+        """The rows to audit, drawn from those that the model labelled, and which of them have to be sent."""
         numbers, _ = self.population(labelled)
         order = permanent_numbers(map(self.table.key, numbers), self.options.seed).argsort()
         numbers = numbers[order[: self.options.audit]]
@@ -757,7 +761,7 @@ class Run:
         if self.options.output_filepath is not None:
             numbers = list(dict.fromkeys(row for row, *_ in disagreements))
             lines = dict(zip(numbers, self.table.line_numbers(numbers), strict=True))
-            is_named = self.options.gold_key or gold.probabilities  # else the key is a text
+            is_named = self.options.gold_key is not None or gold.probabilities is not None  # else the key is a text
             rows = ([row, lines[row], key if is_named else "", *rest] for row, key, *rest in disagreements)
             with self.files.replacing("disagreements") as file:
                 file.write(csv_bytes(["row", "line", "key", "label", "model", "people"], rows))
@@ -772,10 +776,10 @@ class Run:
         drawn, probabilities = draw_sample(keys, predicted, count, self.options.seed)
         state = digest(self.options.seed, [key.hex() for key in keys], predicted.tobytes().hex()).hex()
         if before and state != self.store.noted(f"draw of {self.files.name(path)}", ""):
-            told = (
+            line = (
                 f"✗ The labels have changed since {path} was drawn, so it is left as it is: move it away to draw anew"
             )
-            return ["", told]
+            return ["", line]
         filled = dict(zip(before.keys, before.cells.tolist(), strict=True)) if before else {}
         rows = zip(self.table.rows(numbers[drawn]), probabilities[drawn].tolist(), strict=True)
         self.store.note(f"draw of {self.files.name(path)}", state)
@@ -793,7 +797,7 @@ class Run:
         _, audited = self.draw_audit(prompt, self.table.lengths > 0)
         alone = (Request((row,), prompt) for row in self.table.rows(audited))
         requests = itertools.chain(self.requests(batches), alone)
-        estimate = estimate_cost(requests, self.store.experience(self.options.model), self.server)
+        estimate = estimate_lines(requests, self.store.experience(self.options.model), self.server)
         audit = [f"Rows that the audit would send, each alone: {len(audited)}"] if self.options.audit else []
         return [f"Distinct rows to send: {self.report.distinct}", *audit, *estimate]
 
@@ -810,12 +814,12 @@ class Run:
         by_model = (self.held < 0) & (self.cells >= 0)
         indexes, origins = self.store.origins()
         self.report.note_cells(self.table, self.cells, self.requested)
-        self.report.note_origins(indexes[self.attempts[self.table.key_indexes]] * by_model, origins)
+        self.report.note_origins(indexes[self.answered_by[self.table.key_indexes]] * by_model, origins)
         self.report.totals = self.store.totals()
         self.report.rest_cost = self.rest_cost()
 
     def rest_cost(self) -> float:
-        """What the requested rows would cost that are lacking, at what a row has cost so far; 0: not known."""
+        """What the requested rows that are still blank would cost, at what a row has cost so far; 0: not known."""
         lacking = self.requested & (self.table.lengths > 0) & (self.cells == BLANK).any(axis=1)
         rest, _ = self.table.distinct_rows(lacking)
         return self.report.cost / self.report.answered * len(rest) if self.report.answered else 0.0
@@ -827,22 +831,29 @@ class Run:
         hashes = {"input": self.table.content} | ({"gold": self.gold.content} if self.gold else {})
         record = {f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in hashes.items()}
         with self.files.replacing("record") as file:
-            # There and back, since JSON has no NaN: what is not defined is null.
+            # There and back, since JSON has no NaN: undefined figures become null.
             record |= json.loads(json.dumps(run_record(self.report)), parse_constant=lambda _: None)
             file.write(json.dumps(record, ensure_ascii=False, indent=2).encode() + b"\n")
 
 
 SAVE_SECONDS = 60.0
-MOST_USELESS_CALLS = 40  # without an answer that can be used, after which the run ends
+MOST_USELESS_CALLS = 40  # after which the run ends if none has given an answer that can be used
 
 
 def fit_to_table(options: Options, table: Table, requested: BoolArray) -> Options:
-    """The options with "auto" resolved, by the length of the texts and the number of rows."""
+    """The options, checked against the table, with "auto" resolved by the length of texts and the number of rows."""
     if options.start_index >= max(1, len(table)):
         raise InputError(
             f"`start_index` {options.start_index} is past the last row: {table.source} has {len(table)} rows, "
             "counted from 0."
         )
+    try:
+        "".join(options.labels).encode(table.encoding)
+    except UnicodeEncodeError:
+        raise InputError(
+            f"A label cannot be written in the encoding of {table.source} ({table.encoding}): rename it, or save the "
+            "file as UTF-8."
+        ) from None
     rows = int(requested.sum())
     if options.batch_size == "auto":
         middle = median(table.lengths[requested].tolist()) if rows else 0
@@ -852,15 +863,28 @@ def fit_to_table(options: Options, table: Table, requested: BoolArray) -> Option
     return options
 
 
+def example_cells(table: Table, examples: Sequence[Example], labels: Sequence[str]) -> Cells:
+    """The cells of rows whose text is an example's, which are not sent; the others are blank."""
+    import numpy as np
+
+    cells = blank_cells(len(table), len(labels))
+    known = {example.text: [label in example.applying for label in labels] for example in examples}
+    alike = np.isin(table.lengths, list(map(len, known))).nonzero()[0]  # so that few texts need be read
+    for number, row in zip(alike, table.rows(alike), strict=True):
+        if row.text in known:
+            cells[number] = known[row.text]
+    return cells
+
+
 # --- Labels -----------------------------------------------------------------------------------------------
 #
-# The values that a cell can have, and the operations on them. Cells are an array of rows x labels, because a table has
-# millions of them: a byte each, and no loop in Python.
+# The values that a cell can have, and the operations on them. Cells are an array of rows x labels, because a table can
+# have millions of them: a byte each, and no loop over rows in Python.
 
-Cells: TypeAlias = "npt.NDArray[np.int8]"
+Cells: TypeAlias = "npt.NDArray[np.int8]"  # 1: the label applies; 0: it does not; below 0: not known
 BoolArray: TypeAlias = "npt.NDArray[np.bool_]"
 IntArray: TypeAlias = "npt.NDArray[np.integer[Any]]"
-BLANK = -1  # like all values below 0, it is neither 1 nor 0, and is written as a blank
+BLANK = -1  # like all values below 0, it is written as an empty field
 IN_JOB = -2  # a blank whose answer is pending in a Batch API job
 
 
@@ -870,23 +894,23 @@ def blank_cells(rows: int, labels: int) -> Cells:
     return np.full((rows, labels), BLANK, np.int8)
 
 
-# What a cell of a file may hold: also what pandas and spreadsheets write for columns of floats, or of truth values.
+# What a cell of a file may hold, in lower case: also what pandas and spreadsheets write for floats and truth values.
 CELL_VALUES = dict.fromkeys(["0", "0.0", "0,0", "false"], 0) | dict.fromkeys(["1", "1.0", "1,0", "true"], 1)
 CELL_VALUES[""] = BLANK
 
 
 def merge(below: Cells, above: Cells) -> Cells:
-    """`above`, and `below` where that is blank."""
+    """`above`, with what it does not know taken from `below`."""
     import numpy as np
 
     return np.where(above < 0, below, above)
 
 
-def answer_cells(texts: str, labels: int) -> Cells:
-    """The answers of many rows as cells; the store has them one after the other: 0 or 1 for each label."""
+def answer_cells(digits: str, label_count: int) -> Cells:
+    """The store's answers as cells; it has them one after the other, a 0 or 1 for each label."""
     import numpy as np
 
-    return (np.frombuffer(texts.encode(), np.int8) - ord("0")).reshape(-1, labels)
+    return (np.frombuffer(digits.encode(), np.int8) - ord("0")).reshape(-1, label_count)
 
 
 def complete(cells: Cells) -> BoolArray:
@@ -897,7 +921,7 @@ def complete(cells: Cells) -> BoolArray:
 
 
 class LabelCount(NamedTuple):
-    """How often a label applies, does not, and is not known."""
+    """In how many rows a label applies, does not apply, and is not known."""
 
     ones: int
     zeros: int
@@ -912,7 +936,7 @@ def count_labels(cells: Cells, labels: Sequence[str]) -> dict[str, LabelCount]:
 
 
 def label_columns(cells: Cells, labels: Sequence[str]) -> dict[str, Any]:
-    """For each label a nullable Int8 column, to be given to pandas."""
+    """A nullable Int8 column for each label, for pandas."""
     import pandas as pd
 
     return {
@@ -923,8 +947,8 @@ def label_columns(cells: Cells, labels: Sequence[str]) -> dict[str, Any]:
 # --- Table ------------------------------------------------------------------------------------------------
 #
 # In: a CSV or a DataFrame. Out: what labelling needs of its rows, and a CSV written byte for byte with the new fields
-# appended. Texts are decoded when they are needed: besides the file's bytes, of each row only its place, its key, its
-# cells and the length of its text stay in memory.
+# appended. Texts are decoded when they are needed: what stays in memory is the file's bytes, and of each row its place,
+# its key, its cells and the length of its text.
 
 KEY_BYTES = 16
 FRAME = "the DataFrame"  # as messages call it
@@ -939,15 +963,15 @@ class Row(NamedTuple):
     """A text, with its existing label if that is sent; equal rows of the table have the same key."""
 
     key: bytes
-    text: str  # "": not known, since the row is an earlier run's
+    text: str  # "" also where only the key is known, of rows of an earlier run's job
     label: str | None
 
 
 class Columns(NamedTuple):
-    """The columns of a table that are read, the labels' as far as it has them."""
+    """The columns to read from a table; those of the labels only where it has them."""
 
     text: str
-    label: str | None  # the existing one
+    label: str | None  # with an existing label
     labels: Sequence[str]
     by: str | None = None  # that shares are broken down by
     text_is: str = "text column"  # as messages call it
@@ -956,7 +980,7 @@ class Columns(NamedTuple):
 
 @dataclass
 class Table:
-    """A CSV as it is; a DataFrame's columns as one. Item i of an array is row i's."""
+    """A CSV as it is; for a DataFrame, the columns that are read, as one. Item i of an array is row i's."""
 
     source: str  # as messages call it
     content: bytes
@@ -971,7 +995,7 @@ class Table:
     label_at: int | None
     label_indexes: tuple[int | None, ...]  # the columns that it already has for the new labels
     key_bytes: bytes  # of rows, 16 each
-    distinct: npt.NDArray[np.bytes_]  # the keys, each once, in order
+    distinct: npt.NDArray[np.bytes_]  # the keys, each once, sorted
     first_rows: IntArray  # for each distinct key, the number of its first row
     key_indexes: IntArray  # for each row, its key's place among the distinct ones
     lengths: npt.NDArray[np.int32]  # of texts, in characters; 0: blank, not sent
@@ -986,7 +1010,7 @@ class Table:
         return self.key_bytes[number * KEY_BYTES : (number + 1) * KEY_BYTES]
 
     def find(self, keys: bytes) -> IntArray:
-        """The indexes among the distinct keys of these concatenated ones; -1 for those that the table does not have."""
+        """For each of these concatenated keys its index in `distinct`, or -1."""
         import numpy as np
 
         wanted = np.frombuffer(keys, self.distinct.dtype)
@@ -996,7 +1020,7 @@ class Table:
         return np.where(self.distinct[places] == wanted, places, -1)
 
     def distinct_rows(self, eligible: BoolArray) -> tuple[IntArray, IntArray]:
-        """Of the rows that are equal only the first one's number, and how often each occurs among the eligible."""
+        """Of the eligible rows, the number of each key's first one, and how many share the key; in the keys' order."""
         import numpy as np
 
         _, firsts, counts = np.unique(self.key_indexes[eligible], return_index=True, return_counts=True)
@@ -1007,7 +1031,7 @@ class Table:
         return self.content[self.starts[number] : self.ends[number]].decode(self.encoding)
 
     def line_numbers(self, numbers: Iterable[int]) -> Iterator[int]:
-        """The file's lines at which these rows begin, counted from 1; rows in order. None for a DataFrame."""
+        """The file's lines at which these rows begin, counted from 1; rows in order. For a DataFrame there are none."""
         at, line = 0, 1
         for number in numbers if self.frame is None else ():
             passed = self.content[at : self.starts[number]].decode(self.encoding)
@@ -1042,7 +1066,7 @@ class Table:
         all_cells, width = cells.tobytes(), len(labels)
         quotes_cells = len(self) > 0 and quotes_all(self.record(0), self.delimiter)
 
-        @lru_cache(maxsize=65_536)  # most rows have the cells of another one
+        @lru_cache(maxsize=65_536)  # most rows repeat another one's cells
         def fields(row: bytes) -> str:
             values = ("" if row[place] > 1 else str(row[place]) for place in added)  # as bytes, blanks are 254 and 255
             return csv_fields(values, self.delimiter, quotes_cells)
@@ -1112,7 +1136,7 @@ def frame_content(df: pd.DataFrame, columns: Columns) -> bytes:
 
 
 def csv_bytes(header: Iterable[str], rows: Iterable[Iterable[object]], **style: Any) -> bytes:
-    """A CSV in UTF-8; a lone surrogate, which that has no bytes for and no server takes, becomes a question mark."""
+    """A CSV in UTF-8; a lone surrogate, which UTF-8 cannot encode and no server takes, becomes a question mark."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, **style)
     writer.writerow(header)
@@ -1152,12 +1176,6 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
     label_at = None if columns.label is None else find_column(header, columns.label, "column", source)
     by_at = None if columns.by is None else find_column(header, columns.by, "`by` column", source)
     held_at = [find_column(header, label, "column", source) if label in header else None for label in columns.labels]
-    try:
-        "".join(columns.labels).encode(encoding)
-    except UnicodeEncodeError:
-        raise InputError(
-            f"A label cannot be written in the encoding of {source} ({encoding}): rename it, or save that as UTF-8."
-        ) from None
 
     keys, lengths, starts, ends = bytearray(), array("i"), array("q"), array("q")
     end, header_end, raw_header = 0, 0, ""
@@ -1187,8 +1205,9 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
             value = CELL_VALUES.get(cell.strip().lower())
             if value is None:
                 shown = repr(cell) if re.fullmatch(r"\S{,12}", cell) else f"a text of {len(cell)} characters"
+                where = f"row {len(starts)}" + (f" (line {line})" if source != FRAME else "")
                 raise InputError(
-                    f"{source}, row {len(starts)} (line {line}): the column {columns.labels[place]!r} holds {shown}, "
+                    f"{source}, {where}: the column {columns.labels[place]!r} holds {shown}, "
                     f"not 1, 0, true, false or blank: {columns.advice}."
                 )
             column.append(value)
@@ -1207,9 +1226,9 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
 
 
 def read_records(lines: Iterable[str], delimiter: str, source: str) -> Iterator[tuple[list[str], str, int]]:
-    """Each record's fields, its raw text, byte for byte, and the number of its last line.
+    """Each record's fields, its raw text, byte for byte, and the number of its first line.
 
-    A blank line has no fields, nor has a first line that names the delimiter.
+    Blank lines, and a first line that names the delimiter, have no fields.
     """
     raw: list[str] = []
     ended = False
@@ -1225,6 +1244,7 @@ def read_records(lines: Iterable[str], delimiter: str, source: str) -> Iterator[
     csv.field_size_limit(2**31 - 1)  # csv's own limit is 131,072 characters; it is the process's, so it stays raised
     reader = csv.reader(tapped(), delimiter=delimiter)
     while True:
+        line = reader.line_num + 1
         try:
             fields = next(reader, None)
         except csv.Error as error:
@@ -1234,11 +1254,11 @@ def read_records(lines: Iterable[str], delimiter: str, source: str) -> Iterator[
         text = "".join(raw)
         raw.clear()
         is_blank = len(fields) < 2 and not text.strip("\ufeff\r\n\t ")
-        is_blank |= reader.line_num == 1 and DELIMITER_LINE.fullmatch(text) is not None
+        is_blank |= line == 1 and DELIMITER_LINE.fullmatch(text) is not None
         if ended and not is_blank:
-            raise InputError(f"{source}: a quote is opened and never closed; close it.")
+            raise InputError(f"{source}, line {line}: a quote in this record is never closed: close it.")
         if text:
-            yield [] if is_blank else fields, text, reader.line_num
+            yield [] if is_blank else fields, text, line
 
 
 def find_column(header: list[str], name: str, what: str, source: str) -> int:
@@ -1276,8 +1296,8 @@ def csv_fields(values: Iterable[str], delimiter: str, quoted: bool) -> str:
 
 # --- Files ------------------------------------------------------------------------------------------------
 #
-# In: paths, and what the store knows of them. Out: files, each written whole or not at all, and none over what this
-# program did not write.
+# In: paths, and what the store knows of them. Out: files, each written whole or not at all, and none in place of a file
+# that this program did not write.
 
 
 class Files:
@@ -1285,24 +1305,24 @@ class Files:
 
     def __init__(self, store: Store, paths: Mapping[str, Path], overwrite: bool) -> None:
         self.store, self.paths, self.overwrite = store, paths, overwrite
-        self.folder = None if store.path is None else store.path.resolve().parent
-        self.overwritten: set[str] = set()  # digests of what this run wrote, or replaces at the user's wish
+        self.folder = None if store.path is None else store.path.resolve().parent  # None: the working directory
+        self.replaceable: set[str] = set()  # digests of what this run wrote, or replaces at the user's wish
 
     def check(self) -> None:
-        """Refuse to write a file that is there already, unless it is as this program left it."""
+        """Refuse to replace a file, unless it is unchanged since this program wrote it."""
         for what, path in self.paths.items():
-            if what in {"store", "sample"}:  # which have rules of their own
+            if what in {"store", "sample"}:  # one is never replaced, the other is edited by people
                 continue
             found, name = file_digest(path), self.name(path)
             known = self._known(name)
             with contextlib.suppress(OSError):
-                self._draft(path).unlink()  # of a run that was killed
+                self._draft(path).unlink()  # left by a run that was killed
             if found and not path.stat().st_mode & stat.S_IWUSR:
                 raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
             if self.overwrite:
-                self.overwritten.add(found)
+                self.replaceable.add(found)
             elif found and found not in known:
-                why = "was changed since it was written" if any(known) else "was not written by a run on this store"
+                why = "was changed since it was written" if known else "was not written by a run on this store"
                 raise InputError(
                     f"The {what} {path} {why}, and would be lost: choose another file, or pass `overwrite`."
                     + " To keep corrections of cells, make it the input of a run with another output: its cells that "
@@ -1311,27 +1331,27 @@ class Files:
 
     @contextlib.contextmanager
     def replacing(self, what: str) -> Iterator[IO[bytes]]:
-        """A file that takes the place of the one that is there when it is whole, and not before."""
+        """A draft that takes the file's place when it is whole, and not before."""
         path = self.paths[what]
         target, name = path.resolve(), self.name(path)  # behind a link, the file that it points to
         draft = self._draft(path)
         try:
             found = file_digest(target)
-            is_edited = what == "sample"  # by people, who are meant to
-            if found and not is_edited and found not in {*self._known(name), *self.overwritten}:
+            is_edited = what == "sample"  # as people are meant to
+            if found and not is_edited and found not in {*self._known(name), *self.replaceable}:
                 raise EnrichmentError(
-                    f"{path} was changed while this run went on, and is left as it is: move it away, then run the same "
+                    f"{path} was changed during this run, and is left as it is: move it away, then run the same "
                     "command; no answer is lost."
                 )
-            draft.unlink(missing_ok=True)  # of a run that was killed
+            draft.unlink(missing_ok=True)  # left by a run that was killed
             with open_draft(draft, target) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             # Noted before the move, so that a kill between the two leaves a file that is known.
             written = file_digest(draft)
-            self.overwritten.add(written)
-            # If the store fails, the output is all that is left; the next run will not know it.
+            self.replaceable.add(written)
+            # If the store fails, at least the output is written, though the next run will not know it.
             with contextlib.suppress(EnrichmentError) if what == "output" else contextlib.nullcontext():
                 self.store.note(f"digests of {name}", f"{found} {written}")
             draft.replace(target)
@@ -1345,24 +1365,24 @@ class Files:
                 draft.unlink(missing_ok=True)
 
     def _known(self, name: str) -> list[str]:
-        """Digests of what was found where this file was written last, and of what was written in its place."""
-        return self.store.noted(f"digests of {name}", "").split(" ")
+        """Digests of the file that the last write replaced, if it did, and of what it wrote."""
+        return self.store.noted(f"digests of {name}", "").split()
 
     def _draft(self, path: Path) -> Path:
-        """Always the same for this store, so that the next run finds what a killed one has left."""
+        """The same in each run on this store, so that the next one finds what a killed one has left."""
         target, store = path.resolve(), self.store.path
         mark = digest(store.name if store else os.getpid(), self.name(path)).hex()
         return target.with_name(f".{target.name}.{mark}.tmp")
 
     def name(self, path: Path) -> str:
-        """As the store has it: seen from its own folder, so that both can be moved."""
+        """The name under which the store knows it: relative to its own folder, so that both can be moved together."""
         with contextlib.suppress(ValueError):  # on another drive
             return os.path.relpath(path.resolve(), self.folder)
         return str(path.resolve())
 
 
 def file_digest(path: Path) -> str:
-    """Of a file's bytes; "" if there is none."""
+    """SHA-256 of a file's bytes; "" if there is no file."""
     if not path.exists():
         return ""
     with path.open("rb") as file:
@@ -1427,11 +1447,11 @@ def make_batches(table: Table, lacking: BoolArray, batch_size: int) -> list[Batc
 # --- Prompt -----------------------------------------------------------------------------------------------
 #
 # All words that are sent to a model, what decides an answer, and how an answer is read. In: labels, definitions,
-# instructions, examples. Out: prompts; and of a reply what it says of a row, or what is wrong with it.
+# instructions, examples. Out: prompts, and what a reply says about each row, or what is wrong with it.
 
 # Every word here is paid for in each call, so each thing is said once. The labels stay in the message, since servers
 # that turn a schema into a grammar do not show it to the model.
-WORDING_VERSION = 2  # raise it when these words change: answers to other words do not count
+WORDING_VERSION = 2  # raise it when anything that is sent changes: answers to other words do not count
 WORDING = """\
 {task} The labels:
 {labels}
@@ -1465,8 +1485,8 @@ class Example(NamedTuple):
 class Question(NamedTuple):
     """Whether one label applies, with all that decides the answer besides the row. These are the store's columns.
 
-    The batch's other rows are no part of it, nor are parameters that a server makes us leave out; other labels are one
-    where one of them is chosen.
+    Neither the batch's other rows nor parameters that a server makes us leave out are part of it; the other labels are
+    only where the answer is one of them.
     """
 
     label: str
@@ -1474,18 +1494,21 @@ class Question(NamedTuple):
     server: str  # host, port and path
     model: str
     instructions: str
-    examples: int  # how many; as texts they are in no store
+    examples: int  # their number; the texts are never stored
     examples_digest: str
     sends_label: bool  # whether the model is shown the existing label
     answer_form: AnswerForm
-    choices: str  # as JSON the whole set of labels, where one of them is chosen; else ""
+    choices: str  # under the form "one" all labels, as JSON; else ""
     wording: int  # the version of our own words
     is_audit: bool = False  # asked of each row alone; its answers are kept apart
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Questions that are asked together, one per label, and the examples that go with them."""
+    """Questions that are asked together, one per label, and the examples that go with them.
+
+    The questions differ in their labels, definitions and digests of examples alone.
+    """
 
     questions: tuple[Question, ...]
     examples: tuple[Example, ...] = ()
@@ -1516,7 +1539,7 @@ class Prompt:
         ).strip()
 
     def as_record(self, most_rows: int) -> dict[str, Any]:
-        """What was sent, but for the examples, which are texts, and with the schema of a call of so many rows."""
+        """What is sent, but for the examples, which are texts, and with the strictest schema, for so many rows."""
         first = self.questions[0]
         return {
             "labels": self.labels,
@@ -1533,7 +1556,7 @@ class Prompt:
         return replace(self, questions=tuple(compress(self.questions, wanted)))
 
     def for_audit(self) -> Prompt:
-        """The same, asked the careful way: a 0 or 1 is forced for each label, unless one of them is chosen."""
+        """The same, asked more carefully: with a 0 or 1 for each label, unless the answer is one of them."""
         form: AnswerForm = "one" if self.form == "one" else "each"
         questions = (question._replace(is_audit=True, answer_form=form) for question in self.questions)
         return replace(self, questions=tuple(questions))
@@ -1546,7 +1569,7 @@ def read_prompt(options: Options, server: str) -> Prompt:
     examples = read_examples(options.examples, options.text_column, options.labels, options.answer_form)
 
     def examples_digest(label: str) -> str:
-        """Of the texts, and of which of them have this label: one more label leaves the others' questions alone."""
+        """Over the texts, and whether each has this label: a label that is added changes no other's question."""
         return digest([(example.text, label in example.applying) for example in examples]).hex() if examples else ""
 
     return Prompt(
@@ -1564,19 +1587,19 @@ def read_prompt(options: Options, server: str) -> Prompt:
 
 def explain_difference(stored: Question, asked: Question) -> str:
     """Why an answer to one question about a label is no answer to another, in a few words."""
-    names = {
+    phrases = {
         "instructions": "had other instructions" if stored.instructions else "had no instructions",
         "examples_digest": "had other examples" if stored.examples else "had no examples",
-        "definition": f"had another definition of {asked.label!r}",
-        "sends_label": f"were given {'with' if stored.sends_label else 'without'} an existing label",
+        "definition": f"had {'another' if stored.definition else 'no'} definition of {asked.label!r}",
+        "sends_label": f"were asked {'with' if stored.sends_label else 'without'} an existing label",
         "answer_form": f"had the answer form {stored.answer_form}",
         "choices": "were a choice among other labels" if stored.choices and asked.choices else "",
         "wording": f"had version {stored.wording} of this program's wording, not {asked.wording}",
     }
-    reasons = [words for name, words in names.items() if words and getattr(stored, name) != getattr(asked, name)]
-    parts = [name for name in ("model", "server") if getattr(stored, name) != getattr(asked, name)]
-    places = [" at ".join(getattr(question, name) for name in parts) for question in (stored, asked)]
-    if parts:
+    reasons = [words for name, words in phrases.items() if words and getattr(stored, name) != getattr(asked, name)]
+    changed = [name for name in ("model", "server") if getattr(stored, name) != getattr(asked, name)]
+    places = [" at ".join(getattr(question, name) for name in changed) for question in (stored, asked)]
+    if changed:
         reasons.append(f"are from {places[0]}; this run asks {places[1]}")
     return " and ".join(reasons)
 
@@ -1588,7 +1611,7 @@ def read_examples(
         return ()
     table = read_table(source, Columns(text_column, None, labels, advice="fix the cell"))
     if not len(table):
-        raise InputError(f"The examples ({table.source}) have no rows: add some, or drop them.")
+        raise InputError(f"The examples ({table.source}) have no rows: add some, or leave `examples` out.")
     rows = list(table.rows())
     given: list[list[int]] = table.given.tolist()
     for number, (row, cells) in enumerate(zip(rows, given, strict=True)):
@@ -1603,30 +1626,20 @@ def read_examples(
                 f"Row {number} of the examples ({table.source}) has {sum(cells)} labels: with `answer_form` one, an "
                 "example has exactly one."
             )
+    known: dict[str, list[int]] = {}
+    if any(known.setdefault(row.text, cells) != cells for row, cells in zip(rows, given, strict=True)):
+        raise InputError(f"The examples ({table.source}) have one text with different labels: keep one of its rows.")
     size = sum(len(row.text) + ROW_CHARACTERS for row in rows)
-    if size > EXAMPLE_CHARACTERS:
+    if size > EXAMPLE_CHARACTERS or len(rows) > MOST_IDS:
         raise InputError(
-            f"The examples ({table.source}) have {size:,} characters, and at most {EXAMPLE_CHARACTERS:,} are sent, a "
-            "third of what a call's texts may have: choose fewer or shorter ones."
+            f"The examples ({table.source}) are too many: {size:,} characters (at most {EXAMPLE_CHARACTERS:,}, a third "
+            f"of what a batch's texts may have), rows: {len(rows)} (at most {MOST_IDS}). Choose fewer or shorter ones."
         )
     return tuple(Example(row.text, frozenset(compress(labels, x))) for row, x in zip(rows, given, strict=True))
 
 
-def example_cells(table: Table, examples: Sequence[Example], labels: Sequence[str]) -> Cells:
-    """The cells of rows whose text is an example's; they are not sent."""
-    import numpy as np
-
-    cells = blank_cells(len(table), len(labels))
-    known = {example.text: [label in example.applying for label in labels] for example in examples}
-    alike = np.isin(table.lengths, list(map(len, known))).nonzero()[0]  # so that few texts need be read
-    for number, row in zip(alike, table.rows(alike), strict=True):
-        if row.text in known:
-            cells[number] = known[row.text]
-    return cells
-
-
 def example_words(examples: Sequence[Example], labels: Sequence[str], form: AnswerForm) -> str:
-    """The examples as a message and its answer, in the very form of the real ones."""
+    """The examples as a message and its answer, in the form of the real ones, without an existing label."""
     if not examples:
         return ""
     message = user_message([Row(b"", example.text, None) for example in examples])
@@ -1646,21 +1659,24 @@ def user_message(rows: Sequence[Row], id_set: int = 0) -> str:
     return message.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
 
 
+MOST_IDS = 900  # the numbers of three digits
+
+
 @lru_cache(maxsize=1024)
 def row_ids(count: int, id_set: int = 0) -> tuple[str, ...]:
-    """The ids of a batch's rows: three digits, for each position always the same, no two alike.
+    """The ids of a batch's rows: three digits, always the same for a position, all different.
 
     The second set has four digits, so that it shares no id with the first one, however long the batches.
 
-    Not 1, 2, 3: a model that skips a text and counts on would give each later text its neighbour's labels, unseen. Such
-    an id cannot be counted, only copied, and costs the same one token. 389 has no factor in common with the 900 numbers
-    of three digits, so that all positions differ, and is far enough from 0 and 450 that neighbours look unlike.
+    Not 1, 2, 3: a model that skips a text and counts on would give each later text its neighbour's labels, unnoticed.
+    Such an id cannot be counted, only copied, and costs the same one token. 389 has no factor in common with the 900
+    numbers of three digits, so that all positions differ, and is far enough from 0 and 450 that neighbours look unlike.
     """
-    return tuple(str(100 + (position * 389 + 560) % 900 + 1000 * id_set) for position in range(count))
+    return tuple(str(100 + (position * 389 + 560) % MOST_IDS + 1000 * id_set) for position in range(count))
 
 
 FENCED = re.compile(r"\s*```\w*\s*(.*?)\s*```\s*", re.DOTALL)
-MISSING = object()
+MISSING = object()  # stands for a row that the reply does not name, or names more than once
 
 
 def read_message(body: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -1690,15 +1706,15 @@ def drop_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in pairs if counts[key] == 1}
 
 
-def form_answer(form: AnswerForm, applying: Iterable[str], labels: Sequence[str]) -> Any:
+def form_answer(form: AnswerForm, applying: frozenset[str], labels: Sequence[str]) -> Any:
     """A row's answer, as the model is to give it."""
-    named = [label for label in labels if label in set(applying)]
-    return {"list": named, "each": {label: int(label in named) for label in labels}, "one": named[0] if named else ""}[
-        form
-    ]
+    if form == "each":
+        return {label: int(label in applying) for label in labels}
+    named = [label for label in labels if label in applying]
+    return named if form == "list" else named[0]
 
 
-def form_schema(form: AnswerForm, labels: Sequence[str], has_bounds: bool) -> dict[str, Any]:
+def form_schema(form: AnswerForm, labels: Sequence[str], has_max_items: bool) -> dict[str, Any]:
     """The JSON schema of a row's answer."""
     name = {"type": "string", "enum": list(labels)}
     if form == "one":
@@ -1707,13 +1723,13 @@ def form_schema(form: AnswerForm, labels: Sequence[str], has_bounds: bool) -> di
         value = {"type": "integer", "enum": [0, 1]}
         properties = dict.fromkeys(labels, value)
         return {"type": "object", "properties": properties, "required": list(labels), "additionalProperties": False}
-    return {"type": "array", "items": name} | ({"maxItems": len(labels)} if has_bounds else {})
+    return {"type": "array", "items": name} | ({"maxItems": len(labels)} if has_max_items else {})
 
 
 def read_answer(form: AnswerForm, answer: Any, labels: Sequence[str]) -> tuple[str, Sequence[str]]:
     """What is wrong with a row's answer, or "", and the labels that apply; a label named twice is harmless."""
     if answer is MISSING:
-        return "its id was missing from the answer", []
+        return "its id was missing from the answer, or repeated", []
     if form == "each":
         is_whole = isinstance(answer, dict) and all(answer.get(label) in (0, 1) for label in labels)
         applying = [label for label in labels if is_whole and answer[label]]
@@ -1727,23 +1743,23 @@ def read_answer(form: AnswerForm, answer: Any, labels: Sequence[str]) -> tuple[s
 
 # --- Requests ---------------------------------------------------------------------------------------------
 #
-# In: rows, a prompt, and the parameters that a server supports. Out: the JSON body of a call, and its size in tokens.
-# Requests wait in a queue until they are sent.
+# In: rows, a prompt, and the parameters that a server supports. Out: the JSON body of a call. Requests wait in a queue
+# until they are sent.
 
 
 @dataclass(frozen=True)
 class Request:
-    """A batch's rows and what is asked of them; `failures` says why that has failed so far."""
+    """A batch's rows and what is asked of them."""
 
     rows: tuple[Row, ...]
     prompt: Prompt
-    failures: tuple[str, ...] = ()
-    id_set: int = 0  # 1: under other row ids, because another request's answer came back to the usual ones
+    failures: tuple[str, ...] = ()  # why it has failed so far, since it was split into single rows
+    id_set: int = 0  # 1: under the second set of row ids, after a reply to it that looked like another request's
 
     @property
     def custom_id(self) -> str:
-        """Its name in a Batch API job."""
-        asked = compact_json(self.prompt.questions)  # in which numpy's strings are as Python's, which the store has
+        """Its name in a Batch API job, however often it is sent."""
+        asked = compact_json(self.prompt.questions)  # no repr, which numpy's strings have another of than the store's
         return digest(asked, [row.key.hex() for row in self.rows]).hex()
 
     @functools.cached_property
@@ -1753,13 +1769,13 @@ class Request:
 
     @functools.cached_property
     def message_tokens(self) -> int:
-        """By the message's beginning: over many calls within 1.5 % of counting all of it, in a third of the time."""
+        """By its first 600 characters: over many calls within 1.5 % of a full count, in a third of the time."""
         beginning = self.message[:600]
         return round(count_tokens(beginning) * len(self.message) / len(beginning))
 
     @property
     def with_texts(self) -> Request | None:
-        """The same without rows that have no text: an earlier run's, which this one does not have or asks otherwise."""
+        """The same without the rows whose text this run does not have: they come from an earlier run's job."""
         rows = tuple(row for row in self.rows if row.text)
         return replace(self, rows=rows) if rows else None
 
@@ -1785,8 +1801,58 @@ class Queue:
         self.front.extendleft(reversed(requests))
 
 
+def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
+    """The request's JSON body."""
+    body: dict[str, Any] = {
+        "model": request.prompt.model,
+        "messages": [
+            {"role": "system", "content": request.prompt.system_message},
+            {"role": "user", "content": request.message},
+        ],
+    }
+    if parameters.format is not Format.TEXT:
+        count = len(request.rows)
+        body["response_format"] = answer_format(request.prompt, count, parameters.format, request.id_set)
+    body |= parameters.extras
+    if parameters.completion_bound is not None:
+        body[parameters.completion_bound] = most_completion_tokens(request, parameters)
+    return body
+
+
+def request_lines(request: Request, parameters: Parameters, address: str) -> list[str]:
+    """A request as it is sent."""
+    body = build_body(request, parameters)
+    system, user = (message["content"] for message in body.pop("messages"))
+    rest = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()]
+    sent_with = [f"=== Sent with it, to {address} ===", *rest, ""]
+    return ["=== System message ===", system, "", "=== One row ===", user, "", *sent_with]
+
+
+@lru_cache(maxsize=1024)
+def answer_format(prompt: Prompt, row_count: int, kind: Format, id_set: int = 0) -> dict[str, Any]:
+    """The `response_format`: at best a schema under which each row is answered once, with known labels only."""
+    if kind is Format.JSON:
+        return {"type": "json_object"}
+    ids = list(row_ids(row_count, id_set))
+    schema = {
+        "type": "object",
+        "properties": {row: {"$ref": "#/$defs/a"} for row in ids},
+        "required": ids,
+        "additionalProperties": False,
+        # Defined once, since all enums of a schema may have 1,000 values together.
+        "$defs": {"a": form_schema(prompt.form, prompt.labels, kind is Format.SCHEMA)},
+    }
+    return {"type": "json_schema", "json_schema": {"name": "labels", "strict": True, "schema": schema}}
+
+
+# --- Parameters -------------------------------------------------------------------------------------------
+#
+# The optional parts of a request. In: a model's name, and what a server says when it refuses one. Out: parameters that
+# it may take.
+
+
 class Format(StrEnum):
-    """How the answer's form is asked for, from the strictest down to the prompt's words alone."""
+    """How the answer's form is asked for, from the strictest down to the prompt's words alone; stores have these."""
 
     SCHEMA = "a strict schema"
     BARE_SCHEMA = "a strict schema without maxItems"
@@ -1820,21 +1886,21 @@ class Parameters:
         return cls(**{**found, "format": Format(found["format"])})
 
 
-REASONING_ROOM = 8192  # to begin with; what calls are seen to need is learned
+REASONING_ROOM = 8192  # to begin with; the Server raises it to twice what calls are seen to need
 EFFORTS = ("none", "minimal", "low")
 FORM_WORDS = re.compile(r"response_format|schema|maxitems|structured output|json_object")
 
 
 def first_parameters(model: str, must_be_bounded: bool) -> Parameters:
     """What a model of this name is known to support; a cost cap needs a bound on any model's completion."""
-    reasons = re.match(r"(ft:)?(gpt-[5-9]|o\d)", model)
-    is_bounded = reasons or re.match(r"(ft:)?(gpt-4|chatgpt-4)", model) or must_be_bounded
-    extras = {"temperature": 0.0} | ({"reasoning_effort": "none"} if reasons else {})
+    is_reasoning = re.match(r"(ft:)?(gpt-[5-9]|o\d)", model)
+    is_bounded = is_reasoning or re.match(r"(ft:)?(gpt-4|chatgpt-4)", model) or must_be_bounded  # others may refuse it
+    extras = {"temperature": 0.0} | ({"reasoning_effort": "none"} if is_reasoning else {})
     return Parameters(extras=extras, completion_bound="max_completion_tokens" if is_bounded else None)
 
 
 def fall_back(parameters: Parameters, message: str) -> tuple[Parameters, str] | None:
-    """The parameters without what a 400 or 422 refuses, and what to call them; None if it refuses nothing of ours."""
+    """The parameters without what a 400 or 422 refused, and a name for the change; None if it refused none of them."""
     message, extras = message.lower(), parameters.extras
     if "temperature" in extras and "temperature" in message:
         extras = {name: value for name, value in extras.items() if name != "temperature"}
@@ -1856,58 +1922,9 @@ def fall_back(parameters: Parameters, message: str) -> tuple[Parameters, str] | 
     return None
 
 
-def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
-    """The request's JSON body."""
-    body: dict[str, Any] = {
-        "model": request.prompt.model,
-        "messages": [
-            {"role": "system", "content": request.prompt.system_message},
-            {"role": "user", "content": request.message},
-        ],
-    }
-    if parameters.format is not Format.TEXT:
-        count = len(request.rows)
-        body["response_format"] = answer_format(request.prompt, count, parameters.format, request.id_set)
-    body |= parameters.extras
-    if parameters.completion_bound is not None:
-        body[parameters.completion_bound] = most_completion_tokens(request, parameters)
-    return body
-
-
-def request_lines(request: Request, parameters: Parameters, address: str) -> list[str]:
-    """A request as it is sent."""
-    body = build_body(request, parameters)
-    system, user = (message["content"] for message in body.pop("messages"))
-    rest = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()]
-    return [
-        "=== System message ===",
-        system,
-        "",
-        "=== One row ===",
-        user,
-        "",
-        f"=== Sent with it, to {address} ===",
-        *rest,
-        "",
-    ]
-
-
-@lru_cache(maxsize=1024)
-def answer_format(prompt: Prompt, row_count: int, kind: Format, id_set: int = 0) -> dict[str, Any]:
-    """The `response_format`: at best a schema under which each row is answered once, with known labels only."""
-    if kind is Format.JSON:
-        return {"type": "json_object"}
-    ids = list(row_ids(row_count, id_set))
-    schema = {
-        "type": "object",
-        "properties": {row: {"$ref": "#/$defs/a"} for row in ids},
-        "required": ids,
-        "additionalProperties": False,
-        # Once, since all enums together may have 1,000 values.
-        "$defs": {"a": form_schema(prompt.form, prompt.labels, kind is Format.SCHEMA)},
-    }
-    return {"type": "json_schema", "json_schema": {"name": "labels", "strict": True, "schema": schema}}
-
+# --- Tokens -----------------------------------------------------------------------------------------------
+#
+# In: requests. Out: about how many tokens these and their answers have, without a tokenizer, and at most.
 
 # How a text falls into tokens, by OpenAI's o200k_base, within a few per cent: words with a blank before them, digits by
 # three, signs, blanks. The weights were fitted to that tokenizer on English tweets, comments and test sentences; other
@@ -1955,21 +1972,21 @@ def schema_tokens(response_format: Mapping[str, Any]) -> int:
 
 @lru_cache(maxsize=1024)
 def fixed_tokens(prompt: Prompt, row_count: int, kind: Format) -> int:
-    """The prompt's tokens but for the rows'."""
+    """The prompt's tokens without the rows'."""
     schema = 0 if kind is Format.TEXT else schema_tokens(answer_format(prompt, row_count, kind))
     return MESSAGE_TOKENS + count_tokens(prompt.system_message) + schema
 
 
 def prompt_tokens(request: Request, parameters: Parameters) -> int:
-    """About what a call's prompt has: the messages, and the schema, which is billed like them."""
+    """About how many tokens a call's prompt has: the messages, and the schema, which is billed like them."""
     return fixed_tokens(request.prompt, len(request.rows), parameters.format) + request.message_tokens
 
 
 def most_answer_tokens(request: Request) -> int:
     """The tokens of the longest answer, at 3 bytes per token.
 
-    A row's answer is `"660":[...],`, 12 bytes with a margin for blanks, and each label has two quotes, a comma, a colon
-    and a digit, and a blank besides its name; 50 tokens more are for what a model may write around the object.
+    A row's answer is `"660":[...],`, 12 bytes with a margin for spaces, and besides its name each label has two quotes,
+    a colon, a digit, a comma and a space; 50 tokens more are for what a model may write around the object.
     """
     row = sum(len(label.encode()) + 6 for label in request.prompt.labels) + 12
     return 50 + len(request.rows) * row // 3
@@ -1980,7 +1997,7 @@ def most_completion_tokens(request: Request, parameters: Parameters) -> int:
     return most_answer_tokens(request) * parameters.answer_factor + parameters.reasoning_room
 
 
-USUAL_PREVALENCE = 0.05  # of a label, as long as there are no answers
+USUAL_PREVALENCE = 0.05  # the share of texts that a label is assumed to have, until there are answers
 
 
 def usual_answer_tokens(request: Request, prevalence: float) -> float:
@@ -1997,8 +2014,8 @@ def usual_answer_tokens(request: Request, prevalence: float) -> float:
 # --- Server -----------------------------------------------------------------------------------------------
 #
 # In: JSON bodies. Out: responses, what they mean, what they cost, and how they are explained: the same for all senders,
-# so that a response is judged in one place. Refusals lower the parameters that requests are sent with. When to send
-# again, and how often, is the senders' affair.
+# so that a response is judged in one place. Refusals and cut-off answers change the parameters that requests are sent
+# with. When to send again, and how often, is the senders' business.
 
 
 class Usage(NamedTuple):
@@ -2017,8 +2034,8 @@ class Outcome(Enum):
     ANSWERED = auto()  # a completion, to be read
     REFUSED = auto()  # it is about the texts, or may be: send fewer at a time
     UNKNOWN = auto()  # a refusal for an unknown reason: of a parameter, of these texts, or of everything?
-    RESEND = auto()  # a parameter was refused and is left out from now on: send it again at once
-    FAILED = auto()  # sending it again would not help: its rows are given up
+    RESEND = auto()  # the parameters have changed since it was sent: send it again at once
+    FAILED = auto()  # the server works, but sending it again would not help: its rows are given up
     SUSPECT = auto()  # it may be the answer to another request: send it again at once under other row ids
     LIMITED = auto()  # wait, then send it again
     TRANSIENT = auto()  # send it again, a number of times
@@ -2027,14 +2044,14 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Response:
-    """What came back over HTTP. Status 0: no whole reply did, for a `reason`. Body None: it was not JSON."""
+    """What came back over HTTP. Status 0: no whole reply did; `reason` says why. Body None: it was not JSON."""
 
     status: int
     headers: Mapping[str, str]
     body: Any
     seconds: float
     reason: str = ""
-    outcome: Outcome = Outcome.TRANSIENT  # that the reason means
+    outcome: Outcome = Outcome.TRANSIENT  # what the reason means
     was_sent: bool = True
 
     @functools.cached_property
@@ -2059,7 +2076,7 @@ class Response:
 
 
 class Unacceptable(Exception):  # noqa: N818
-    """A reply that is not taken, for a reason in our own words, and what that means."""
+    """A reply that is rejected: why, in our own words, and what that means."""
 
     def __init__(self, reason: str, outcome: Outcome) -> None:
         super().__init__(reason)
@@ -2071,21 +2088,22 @@ MOST_REDIRECTS = 5
 
 
 def check_origin(request: Any) -> None:
-    """Send nothing to another origin: a redirect's request has the extensions of the one that was redirected."""
+    """Let nothing be sent to another origin."""
     there = f"{request.url.scheme}://{request.url.netloc.decode()}"
+    # A redirect's request has the extensions of the one that was redirected.
     here = request.extensions.setdefault("first_origin", there)
     if here != there:
         raise Unacceptable(f"{here} redirects to {there}", Outcome.FATAL)
 
 
 def read_reply(response: Any) -> None:
-    """Read no endless reply; a file's content goes into a file."""
+    """Read a reply, up to a limit; a file's content goes into a file."""
     chunks = response.iter_bytes()
     if response.is_success and response.request.url.path.endswith("/content"):
         file = response.extensions["file"] = tempfile.TemporaryFile()  # noqa: SIM115 # handed on
         file.writelines(chunks)
         file.seek(0)
-    response.iter_bytes = partial(bounded, chunks)  # which `read` joins
+    response.iter_bytes = partial(bounded, chunks)  # `read` joins these; of a file nothing is left
     response.read()
 
 
@@ -2109,14 +2127,15 @@ MONEY_CODES = {
     "billing_not_active",
     "budget_exceeded",
 }
-TOO_LONG = re.compile(r"context.?(length|size|window)|request too large|too many tokens|prompt is too long")
+TOO_LONG = re.compile(
+    r"context.?(length|size|window)|request too large|too many tokens|prompt is too long|_tokens is too large"
+)
 FILTERED = re.compile(r"content.?(filter|policy|management)|responsibleai|invalid_prompt|safety system")
 CLIENT_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 PLACEHOLDER_KEY = "none"  # the SDK wants a key even if the server does not
-NO_KEY = "No API key: set OPENAI_API_KEY, or pass `api_key`."
 UNREACHABLE_SECONDS = 10.0  # give up on a server that has never answered after this long
-MOST_REASONING = 32_768  # tokens; a model that needs more does not come to an end
-MOST_ANSWER_FACTOR = 8  # an answer's bound reckons with 3 bytes per token, and no tokenizer has less than one in two
+MOST_REASONING = 32_768  # tokens; a model that needs more will never finish
+MOST_ANSWER_FACTOR = 8  # times the usual bound of an answer; one that is longer will never finish
 FALSE_ALARMS = 2  # after which replies that look like another's are believed
 UNKNOWN_LIMIT = 10  # refusals for unknown reasons in a row, after which every request is taken to be refused
 
@@ -2130,7 +2149,7 @@ def first_message(body: Any) -> Any:
 
 
 def classify(response: Response, expected: Callable[[Any], Any] = first_message) -> tuple[Outcome, str]:
-    """What a response means, and a reason in our own words, which hold nothing of a text.
+    """What a response means, and a reason in our own words, which contain no part of a text.
 
     `expected`: gives None for a body that is not what was asked for.
     """
@@ -2144,7 +2163,8 @@ def classify(response: Response, expected: Callable[[Any], Any] = first_message)
     status = f"HTTP {response.status}"
     if response.status in {401, 402} or names & MONEY_CODES:
         return Outcome.FATAL, status
-    is_rate_limit = response.status == 429 and "too large" not in words  # which may be about tokens per minute, too
+    # A 429's "too many tokens" is a rate; its "too large" is about this request alone.
+    is_rate_limit = response.status == 429 and "too large" not in words
     if (TOO_LONG.search(words) and not is_rate_limit) or response.status == 413:
         return Outcome.REFUSED, "too long for the model or the rate limit"
     if FILTERED.search(words):
@@ -2153,7 +2173,7 @@ def classify(response: Response, expected: Callable[[Any], Any] = first_message)
         return Outcome.LIMITED, status
     if response.status in {408, 409, 425} or response.status >= 500:
         return Outcome.TRANSIENT, status
-    if response.status == 404 or (response.status == 403 and message):
+    if response.status == 404 or (response.status == 403 and message):  # without one it may be a firewall's, of a text
         return Outcome.FATAL, status
     return Outcome.UNKNOWN, f"{status} {' '.join(sorted(names))}".strip()
 
@@ -2164,7 +2184,8 @@ def error_words(body: Any) -> tuple[set[str], str]:
     if not isinstance(error, dict):
         return set(), str(error)
     names = {str(error.get(name)) for name in ("code", "type", "param")} - {"None"}
-    return {name for name in names if re.fullmatch(r"[\w.\[\]-]{1,60}", name)}, str(error.get("message", ""))
+    message = str(error.get("message") or error.get("detail") or "")
+    return {name for name in names if re.fullmatch(r"[\w.\[\]-]{1,60}", name)}, message
 
 
 def look_up(body: Any, *names: str) -> str | int | None:
@@ -2188,7 +2209,7 @@ class Server:
             parts = urlsplit(self.base_url)
             is_url = parts.scheme in {"http", "https"} and bool(parts.hostname) and " " not in self.base_url
             _ = parts.port
-        except ValueError:  # brackets that do not match, a port that is none
+        except ValueError:  # brackets that do not match, a port that is not a number
             is_url = False
         if not is_url:
             raise InputError(
@@ -2201,7 +2222,7 @@ class Server:
         port = {"http": ":80", "https": ":443"}[parts.scheme]
         self.address = self.host.removesuffix(port) + parts.path.rstrip("/")  # what an answer's key has of it
         self.is_local = parts.hostname in {"localhost", "127.0.0.1", "::1"}
-        if not self.api_key and not self.host.endswith("openai.com"):
+        if not self.api_key and not f".{parts.hostname}".endswith(".openai.com"):
             self.api_key = PLACEHOLDER_KEY
         self.parameters = first_parameters(options.model, self.is_capped)
         self.knows_price = self.prices.of(Usage(), "standard") is not None
@@ -2221,7 +2242,7 @@ class Server:
     def client(self) -> Any:
         """One client for all workers. It does not retry: waits are shared by all workers and can be interrupted."""
         if not self.api_key:
-            raise InputError(NO_KEY)
+            raise InputError("No API key: set OPENAI_API_KEY, or pass `api_key`.")
         import openai
 
         try:
@@ -2238,7 +2259,7 @@ class Server:
                     event_hooks={"request": [check_origin], "response": [read_reply]},
                 ),
             )
-        except Exception as error:  # what the HTTP library makes of the environment has no common class
+        except Exception as error:  # the errors that the environment's settings cause have no common class
             set_here = [name for name in CLIENT_VARIABLES if os.environ.get(name) or os.environ.get(name.lower())]
             hint = "pip install socksio" if isinstance(error, ImportError) else "fix or unset them"
             raise InputError(
@@ -2248,7 +2269,7 @@ class Server:
 
     @contextlib.contextmanager
     def connect(self) -> Iterator[None]:
-        """For calls; meanwhile look up the model's shutdown date, and report it when the calls are done."""
+        """Keep the client for calls; look up the model's shutdown date, and report it when the calls are done."""
         client = self.client
         dates: list[str] = []
 
@@ -2339,7 +2360,7 @@ class Server:
     def _is_suspect(self, response: Response, request: Request) -> bool:
         """Whether this may be the reply to another request, from a cache that takes similar requests for the same.
 
-        An id alone proves nothing, since some servers make it of the second; so such a request is sent again, under
+        An id alone proves nothing, since some servers derive it from the clock; so such a request is sent again, under
         other row ids, and an answer with the first ones is another's.
         """
         message = response.body["choices"][0]["message"]
@@ -2363,19 +2384,19 @@ class Server:
         return is_other
 
     def _note_model(self, asked: str, served: str | int | None) -> None:
-        """Tell once if another model begins to answer: the name that was asked for has moved."""
-        before = self.served.setdefault(asked, served)
-        if served not in {before, None} and not self.told_of_model:
+        """Warn once when another model begins to answer: the name that was asked for has moved."""
+        before = self.served.setdefault(asked, served) if served else None
+        if before and served != before and not self.told_of_model:
             self.told_of_model = True
             self.warn(
-                f"{asked} was answered by {before} and is now by {served}: the run's record counts the rows of each."
+                f"{asked} was answered by {before}, and now by {served}: the run's record counts the rows of each."
             )
 
     def _judge_unknown(self, response: Response, reason: str, sent_with: Parameters) -> tuple[Outcome, str]:
         """A refusal for an unknown reason: of a parameter, of these texts, or of everything?"""
         names, message = error_words(response.body)
-        is_new = sent_with == self.parameters and response.status in {400, 422}
-        lower = fall_back(self.parameters, " ".join([*names, message])) if is_new else None
+        may_be_parameter = sent_with == self.parameters and response.status in {400, 422}
+        lower = fall_back(self.parameters, " ".join([*names, message])) if may_be_parameter else None
         if lower:
             self.parameters, name = lower
             self.warn(f"{self.host} refuses a parameter of the request: continuing with {name}.")
@@ -2395,11 +2416,11 @@ class Server:
         """The line for a response after which no request will succeed; `rows` are what was sent."""
         names, message = error_words(response.body)
         told = " ".join(sorted(names))
-        quoted = f" It says: {f'{told}: ' if told else ''}{self.quote(message, rows)}" if response.body else ""
+        quoted = f" It says: {f'{told}: ' if told else ''}{self.quote(message, rows)}" if told or message else ""
         where = f"{self.host} (HTTP {response.status})"
         line = f"Every request is refused by {where}: fix what it reports.{quoted}"
         if response.status == 0:
-            line = f"{response.reason}; texts go nowhere but to `base_url`: pass the address that is meant."
+            line = f"{response.reason}; texts go nowhere but to `base_url`: pass the address that you mean."
         if response.status == 404:
             line = f"Nothing answers chat calls at {where}: does `base_url` end in /v1?"
         if response.status == 404 and response.body:
@@ -2445,7 +2466,7 @@ class Prices:
     """What tokens cost, in US dollars: by the user's price, else by genai-prices."""
 
     user: tuple[float, float] | None  # per million prompt and completion tokens
-    model: str  # that is asked; one served under a name that the list does not have is priced like it
+    model: str  # that is asked; its price also holds where the list does not have the served name
 
     def billed(self, response: Response, tier: str) -> float | None:
         """What a response says that it cost; None: it does not say, or the price is not known."""
@@ -2491,6 +2512,11 @@ MOST_RESERVE = 50.0
 MOST_CHARGE = 8.0  # times our guess, or a part of it; beyond that a report is taken to be about something else
 
 
+def draw_jitter() -> float:
+    """A factor of waits, so that many programs do not come back at the same moment."""
+    return random.uniform(0.75, 1.25)
+
+
 @dataclass
 class Bucket:
     """One rate limit as the server reports it: a bucket that holds `capacity` and refills at `rate` per second."""
@@ -2517,7 +2543,7 @@ class Departure(NamedTuple):
 class Pace:
     """Paces all calls before the server has to refuse them, and makes all wait when it does."""
 
-    def __init__(self, max_workers: int, jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25)) -> None:
+    def __init__(self, max_workers: int, jitter: Callable[[], float] = draw_jitter) -> None:
         self.max_workers = max_workers
         self.slots = float(max_workers)  # calls at once; after a refusal half, then one more per round of successes
         self.jitter = jitter
@@ -2644,31 +2670,31 @@ def requested_wait(headers: Mapping[str, str]) -> float:
 
 # --- Attempts ---------------------------------------------------------------------------------------------
 #
-# In: a request. Out: what came of sending it, each row's answer, and what follows from that: the one place that decides
-# which rows are sent again because of an answer's content. Retries of a call are the sender's: it failed on its way, or
-# was cut off.
+# In: a request. Out: what came of sending it, each row's answer, and the requests that follow. Only here is it decided
+# which rows are sent again because of what an answer says, or because there is none. Retrying a call that failed on its
+# way is the sender's business.
 
-ALIKE_FAILURES = 3  # chance fails a good row now this way, now that; a poisoned row fails the same way each time
+ALIKE_FAILURES = 3  # a good row fails by chance, now this way, now that; a bad row fails the same way each time
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One request on its way, over as many calls as that takes; a sender yields it when it has landed."""
+    """One request on its way, over as many calls as that takes; a sender yields it when no more will follow."""
 
     request: Request
-    parameters: Parameters = field(default_factory=Parameters)  # that it was last sent with
-    tier: str = "standard"  # at which it is billed: genai-prices' "processing"
+    parameters: Parameters = field(default_factory=Parameters)  # it was last sent with these
+    tier: str = "standard"  # at which it is billed; genai-prices calls it "processing"
     calls: int = 0
     seconds: float = 0.0  # of its calls, summed
-    cost: float | None = None  # US dollars; None: the price or the usage is not known
-    unconfirmed_cost: float = 0.0  # at most, of calls without a bill that may have been billed all the same
-    unconfirmed_calls: int = 0  # how many these are
-    usage: Usage | None = None  # of all its calls; None: no reply has told any
+    cost: float | None = None  # US dollars, of the calls whose cost is known; None: of none
+    unconfirmed_cost: float = 0.0  # at most, of calls that returned no usage and may have been billed
+    unconfirmed_calls: int = 0  # the number of these
+    usage: Usage | None = None  # of all its calls; None: no reply has reported any
     body: Mapping[str, Any] = field(default_factory=dict)  # of the last reply
-    problem: str = ""  # why there is no completion to be read in it
+    problem: str = ""  # set by the sender unless the body is a completion
     is_splittable: bool = True  # whether its rows may be sent again, fewer at a time; else they are given up
 
-    def returned(self, response: Response, cost: float | None, unconfirmed_cost: float) -> Attempt:
+    def after_call(self, response: Response, cost: float | None, unconfirmed_cost: float) -> Attempt:
         """The attempt after one more call."""
         known = self.cost if cost is None else (self.cost or 0.0) + cost
         usage = response.usage
@@ -2687,13 +2713,13 @@ class Attempt:
 
 
 def read_answers(attempt: Attempt) -> tuple[dict[Row, str], dict[Row, str]]:
-    """Each row's answer, or what is wrong with it; rows are found by their id alone, never by order."""
-    problem, chosen = (attempt.problem, {}) if attempt.problem else read_message(attempt.body)
+    """Each row's answer, a 0 or 1 per label, or what is wrong with it; rows are found by their id, never by order."""
+    problem, by_id = (attempt.problem, {}) if attempt.problem else read_message(attempt.body)
     rows, prompt = attempt.request.rows, attempt.request.prompt
     answers: dict[Row, str] = {}
     problems: dict[Row, str] = {}
-    for row, name in zip(rows, row_ids(len(rows), attempt.request.id_set), strict=True):
-        answer = chosen.get(name, MISSING)
+    for row, row_id in zip(rows, row_ids(len(rows), attempt.request.id_set), strict=True):
+        answer = by_id.get(row_id, MISSING)
         reason, applying = (problem, []) if problem else read_answer(prompt.form, answer, prompt.labels)
         if reason:
             problems[row] = reason
@@ -2703,20 +2729,20 @@ def read_answers(attempt: Attempt) -> tuple[dict[Row, str], dict[Row, str]]:
 
 
 class RetryPolicy(NamedTuple):
-    """How rows are sent again whose answer could not be used, by what one more attempt costs a sender."""
+    """How rows without a usable answer are sent again; it depends on what another attempt costs the sender."""
 
-    in_halves: bool  # else each alone, because an attempt takes long
-    most_failures: int  # of a row that is sent alone, alike or not
+    in_halves: bool  # else each alone at once, for a sender whose attempts take hours
+    most_failures: int  # after which a row is given up, whether these are alike or not
 
 
 def next_requests(
     attempt: Attempt, problems: Mapping[Row, str], policy: RetryPolicy | None
 ) -> tuple[list[Request], dict[Row, str]]:
-    """The requests that follow from what is wrong with an attempt's rows, and those given up; without a policy, all."""
+    """The requests to send for rows with problems, and the rows that are given up: all of these without a policy."""
     if policy is None or not attempt.is_splittable:
         return [], dict(problems)
     request, rows = attempt.request, tuple(row for row in problems if row.text)
-    given_up = {row: reason for row, reason in problems.items() if not row.text}
+    given_up = {row: reason for row, reason in problems.items() if not row.text}  # an earlier run's
     if policy.in_halves and len(request.rows) > 1:
         middle = (len(rows) + 1) // 2
         return [replace(request, rows=half) for half in (rows[:middle], rows[middle:]) if half], given_up
@@ -2732,7 +2758,7 @@ def next_requests(
 
 # --- Budget -----------------------------------------------------------------------------------------------
 #
-# In: a cap and amounts of US dollars. Out: whether a call may leave. Runs on the same store and open jobs count too.
+# In: a cap and amounts of US dollars. Out: whether a call may leave. Earlier runs on it and open jobs count, too.
 
 
 class Budget:
@@ -2740,16 +2766,17 @@ class Budget:
 
     def __init__(self, cap: float | None, store: Store) -> None:
         self.cap, self.store = cap, store
-        self.spent, self.for_jobs = store.money()  # by all runs on this store
-        self.reached = store.noted("reached_cap", -1.0)  # the highest cap that a run has ended at
-        self.unsettled = store.noted("unsettled_cost", 0.0)  # by runs that were killed
-        self.in_flight = self.noted = 0.0  # bounds of calls; noted in the store, so that they count after a kill
-        self.excess = 1.0  # the most that a call was billed, by its bound: a tokenizer that we guess too short
+        self.spent, self.for_jobs = store.money()  # by all runs on this store, with what killed ones left unsettled
+        self.reached = store.noted("reached_cap", -1.0)  # the highest cap at which a run has ended
+        self.unsettled = store.noted("unsettled_cost", 0.0)  # by earlier runs
+        self.in_flight = 0.0  # the sum of the calls' bounds
+        self.noted = 0.0  # the most of it that the store has, in case of a kill
+        self.excess = 1.0  # the highest bill, as a multiple of its bound: above 1 if our estimate of tokens is too low
         self.is_untried = cap is not None  # until a first bill
 
     @property
     def is_reached(self) -> bool:
-        """Whether an earlier run has ended at this cap: the same command again is to spend nothing more."""
+        """Whether an earlier run has ended at this cap, so that repeating the command spends nothing more."""
         return self.cap is not None and self.cap <= self.reached
 
     @property
@@ -2761,7 +2788,7 @@ class Budget:
         return self.cap is None or not (self.is_reached or amount > self.cap)
 
     def reserve(self, bound: float) -> bool:
-        """Set a call's bound aside, if it fits; it is noted only as the sum rises, so that this is rare."""
+        """Set a call's bound aside, if it fits; the store is told only of a new high, so that this is rare."""
         if not self.fits(bound):
             return False
         self.in_flight += bound
@@ -2774,7 +2801,7 @@ class Budget:
         self.store.note("unsettled_cost", self.unsettled + self.noted)
 
     def settle(self, bound: float, cost: float | None, unconfirmed: float) -> None:
-        """Put what was billed in place of what was set aside; without a bill that stays."""
+        """Put the bill in place of a call's bound, or what it may have cost if no bill came."""
         self.in_flight = max(0.0, self.in_flight - bound)
         self.spent += unconfirmed * self.excess if cost is None else cost
         if cost is not None:
@@ -2788,18 +2815,19 @@ class Budget:
         return fits
 
     def settle_job(self, set_aside: float, cost: float) -> None:
+        """Release what was set aside for a job, or add the bill of one of its answers."""
         self.for_jobs = max(0.0, self.for_jobs - set_aside)
         self.spent += cost
 
     def close(self) -> None:
-        """No call will come back any more: what is still in flight counts as spent."""
+        """Note what is still in flight, now that no call will come back."""
         if self.noted:
             self._note()
 
-    def exceeded(self, amount: float) -> BudgetExceeded:
-        """For a call that may cost this amount."""
+    def exceeded(self, bound: float) -> BudgetExceeded:
+        """Note that this cap was reached, and make the error for a call with this bound."""
         spent = f"(spent: {dollars(self.spent)}, set aside: {dollars(self.set_aside)})"
-        most = dollars(amount * self.excess)
+        most = dollars(bound * self.excess)
         why = f"The next call may cost up to {most}, which could exceed `max_cost` {self.cap:g} {spent}"
         if self.is_reached:
             why = f"An earlier run on this store has ended at `max_cost` {self.cap:g} or a higher one {spent}"
@@ -2807,64 +2835,32 @@ class Budget:
         return BudgetExceeded(f"{why}: raise it and run the same command to continue.")
 
 
-class Experience(NamedTuple):
-    """What a store's calls of a model tell of those to come."""
-
-    prompt: float = 1.0  # tokens billed, by those that were guessed
-    completion: float = 1.0
-    prevalence: float = USUAL_PREVALENCE  # of the labels, in the answers
-    answers: int = 0
-
-
-def estimate_cost(requests: Iterable[Request], seen: Experience, server: Server) -> list[str]:
-    """What requests would take: by the tokenizer's rules, and by how calls so far were billed."""
-    prompt = completion = 0.0
-    count = 0
-    for request in requests:
-        count += 1
-        prompt += prompt_tokens(request, server.parameters) * seen.prompt
-        completion += usual_answer_tokens(request, seen.prevalence) * seen.completion
-    each = Usage(prompt=round(prompt / max(1, count)), completion=round(completion / max(1, count)))
-    prices = [server.prices.of(each, sender.tier) for sender in (ThreadSender, JobSender)]
-    live, in_jobs = (None if price is None else dollars(price * count) for price in prices)
-    note = f" ({OPENAI_WOULD_BILL})" if server.is_local and server.prices.user is None else ""
-    cost = f"about {live}, with `use_batch_api` {in_jobs}{note}"
-    cost = UNKNOWN_PRICE.format(server.model) if live is None else cost
-    basis = f"as in {seen.answers:,} answers so far" if seen.answers else "a guess, as long as there are no answers"
-    return [
-        f"Estimated tokens (schema included): {round(prompt):,} in, {round(completion):,} out",
-        f"Assumed: a label applies to {seen.prevalence:.1%} of the texts ({basis})",
-        f"Estimated cost: {cost}",
-        "Dry run: nothing was sent, nothing was written",
-    ]
-
-
 # --- Senders ----------------------------------------------------------------------------------------------
 #
-# In: a queue of requests, taken from its front and never put back. Out: attempts, one per request, in any order, each
-# as it lands. A sender retries and waits; an answer's content is not its affair.
+# In: a queue of requests; a sender takes them from its front and puts none back. Out: attempts, one per request, in any
+# order, each as it lands. A sender retries and waits; the content of an answer is none of its business.
 
 
 @dataclass
 class Sender:
-    """What a sender may use, and by class attributes what others need to know of it.
+    """What a sender may use; its class attributes are what others need to know about it.
 
-    A sender makes an attempt of each request, adds each call to it by `returned`, and yields it with a completion as
-    its body, or with a problem. It raises the server's `fatal_error` once nothing is in flight.
+    A sender makes one attempt per request, adds each call to it with `after_call`, and yields it with a completion as
+    its body, or with a problem. It ends with the server's `fatal_error`, if there is one.
     """
 
     tier: ClassVar[str] = "standard"  # at which its calls are billed
     policy: ClassVar[RetryPolicy] = RetryPolicy(in_halves=True, most_failures=sys.maxsize)
     calls_server: ClassVar[bool] = True  # else it needs no key and no connection
-    collects_jobs: ClassVar[bool] = False  # whether it has something to do while jobs are open, though no request is
-    headline: ClassVar[str] = ""  # how it sends; `max_workers` may stand in braces
-    start_line: ClassVar[str] = ""  # what it does first; `at_once` may stand in braces
+    collects_jobs: ClassVar[bool] = False  # whether open jobs alone, without any request, give it something to do
+    headline: ClassVar[str] = ""  # how it sends; may contain {max_workers}
+    start_line: ClassVar[str] = ""  # what it does first; may contain {at_once}
 
     options: Options
     server: Server
     budget: Budget
     store: Store
-    restore: Callable[[Request], Request]  # fills in an earlier run's request
+    restore: Callable[[Request], Request]  # puts texts into an earlier run's request, where this run has them
     stop: threading.Event
     warn: Callable[[str], None]
     progress: Progress
@@ -2877,31 +2873,31 @@ class Sender:
 
 @dataclass
 class Flight:
-    """An attempt in flight, or waiting to leave, with what its retries go by."""
+    """An attempt in flight, or waiting to leave, with what its retries depend on."""
 
     attempt: Attempt
     due: float  # when it may leave
     failures: int = 0  # calls that failed on their way or in the server
     failed_since: float = math.inf
     # Of its last call:
-    departure: Departure = field(init=False)
-    bound: float = field(init=False)  # US dollars that it may cost at most
+    departure: Departure = field(init=False, repr=False)
+    bound: float = field(init=False, repr=False)  # US dollars that it may cost at most
 
     def __lt__(self, other: Flight) -> bool:
         """In a heap, the one that is due first comes first."""
         return self.due < other.due
 
 
-CALL_SECONDS = 600.0  # after which a call is given up whose reply only drips; the timeout, if that is longer
+CALL_SECONDS = 600.0  # after which a call is given up whose reply only trickles in; the timeout, if that is longer
 STOP_SECONDS = 8.0  # how long a stop waits for calls in flight, or as long as the slowest answer has taken
 MOST_UNPROVEN = 20  # calls at once, until a row has been answered
 LONGEST_WAIT = 3600.0  # that a server may ask for
 
 
 class Calls:
-    """Calls in threads, at most `workers` at once, each of which has an end, however its reply drips.
+    """Calls in threads, at most `workers` at once, each of which ends, however slowly its reply trickles in.
 
-    Threads only call. Everything that decides runs in the main thread, so there is no lock.
+    Threads only call. All decisions are made in the main thread, so there is no lock.
     """
 
     def __init__(self, workers: int, timeout: float) -> None:
@@ -2920,13 +2916,13 @@ class Calls:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def start(self, call: Callable[[], Response]) -> Future[Response]:
-        """Have a call made, which `next` will return."""
+        """Start a call, which `wait_for_one` will return."""
         made = self.pool.submit(call)
         self.started[made] = time.monotonic()
         made.add_done_callback(self.completed.put)
         return made
 
-    def next(self, pause: float, is_stopping: bool) -> tuple[Future[Response], Response] | None:
+    def wait_for_one(self, pause: float, is_stopping: bool) -> tuple[Future[Response], Response] | None:
         """A call that came back, and its response; None if none does within `pause` seconds.
 
         The oldest comes back as if it had timed out if it takes too long; its thread is left behind with its pool.
@@ -2973,15 +2969,13 @@ class ThreadSender(Sender):
             while self.in_flight or (self.is_running and (self.waiting or requests.peek())):
                 pause = self._launch(requests)
                 if self.stop.is_set() and self.calls.stopped_at == math.inf:
-                    self.warn(f"Stopping: calls in flight: {len(self.in_flight)}. Ctrl-C again does not wait for them.")
-                returned = self.calls.next(pause, is_stopping=not self.is_running)
+                    self.warn(f"Stopping: calls in flight: {len(self.in_flight)}. Ctrl-C again stops without waiting.")
+                returned = self.calls.wait_for_one(pause, is_stopping=not self.is_running)
                 landed = self._take_in(*returned) if returned else None
                 if landed:
-                    self._launch(requests)  # before the caller takes its time over the attempt
+                    self._launch(requests)  # before the caller spends time on the attempt
                     yield landed
-            called = [flight.attempt for flight in self.waiting if flight.attempt.calls]
-            for attempt in called:  # which may have been billed, so they are recorded
-                yield replace(attempt, body={}, problem="not answered before the stop", is_splittable=False)
+            yield from stopped_attempts(flight.attempt for flight in self.waiting)
         if self.server.fatal_error:
             raise self.server.fatal_error
         if self.stop.is_set():
@@ -3001,6 +2995,7 @@ class ThreadSender(Sender):
             request = flight.attempt.request
             if flight.due > now:
                 return min(0.5, flight.due - now)
+            # OpenAI counts the larger of the two against its limit (guides/rate-limits).
             tokens = float(max(prompt_tokens(request, self.server.parameters), most_answer_tokens(request)))
             wait = self.pace.delay(tokens, now)
             if wait > 0:
@@ -3008,7 +3003,8 @@ class ThreadSender(Sender):
                 return min(0.5, wait)
             bound = 0.0 if self.budget.cap is None else self.server.worst_cost(request, self.tier)
             if not self.budget.reserve(bound):
-                self.server.fatal_error = None if self.in_flight else self.budget.exceeded(bound)
+                if not self.in_flight:  # else what these leave of their bounds may do
+                    self.server.fatal_error = self.budget.exceeded(bound)
                 return 0.5
             heapq.heappop(self.waiting)
             flight.attempt = replace(flight.attempt, parameters=self.server.parameters)
@@ -3019,7 +3015,7 @@ class ThreadSender(Sender):
 
     @property
     def _most_at_once(self) -> int:
-        """Under a cap the first call goes alone, so that what a server bills beyond its bound is known from one."""
+        """Under a cap the first call goes alone, so that a bill beyond its bound shows after one call."""
         if self.budget.is_untried:
             return 1
         return int(self.pace.slots) if self.is_proven else min(int(self.pace.slots), MOST_UNPROVEN)
@@ -3034,7 +3030,7 @@ class ThreadSender(Sender):
         if cost is None and response.may_be_billed and self.server.knows_price:
             unconfirmed = flight.bound or self.server.worst_cost(request, self.tier)
         self.budget.settle(flight.bound, cost, unconfirmed)
-        flight.attempt = flight.attempt.returned(response, cost, unconfirmed)
+        flight.attempt = flight.attempt.after_call(response, cost, unconfirmed)
         outcome, reason = self.server.judge(response, request, flight.attempt.parameters)
         self.limited_since = min(self.limited_since, now) if outcome is Outcome.LIMITED else math.inf
         if outcome in {Outcome.ANSWERED, Outcome.REFUSED, Outcome.FAILED}:
@@ -3044,30 +3040,31 @@ class ThreadSender(Sender):
             return replace(flight.attempt, problem=reason, is_splittable=outcome is not Outcome.FAILED)
         wait, flight.due = requested_wait(response.headers), now
         if max(wait, now - self.limited_since) > LONGEST_WAIT:
+            outcome = Outcome.FATAL
             self.server.fatal_error = self.server.fatal_error or ProviderError(long_wait_line(self.server.host, wait))
-        elif outcome is Outcome.TRANSIENT:
+        if outcome is Outcome.TRANSIENT:
             problem = self._note_failure(flight, reason, now)
             if problem:
                 return replace(flight.attempt, problem=problem, is_splittable=False)
             flight.due = now + (wait or backoff(flight.failures, self.pace.jitter()))
-        elif outcome is Outcome.LIMITED:
+        if outcome is Outcome.LIMITED:
             known = self.pace.resume_at
             self.pace.refuse(wait, flight.departure, now)
-            if self.pace.resume_at > max(now + 30, known + 1):  # shorter waits, and those told before, are not news
+            if self.pace.resume_at > max(now + 30, known + 1):  # short waits, and those reported already, are no news
                 self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.")
-        elif outcome is Outcome.SUSPECT:
+        if outcome is Outcome.SUSPECT:  # which the second ids are never
             flight.attempt = replace(flight.attempt, request=replace(request, id_set=1))
-        heapq.heappush(self.waiting, flight)  # after an error it only waits to be recorded
+        heapq.heappush(self.waiting, flight)  # after a fatal error only to be recorded
         return None
 
     def _note_failure(self, flight: Flight, reason: str, now: float) -> str:
-        """Why the request is given up, if its retries are used up; the run ends if the server proves to be gone."""
+        """Why the request is given up, if its retries are used up; the run ends if the server turns out to be down."""
         host, retries = self.server.host, self.options.max_retries
         flight.failures += 1
         flight.failed_since = min(flight.failed_since, now)
         self.failures += 1
         self.failing_since = min(self.failing_since, now)
-        # A few failures may be chance even if no retries are allowed.
+        # Nothing has succeeded since this one first failed; a few failures may be chance even without any retries.
         is_gone = self.failing_since <= flight.failed_since and self.failures >= max(5, retries + 1)
         if not self.server.reached and now - self.failing_since > UNREACHABLE_SECONDS:
             line = f"No answer from {host}: {reason}. Check the address and the network"
@@ -3082,8 +3079,15 @@ class ThreadSender(Sender):
         return ""
 
 
+def stopped_attempts(waiting: Iterable[Attempt]) -> Iterator[Attempt]:
+    """Those of the attempts that will not be sent again whose calls may have been billed, to be recorded."""
+    for attempt in waiting:
+        if attempt.calls:
+            yield replace(attempt, body={}, problem="not answered before the stop", is_splittable=False)
+
+
 def long_wait_line(host: str, wait: float) -> str:
-    """For a wait, in seconds, that is too long; or a shorter one, after an hour of nothing but these."""
+    """For a wait, in seconds, that is too long, or a shorter one after an hour of nothing but HTTP 429."""
     if wait <= LONGEST_WAIT:
         return (
             f"{host} has answered nothing but HTTP 429 for an hour; what came back is kept: run the same command later."
@@ -3104,7 +3108,7 @@ ENDED = {"completed", "failed", "expired", "cancelled"}
 QUEUE_FULL = re.compile(r"enqueued token limit|token_limit_exceeded", re.IGNORECASE)
 FIND_SECONDS = 60.0  # how long a job is looked for whose creation was not confirmed: lists may lag behind
 MOST_PAGES = 50  # of a list of jobs, which may claim to have no end
-MOST_LOOKS = 5  # at files that have less than the job says
+MOST_LOOKS = 5  # at files with fewer lines than the job reports
 MOST_BARREN = 3  # jobs in a row that expire or are cancelled with nothing done
 
 
@@ -3120,7 +3124,7 @@ class Job:
     set_aside: float = 0.0  # US dollars
     batch_id: str | None = None
     attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
-    looks: int = 0  # at its files, in vain
+    looks: int = 0  # times that its files were incomplete
 
 
 class FileTooLarge(ProviderError):  # noqa: N818
@@ -3146,11 +3150,18 @@ class JobSender(Sender):
         self.jobs: list[Job] = []
         self.waiting: deque[Attempt] = deque()  # for the next job, because an earlier one left them undone
         self.most_requests = JOB_REQUESTS  # per job; fewer once a file or the account's queue has proved to be smaller
-        self.queue_is_full = False  # until a job ends
+        self.queue_is_full = False  # then nothing is submitted until a job ends
         self.barren = 0  # jobs in a row that did nothing
-        self.completions = 0  # that could be read, whatever they said
+        self.completions = 0  # that could be read, usable or not
 
     def send(self, requests: Queue) -> Generator[Attempt, None, None]:
+        try:
+            yield from self._send(requests)
+        except (EnrichmentError, Stopped):
+            yield from stopped_attempts(self.waiting)
+            raise
+
+    def _send(self, requests: Queue) -> Generator[Attempt, None, None]:
         with self.calls:
             self._resume()
             while self.jobs or self._next(requests):
@@ -3196,17 +3207,19 @@ class JobSender(Sender):
         return [attempt for attempt, request in left if not request]
 
     def _next(self, requests: Queue) -> Request | None:
-        """The request that goes into a job next, which stays."""
+        """The next request for a job, which stays where it is."""
         return self.waiting[0].request if self.waiting else requests.peek()
 
     def _submit(self, requests: Queue) -> None:
         """Submit as many jobs as the requests need and the queue and the budget allow."""
         while self._next(requests) and not self.queue_is_full and not self.stop.is_set():
-            with tempfile.TemporaryFile() as file:
-                job = self._pack(requests, file)
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "requests.jsonl"
+                with path.open("wb") as file:
+                    job = self._pack(requests, file)
                 if not job.attempts:
                     break
-                self._start(job, file)
+                self._start(job, path)
         request = self._next(requests)
         if request and not self.jobs and not self.stop.is_set():
             raise self.budget.exceeded(self.server.worst_cost(request, self.tier))
@@ -3228,11 +3241,12 @@ class JobSender(Sender):
         job.set_aside = self.budget.for_jobs - before
         return job
 
-    def _start(self, job: Job, file: IO[bytes]) -> None:
+    def _start(self, job: Job, path: Path) -> None:
         def upload() -> Response:
-            file.seek(0)
-            files, form = [("file", (f"{job.tag}.jsonl", file))], {"headers": {"Content-Type": "multipart/form-data"}}
-            return self.server.call("/files", {"purpose": "batch"}, files=files, options=form)
+            with path.open("rb") as file:  # of its own, since an upload that was given up may still be reading
+                files = [("file", (f"{job.tag}.jsonl", file))]
+                form = {"headers": {"Content-Type": "multipart/form-data"}}
+                return self.server.call("/files", {"purpose": "batch"}, files=files, options=form)
 
         rows = (row for attempt in job.attempts.values() for row in attempt.request.rows)
         try:
@@ -3260,7 +3274,7 @@ class JobSender(Sender):
         )
 
     def _find(self, job: Job) -> dict[str, Any] | None:
-        """The job among the account's, by its tag; for a minute after it was planned, whatever the list's order."""
+        """The job among the account's, by its tag; looked for until a minute after it was planned, in any order."""
         started = time.monotonic()
         while True:
             for batch in self._all_batches():
@@ -3287,7 +3301,7 @@ class JobSender(Sender):
     def _call(self, call: Callable[[], Response]) -> Response:
         self.calls.start(call)
         while True:
-            returned = self.calls.next(0.2, is_stopping=self.stop.is_set())
+            returned = self.calls.wait_for_one(0.2, is_stopping=self.stop.is_set())
             if returned and self.stop.is_set() and not returned[1].status:
                 raise Stopped
             if returned:
@@ -3332,7 +3346,7 @@ class JobSender(Sender):
                 or (not self.server.reached and passed > UNREACHABLE_SECONDS)
             ):
                 raise self._explain(response, outcome, reason, thing, rows)
-            self._pause(wait or backoff(failures + limits, random.uniform(0.75, 1.25)))
+            self._pause(wait or backoff(failures + limits, draw_jitter()))
             found = self._find(creates) if creates and not is_limited else None
             if found:
                 return found
@@ -3343,8 +3357,8 @@ class JobSender(Sender):
         host = self.server.host
         if response.status in {404, 405} and thing:
             return ProviderError(
-                f"{host} does not know {thing}: use the key and the address that submitted it, or give up what it was "
-                "asked with `forget_jobs`."
+                f"{host} does not know {thing}: use the key and the address that submitted it, or pass `forget_jobs` "
+                "to give up what it was asked."
             )
         if response.status in {404, 405}:
             return ProviderError(f"{host} has no Batch API (HTTP {response.status}): drop `use_batch_api`.")
@@ -3353,7 +3367,7 @@ class JobSender(Sender):
         return self.server.explain(response, rows)
 
     def _poll(self) -> list[tuple[Job, dict[str, Any]]]:
-        """Ask how the jobs are, and return those that have ended."""
+        """Ask for the status of the jobs, and return those that have ended."""
         ended, done = [], 0
         for job in list(self.jobs):
             name = str(job.batch_id)
@@ -3406,7 +3420,7 @@ class JobSender(Sender):
         if job.looks > MOST_LOOKS:
             raise ProviderError(
                 f"Job {job.batch_id} says that it has done {count_of(batch, 'completed')} requests, but its files have "
-                "fewer. It is kept: run the same command later, or give up what it was asked with `forget_jobs`."
+                "fewer. It is kept: run the same command later, or pass `forget_jobs` to give up what it was asked."
             )
 
     def _take_back(self, job: Job, batch: dict[str, Any]) -> None:
@@ -3424,7 +3438,7 @@ class JobSender(Sender):
         raise ProviderError(f"{self.server.host} refused job {job.batch_id}; act on what it says: {quoted}")
 
     def _take_in(self, job: Job, line: dict[str, Any]) -> Iterator[Attempt]:
-        """The attempt that a line of a job's files settles, if it does."""
+        """The attempt that a line of a job's files settles, if any."""
         attempt = job.attempts.get(str(line.get("custom_id")))
         if attempt is None or not isinstance(line.get("response"), dict):
             return
@@ -3434,7 +3448,7 @@ class JobSender(Sender):
         response = Response(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0)
         cost = Prices(job.user_price, request.prompt.model).billed(response, self.tier)
         self.budget.settle_job(0.0, cost or 0.0)
-        attempt = attempt.returned(response, cost, 0.0)
+        attempt = attempt.after_call(response, cost, 0.0)
         outcome, reason = self.server.judge(response, request, job.parameters)
         self.completions += outcome is Outcome.ANSWERED
         again = None if outcome is Outcome.FAILED else request.with_texts
@@ -3476,7 +3490,7 @@ def survey(files: Iterable[IO[bytes]]) -> dict[str, bytes | None]:
 
 
 def reply_mark(line: dict[str, Any]) -> bytes:
-    """What tells a line's reply from another one; b"" if it is an error's."""
+    """Identifies the reply of a line; b"" for an error's."""
     response = line.get("response")
     if not isinstance(response, dict) or response.get("status_code") != 200:
         return b""
@@ -3492,6 +3506,9 @@ def reply_mark(line: dict[str, Any]) -> bytes:
 STORE_ID = 0x656E7263  # "enrc", in SQLite's application_id
 STORE_VERSION = 4
 
+# A change of Question's fields is a new version. A job is open while it has rows in job_requests; its tag is ours, its
+# batch_id the provider's. The notes are unsettled_cost (US dollars that calls in flight may have cost when a run was
+# killed), reached_cap, and for each written file its digests and, if it is a sample, its draw.
 CREATE = f"""
 CREATE TABLE questions (id INTEGER PRIMARY KEY, {", ".join(Question._fields)});
 CREATE TABLE attempts (
@@ -3525,8 +3542,17 @@ WHERE model = ? AND outcome = 'answered' AND calls = 1
 """
 
 
+class Experience(NamedTuple):
+    """What a store's calls of a model tell of those to come."""
+
+    prompt: float = 1.0  # tokens billed per token guessed
+    completion: float = 1.0
+    prevalence: float = USUAL_PREVALENCE  # of the labels, in the answers
+    answers: int = 0
+
+
 class Origin(NamedTuple):
-    """What attempts have sent and what has answered them, where they are alike in that."""
+    """What a group of attempts has in common: what was sent, and what answered."""
 
     questions: tuple[Question, ...]
     most_rows: int  # in a call about these questions
@@ -3550,8 +3576,8 @@ class Store:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.numbers: dict[Question, int] = {}  # of questions, as far as they were used
-        self.unwritten: list[Asked] = []  # an attempt that the file could not take
+        self.numbers: dict[Question, int] = {}  # of the questions used so far
+        self.unwritten: list[Asked] = []  # the last attempt, if the file could not take it
         try:
             with contextlib.suppress(FileExistsError):
                 if path:
@@ -3561,7 +3587,7 @@ class Store:
             raise InputError(f"The store {path} cannot be created ({error}): choose another file.") from None
         try:
             self._open()
-            if path and not path.stat().st_mode & stat.S_IWUSR:  # which root may write to all the same
+            if path and not path.stat().st_mode & stat.S_IWUSR:  # which root could write to all the same
                 raise sqlite3.OperationalError("readonly")
         except (OSError, sqlite3.Error) as error:
             self.db.close()
@@ -3577,9 +3603,7 @@ class Store:
         self.file = path.stat() if path else None
 
     def _open(self) -> None:
-        # Exclusive, so that two runs never pay for the same rows. WAL: a commit costs no wait for the disk.
-        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
-            self.db.execute(f"PRAGMA {pragma}")
+        self.db.execute("PRAGMA locking_mode = EXCLUSIVE")  # so that two runs never pay for the same rows
         with self.db:
             self.db.execute("BEGIN IMMEDIATE")
             found = tuple(
@@ -3592,6 +3616,9 @@ class Store:
                     self.db.execute(statement)
             elif found != (STORE_ID, STORE_VERSION):
                 raise sqlite3.DatabaseError("of another version" if found[0] == STORE_ID else "another program's")
+        # So that a commit costs no wait for the disk; only now, since it changes a file that may be another program's.
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL"):
+            self.db.execute(f"PRAGMA {pragma}")
 
     def __enter__(self) -> Store:
         return self
@@ -3612,20 +3639,20 @@ class Store:
             ) from None
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        """As `_translate_errors`, but notice a file that is gone or another one, into which nothing would ever come."""
+        """As `_translate_errors`, but notice a file that was deleted or replaced, into which nothing would come."""
         with contextlib.suppress(OSError):
             if self.file is None or os.path.samestat(os.stat(str(self.path)), self.file):  # noqa: PTH116 # for each call
                 return self._translate_errors()
         raise EnrichmentError(
-            f"The store {self.path} was deleted or replaced while this run went on: nothing more is sent; the output "
+            f"The store {self.path} was deleted or replaced during this run: nothing more is sent; the output "
             "has all that came back. Make that the input of the next run, and nothing is paid twice."
         )
 
     def known(self, prompt: Prompt, table: Table, answers: bool = True) -> tuple[Cells, IntArray]:
-        """The cells of the table's distinct rows, and for each the attempt that answered it; 0: none did.
+        """The cells of the table's distinct rows, and for each the attempt that answered it; 0: none in the file did.
 
-        A cell is the newest answer, whatever was asked with it, else IN_JOB. Without `answers` only what open jobs have
-        been asked.
+        A cell is its newest answer, whichever labels were asked together; else IN_JOB, if an open job has been asked;
+        else BLANK. Without `answers` only jobs count.
         """
         import numpy as np
 
@@ -3651,7 +3678,7 @@ class Store:
                 yield attempt, tuple(stored[number] for number in numbers.split()), row_keys, answers
 
     def _questions(self) -> dict[str, Question]:
-        """The questions by their numbers; SQLite has no truth values of its own."""
+        """The questions by their numbers; SQLite has no booleans."""
         found = ((number, Question._make(values)) for number, *values in self.db.execute("SELECT * FROM questions"))
         return {str(n): q._replace(sends_label=bool(q.sends_label), is_audit=bool(q.is_audit)) for n, q in found}
 
@@ -3670,7 +3697,8 @@ class Store:
                 if question.label not in asked or question.is_audit:
                     continue
                 place, ours = asked[question.label]
-                # An existing label is part of a row's key, so rows are matched only if both have one, or neither.
+                # An existing label is part of a row's key, so rows are matched only if both have one, or neither; else
+                # it cannot be told which rows they were, and all are counted.
                 is_matched = question.sends_label == ours.sends_label
                 rows = int(wanted[places[places >= 0], place].sum()) if is_matched else len(places)
                 counts.setdefault(explain_difference(question, ours), np.zeros(len(asked), int))[place] += rows
@@ -3696,12 +3724,12 @@ class Store:
         ]
 
     def record(self, attempt: Attempt, answers: Mapping[Row, str]) -> None:
-        """Keep what came of an attempt; if the file takes it not, at least for as long as the run lasts."""
+        """Keep what came of an attempt; if the file cannot take it, in memory for the rest of the run."""
         request, body, usage = attempt.request, attempt.body, attempt.usage
         row_keys, given = b"".join(row.key for row in answers), "".join(answers.values())
         self.unwritten = [(0, request.prompt.questions, row_keys, given)] if answers else []
         with self._writing():
-            has_texts = all(row.text for row in request.rows)  # else it is an earlier run's
+            has_texts = all(row.text for row in request.rows)  # else it is of an earlier run's job
             values = {
                 "ended_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "seconds": attempt.seconds,
@@ -3761,7 +3789,7 @@ class Store:
             self.db.execute("UPDATE jobs SET batch_id = ? WHERE tag = ?", (job.batch_id, job.tag))
 
     def forget_job(self, job: Job) -> None:
-        """There is nothing more to be had from it."""
+        """Nothing more can be collected from it."""
         with self._writing():
             self.db.execute("DELETE FROM job_requests WHERE job IN (SELECT id FROM jobs WHERE tag = ?)", (job.tag,))
 
@@ -3787,7 +3815,7 @@ class Store:
         return list(jobs.values())
 
     def note(self, name: str, value: object) -> None:
-        """Keep a value under a name, in place of what it had."""
+        """Keep a value under a name, replacing the earlier one."""
         with self._writing():
             self.db.execute(NOTE, (name, value))
 
@@ -4268,21 +4296,21 @@ def compare_with_gold(
 # --- Report -----------------------------------------------------------------------------------------------
 #
 # A record that is filled as the run goes; then lines, JSON and attributes, which only render it. All of it is about the
-# rows that were requested, unless it says otherwise.
+# rows that were requested, unless stated otherwise.
 
 SHOWN_BLANK_ROWS = 20
 ATTRIBUTE_ROWS = 100  # in a frame's attrs, which pandas copies at each operation
-SHOWN_VALUES = 10  # of the column that shares are broken down by, and of rows that differ
+SHOWN_VALUES = 10  # at most, of the column that shares are broken down by, and of rows that differ
 UNKNOWN_PRICE = "unknown: no price of {!r} is known (pass `price`)"
 RECENT_REPLIES = 200
-LEAST_USEFUL = 0.1  # of the recent replies: with fewer than that, splitting only costs more
+LEAST_USEFUL = 0.1  # of the recent replies: below that, sending rows again only adds cost
 OPENAI_WOULD_BILL = "what OpenAI would bill"  # said of a server on this machine
 IN_A_JOB = "in a Batch API job that has not been collected"
 
 
 @dataclass
 class Report:
-    """What a run has to tell. Money is in US dollars; unless it says otherwise, a number is one of rows."""
+    """What a run has to tell. Money is in US dollars; numbers count rows, unless stated otherwise."""
 
     options: Options
     host: str
@@ -4296,8 +4324,8 @@ class Report:
     example_rows: int = 0
     in_jobs: int = 0  # that only wait for open jobs
     pending: int = 0  # to send
-    distinct: int = 0  # of these, counting equal ones once
-    batches: int = 0  # how many of them
+    distinct: int = 0  # of the pending rows, counting equal ones once
+    batches: int = 0  # to send
     lacks: tuple[bool, ...] | None = None  # which labels are sent, if those are the same for all rows
     audited: int = 0  # to send for the audit
     # What was done.
@@ -4305,7 +4333,7 @@ class Report:
     attempts: int = 0
     answered: int = 0  # counting equal ones once
     call_seconds: float = 0.0  # the calls' own durations, summed
-    seconds: float = 0.0  # by the clock on the wall
+    seconds: float = 0.0  # wall-clock time
     usage: Usage = field(default_factory=Usage)
     cost: float = 0.0
     unconfirmed_cost: float = 0.0
@@ -4318,11 +4346,11 @@ class Report:
     labelled_rows: int = 0
     rest_cost: float = 0.0  # about, of the rows that are still to be sent
     blank_rows: dict[int, str] = field(default_factory=dict)  # row number -> reason, of those that have a text
-    lines: dict[int, int] = field(default_factory=dict)  # row number -> line of the file, of the blank rows
+    line_numbers: dict[int, int] = field(default_factory=dict)  # row number -> line of the file, of the blank rows
     labels: dict[str, LabelCount] = field(default_factory=dict)
-    table_labels: dict[str, LabelCount] = field(default_factory=dict)  # the same of all rows of the table
+    table_labels: dict[str, LabelCount] = field(default_factory=dict)  # the same for all rows of the table
     shares: dict[str, dict[str, float]] = field(default_factory=dict)  # label -> value of the `by` column -> share
-    # What the store adds, and quality.
+    # What the run adds from the store and from checking labels.
     keeps_answers: bool = True
     spent_before: float = 0.0  # by earlier runs on this store
     totals: dict[str, Any] = field(default_factory=dict)  # of all runs on this store
@@ -4345,7 +4373,7 @@ class Report:
 
     def add(self, attempt: Attempt, answers: Mapping[Row, str], problems: Mapping[Row, str]) -> None:
         self.calls += attempt.calls
-        self.attempts += 1
+        self.attempts += bool(attempt.calls)
         self.answered += len(answers)
         self.call_seconds += attempt.seconds
         self.usage = Usage(*map(operator.add, self.usage, attempt.usage or Usage()))
@@ -4368,7 +4396,7 @@ class Report:
             number: IN_A_JOB if waiting[number] else self.failed.get(table.key(number), "not answered yet")
             for number in blank.nonzero()[0].tolist()
         }
-        self.lines = dict(zip(self.blank_rows, table.line_numbers(self.blank_rows), strict=False))
+        self.line_numbers = dict(zip(self.blank_rows, table.line_numbers(self.blank_rows), strict=False))
         self.labelled_rows = int((requested & complete(cells)).sum())
         self.labels = count_labels(cells[requested], labels)
         self.table_labels = count_labels(cells, labels)
@@ -4376,7 +4404,7 @@ class Report:
             self.shares = shares_by(cells[requested], labels, list(compress(table.by_values, requested)))
 
     def note_origins(self, of_cells: IntArray, origins: Sequence[Origin]) -> None:
-        """From an index into `origins`, counted from 1, for each cell of the table that a model gave; else 0."""
+        """Count the rows with a cell from each origin; `of_cells` has an index into `origins`, from 1, or 0."""
         has = [(of_cells == index).any(axis=1) for index in range(1, 1 + len(origins))]
 
         def rows_by(kind: Callable[[Origin], Any]) -> dict[Any, int]:
@@ -4470,6 +4498,29 @@ def plan_lines(report: Report, stale: Sequence[str], sender: type[Sender]) -> li
     ]
 
 
+def estimate_lines(requests: Iterable[Request], seen: Experience, server: Server) -> list[str]:
+    """What requests would take: by the tokenizer's rules, and by how calls so far were billed."""
+    prompt = completion = 0.0
+    count = 0
+    for request in requests:
+        count += 1
+        prompt += prompt_tokens(request, server.parameters) * seen.prompt
+        completion += usual_answer_tokens(request, seen.prevalence) * seen.completion
+    each = Usage(prompt=round(prompt / max(1, count)), completion=round(completion / max(1, count)))
+    prices = [server.prices.of(each, sender.tier) for sender in (ThreadSender, JobSender)]
+    live, in_jobs = (None if price is None else dollars(price * count) for price in prices)
+    note = f" ({OPENAI_WOULD_BILL})" if server.is_local and server.prices.user is None else ""
+    cost = f"about {live}, with `use_batch_api` {in_jobs}{note}"
+    cost = UNKNOWN_PRICE.format(server.model) if live is None else cost
+    basis = f"as in {seen.answers:,} answers so far" if seen.answers else "a guess, as long as there are no answers"
+    return [
+        f"Estimated tokens (schema included): {round(prompt):,} in, {round(completion):,} out",
+        f"Assumed: a label applies to {seen.prevalence:.1%} of the texts ({basis})",
+        f"Estimated cost: {cost}",
+        "Dry run: nothing was sent, nothing was written",
+    ]
+
+
 def closing_lines(report: Report) -> list[str]:
     failed = {number: reason for number, reason in report.blank_rows.items() if reason != IN_A_JOB}
     waiting = len(report.blank_rows) - len(failed)
@@ -4479,7 +4530,9 @@ def closing_lines(report: Report) -> list[str]:
     if failed:
         lines.append(f"✗ Enrichment finished, rows left blank (sent again by the next run): {len(failed)}")
     for number, reason in itertools.islice(failed.items(), SHOWN_BLANK_ROWS):
-        lines.append(f"  row {number}{f' (line {report.lines[number]})' if report.lines else ''}: {reason}")
+        lines.append(
+            f"  row {number}{f' (line {report.line_numbers[number]})' if report.line_numbers else ''}: {reason}"
+        )
     if len(failed) > SHOWN_BLANK_ROWS:
         lines.append(f"  and {len(failed) - SHOWN_BLANK_ROWS} more")
     if report.unsplit:
@@ -4488,8 +4541,8 @@ def closing_lines(report: Report) -> list[str]:
         lines.append("✓ Enrichment complete!" if report.labelled_rows else "✗ No row was labelled: none has a text")
     if report.options.output_filepath is not None:
         lines.append(f"✓ Enriched dataset saved to {report.options.output_filepath}")
-    # A row that was answered would have been a call of its own.
-    saved = report.pending - len(report.blank_rows) + report.audited - report.calls
+    # A row that was answered would have been a call of its own, also one that had waited in a job.
+    saved = report.pending + report.in_jobs - len(report.blank_rows) + report.audited - report.calls
     lines.append(f"✓ Total API calls made: {report.calls}" + (f" (saved {saved} API calls!)" if saved > 0 else ""))
     speedup = round(report.call_seconds / report.seconds, 1) if report.calls else 0
     if speedup >= 1:
@@ -4521,7 +4574,7 @@ def cost_words(report: Report) -> str:
 
 
 def dollars(amount: float) -> str:
-    """More places where there is less of it.
+    """More decimals for smaller amounts.
 
     dollars(1234.5) == "$1,234.50"
     dollars(0.000411) == "$0.000411"
@@ -4531,15 +4584,16 @@ def dollars(amount: float) -> str:
 
 def summary_lines(report: Report) -> Iterator[str]:
     advice = "check some by hand" + (", or try `answer_form` each" if report.options.answer_form == "list" else "")
-    for label, (ones, zeros, blank) in report.labels.items():
+    for label, count in report.labels.items():
+        ones, zeros, blank = count
         share = f" ({ones / (ones + zeros):.1%})" if ones + zeros else ""
-        often = too_often(report.labels[label])
+        often = too_often(count)
         note = f": {often}; {advice}" if often else ""
         yield f"{label}: {ones}/{ones + zeros}{share}{f', {blank} blank' if blank else ''}{note}"
 
 
 def too_often(count: LabelCount) -> str:
-    """Where a label applies to hardly believably many rows, how many; else ""."""
+    """A phrase if a label applies to implausibly many rows, else ""."""
     rows = count.ones + count.zeros
     if rows >= 10 and count.ones == rows:
         return "in every row"
@@ -4573,7 +4627,7 @@ def table_lines(report: Report) -> list[str]:
 
 
 def gold_lines(report: Report) -> list[str]:
-    """What people's labels say of the model's."""
+    """How the model's labels compare with people's."""
     figures, lines = report.figures, [""]
     if "gold" not in figures:
         return []
@@ -4696,7 +4750,7 @@ def run_record(report: Report) -> dict[str, Any]:
         "counts_of_the_whole_table": {label: count._asdict() for label, count in report.table_labels.items()},
         "shares_by": {"column": options.by_column, "shares": report.shares} if report.shares else None,
         "blank_rows": [
-            {"row": number, "line": report.lines.get(number), "reason": reason}
+            {"row": number, "line": report.line_numbers.get(number), "reason": reason}
             for number, reason in report.blank_rows.items()
         ],
         **report.figures,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -90,6 +91,13 @@ def test_a_run_that_labels_no_row_is_not_called_complete(
     assert "✗ No row was labelled: none has a text\n" in printed
 
 
+def test_rows_that_wait_in_a_job_hide_no_saved_calls(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.server.job_seconds = 60
+    job.write(make_texts(50)).enrich(use_batch_api=True, no_wait=True)
+    assert job.write(make_texts(100)).command() == 3
+    assert "Total API calls made: 5 (saved 45 API calls!)\n" in capsys.readouterr().out
+
+
 def test_saved_calls_count_rows_that_are_sent_twice_twice(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     assert job.write(make_texts(38)).command("--audit", "10") == 0
     assert "Total API calls made: 14 (saved 34 API calls!)\n" in capsys.readouterr().out
@@ -148,7 +156,7 @@ WRONG = {
         "The label 'racist,sexist' has a comma in it: separate labels by spaces.",
     ),
     "label with a comma": (["--labels", "racist,", "sexist"], "separate labels by spaces"),
-    "label with blanks": (["--labels", "racist "], "The label 'racist ' begins or ends with a blank"),
+    "label with blanks": (["--labels", "racist "], "The label 'racist ' begins or ends with whitespace"),
     "labels that differ in case": (
         ["--labels", "racist", "Racist"],
         "The labels 'racist' and 'Racist' differ only in case",
@@ -355,3 +363,9 @@ def test_a_label_that_is_in_nearly_every_row_is_marked(job: Job, capsys: pytest.
     assert "praising_violence: 60/62 (96.8%): in nearly every row; check some by hand" in capsys.readouterr().out
     assert job.write(["violence", "violence again"]).command() == 0
     assert "praising_violence: 2/2 (100.0%)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "words"), [({"model": None}, "model is blank"), ({"labels": None}, "No labels")])
+def test_none_for_what_has_to_be_given_is_refused(job: Job, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(module.InputError, match=words):
+        job.write(["cake"]).enrich(**given)

@@ -374,7 +374,7 @@ class TestNeverForNothing:
         [
             ("garbage", "the answer was not valid JSON"),
             ("refusal", "the model refused to answer"),
-            ("strange-ids", "its id was missing from the answer"),
+            ("strange-ids", "its id was missing from the answer, or repeated"),
         ],
     )
     @pytest.mark.one_form

@@ -72,7 +72,7 @@ class TestOverwriting:
         admit = job.server.admit
         job.server.admit = lambda tokens: job.output.write_text("mine") and admit(tokens)  # type: ignore[method-assign,func-returns-value]
         assert job.command() == 1
-        assert "was changed while this run went on, and is left as it is" in capsys.readouterr().err
+        assert "was changed during this run, and is left as it is" in capsys.readouterr().err
         assert job.output.read_text() == "mine"
         job.output.unlink()
         assert job.command() == 0
@@ -152,6 +152,16 @@ class TestRefused:
         link = path.with_name("link.csv")
         link.hardlink_to(path)
         refused(job, capsys, other, str(path), "--output", str(link))
+
+    def test_but_a_coded_sample_may_grow_however_its_path_is_spelled(
+        self, job: Job, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = Path(f"{job.output}.sample.csv")
+        job.write(make_texts(20)).enrich(sample=5)
+        path.write_text(path.read_text(encoding="utf-8-sig").replace(",,,", ",1,0,0"), encoding="utf-8")
+        monkeypatch.chdir(path.parent)
+        frame = job.enrich(sample=10, gold=path.name)
+        assert frame.attrs["enrichment"]["corrected_shares"][LABELS[0]]["coded"] == 5
 
     @pytest.mark.parametrize("flag", ["--codebook", "--api-key-file"])
     def test_the_codebook_and_the_key_file(self, job: Job, flag: str, capsys: pytest.CaptureFixture[str]) -> None:

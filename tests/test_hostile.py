@@ -130,7 +130,9 @@ class TestTime:
         job.check()
         assert time.monotonic() - started < 30
 
-    @pytest.mark.parametrize(("fault", "more"), [("drip-header", ()), ("drip-blanks", ("--batch-api",))])
+    @pytest.mark.parametrize(
+        ("fault", "more"), [("drip-header", ()), ("drip-body", ()), ("drip-blanks", ("--batch-api",))]
+    )
     def test_ctrl_c_ends_it_all_the_same_with_the_csv_written(
         self, job: Job, fault: str, more: tuple[str, ...]
     ) -> None:
@@ -366,7 +368,7 @@ class TestDisk:
 
         job.server.admit = delete  # type: ignore[method-assign]
         assert job.write(make_texts(200)).command("--max-workers", "1") == 1
-        assert "was deleted or replaced while this run went on: nothing more is sent" in capsys.readouterr().err
+        assert "was deleted or replaced during this run: nothing more is sent" in capsys.readouterr().err
         assert len(job.server.calls) <= 7
         labelled = len([cells for cells in job.cells if "" not in cells])
         assert labelled >= 10 * (len(job.server.calls) - 1)
@@ -385,7 +387,7 @@ class TestDisk:
 
         job.server.admit = replace  # type: ignore[method-assign]
         assert job.write(make_texts(200)).command("--max-workers", "1") == 1
-        assert "was deleted or replaced while this run went on: nothing more is sent" in capsys.readouterr().err
+        assert "was deleted or replaced during this run: nothing more is sent" in capsys.readouterr().err
         assert len(job.server.calls) <= 7
         labelled = len([cells for cells in job.cells if "" not in cells])
         assert labelled >= 10 * (len(job.server.calls) - 1)
@@ -470,7 +472,7 @@ class TestJobs:
         else:
             job.server.broken_files.append("gone")
         assert job.command("--batch-api", "--poll-interval", "0.05") == 1
-        assert "give up what it was asked with --forget-jobs" in capsys.readouterr().err
+        assert "pass --forget-jobs to give up what it was asked" in capsys.readouterr().err
         before = len(job.server.calls)
         assert job.command("--forget-jobs", "--max-cost", "1") == 0
         assert "Job batch_1 is given up: 2 requests." in (captured := capsys.readouterr()).err
@@ -488,6 +490,17 @@ class TestJobs:
         with pytest.raises(module.BudgetExceeded, match=rf"set aside: \{module.dollars(set_aside)}"):
             job.write(make_texts(150)).enrich(max_cost=set_aside * 1.01)
         assert not job.server.calls
+
+    @pytest.mark.one_form
+    def test_what_a_job_has_billed_is_kept_though_the_cap_ends_the_run_before_it_is_sent_again(self, job: Job) -> None:
+        """Answers that were cut off at our bound, by a tokenizer with a byte per token."""
+        job.server.bytes_per_token = 1
+        job.write(make_texts(30))
+        with pytest.raises(module.BudgetExceeded):
+            job.enrich(**FAST, answer_form="each", max_cost=0.0012)
+        assert 3 < len(job.server.calls) < 9
+        with module.Store(job.store) as store:
+            assert store.money()[0] == pytest.approx(price(job.server.calls) / 2)
 
     def test_a_job_is_billed_at_the_price_at_which_it_was_ordered(self, job: Job) -> None:
         job.server.job_seconds = 0.2
@@ -667,6 +680,16 @@ class TestQuotes:
         errors = capsys.readouterr().err
         assert "nobody" not in errors.casefold()
         assert "(left out, since it repeats a part of what was sent)" in errors
+
+    @pytest.mark.parametrize(("body", "words"), [({"detail": "Not on Sundays."}, "It says: Not on Sundays."), ({}, "")])
+    def test_what_other_servers_call_the_message_is_told_and_nothing_else(
+        self, job: Job, body: dict[str, str], words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.server.script.append((401, {}, body))
+        assert job.write(["cake"]).command() == 1
+        errors = capsys.readouterr().err
+        assert words in errors
+        assert ("It says" in errors) == bool(words)
 
     def test_the_param_that_a_server_names_is_told(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         job.server.script.append((403, {}, error_body("No.", code="archived", param="metadata.team")))

@@ -222,7 +222,7 @@ class TestUnhappyEnds:
             3: "the model refused to answer",
             17: "the answer was not valid JSON",
             25: "stopped by the provider's content filter",
-            35: "its id was missing from the answer",
+            35: "its id was missing from the answer, or repeated",
         }
 
     def test_a_request_on_which_the_server_fails_is_asked_again_whole(self, job: Job) -> None:

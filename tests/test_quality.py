@@ -76,7 +76,7 @@ class TestCodebook:
         [
             ('{"a": "b"}', ["--labels", "c"], "The label 'c' is not in"),
             ('{"a": "b", "a": "c"}', [], "The label 'a' appears more than once"),
-            ('{"a": 1}', [], "The definition of 'a' must be a text that is not empty"),
+            ('{"a": 1}', [], "The definition of 'a' must be a non-empty string"),
             ('{"a": ', [], "is not valid JSON"),
             ("name,meaning\na,b\n", [], "The column 'label' is not in the header of"),
             ("", [], "is empty: a CSV with a header line was expected"),
@@ -111,14 +111,14 @@ class TestCodebook:
         assert '"racist": attacks people, because of racé\n' in system_message(job)
         path.write_text("label,definition\nracist, \n")
         assert module.main(given) == 2
-        assert "The definition of 'racist' must be a text that is not empty" in capsys.readouterr().err
+        assert "The definition of 'racist' must be a non-empty string" in capsys.readouterr().err
 
     def test_without_labels_and_codebook_there_is_nothing_to_do(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert module.main(["--input", "a", "--output", "b", "--text-column", "c"]) == 2
         assert "pass --labels NAME ..., or --codebook FILE." in capsys.readouterr().err
 
     def test_definitions_are_texts(self, job: Job) -> None:
-        with pytest.raises(module.InputError, match="The definition of 'a' must be a text"):
+        with pytest.raises(module.InputError, match="The definition of 'a' must be a non-empty string"):
             job.write(["cake"]).enrich({"a": 1})  # type: ignore[dict-item]
 
 
@@ -184,7 +184,9 @@ class TestExamples:
             (f"text,{','.join(LABELS[:2])}\na,1,0\n", "has a blank for 'sexual_harassment'"),
             (f"text,{','.join(LABELS)}\n,1,0,0\n", "has a blank for 'text'"),
             ("words\na\n", "The text column 'text' is not in the header of"),
-            (f"text,{','.join(LABELS)}\n{'a' * 20_000},1,0,0\n", "20,014 characters, and at most 20,000 are sent"),
+            (f"text,{','.join(LABELS)}\n{'a' * 20_000},1,0,0\n", r"are too many: 20,014 characters \(at most 20,000"),
+            (f"text,{','.join(LABELS)}\n" + "".join(f"{n},1,0,0\n" for n in range(901)), r"rows: 901 \(at most 900\)"),
+            (f"text,{','.join(LABELS)}\na,1,0,0\na,0,0,0\n", "have one text with different labels"),
         ],
     )
     def test_ones_that_cannot_be_used_are_refused(self, job: Job, content: str, words: str) -> None:
@@ -524,7 +526,7 @@ class TestRecord:
         assert {part["model"]: part["rows"] for part in record["served"]} == {
             "gpt-4o-mini-2024-07-18": 39, "gpt-4o-mini-2026-12-01": 1,
         }  # fmt: skip
-        told = "gpt-4o-mini was answered by gpt-4o-mini-2024-07-18 and is now by gpt-4o-mini-2026-12-01"
+        told = "gpt-4o-mini was answered by gpt-4o-mini-2024-07-18, and now by gpt-4o-mini-2026-12-01"
         assert capsys.readouterr().err.count(told) == 1
 
     def test_it_tells_the_requested_rows_from_those_of_the_table_and_hashes_what_was_read(self, job: Job) -> None:

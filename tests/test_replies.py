@@ -53,8 +53,8 @@ def test_a_good_answer_is_read(content: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({A: [], C: [SECOND, THIRD]}, "its id was missing from the answer"),
-        ({A: [], "150": [FIRST], C: [SECOND, THIRD]}, "its id was missing from the answer"),
+        ({A: [], C: [SECOND, THIRD]}, "its id was missing from the answer, or repeated"),
+        ({A: [], "150": [FIRST], C: [SECOND, THIRD]}, "its id was missing from the answer, or repeated"),
         (WHOLE | {B: ["other"]}, "its answer had an unknown label"),
         (WHOLE | {B: [FIRST.upper()]}, "its answer had an unknown label"),
         (WHOLE | {B: [1]}, "its answer had an unknown label"),
@@ -70,7 +70,7 @@ def test_only_the_row_concerned_has_a_problem(changed: dict[str, Any], reason: s
 
 def test_an_id_given_twice_is_not_believed() -> None:
     content = json.dumps(WHOLE)[:-1] + f', "{B}": []}}'
-    assert read(content) == ({"a": "000", "c": "011"}, {"b": "its id was missing from the answer"})
+    assert read(content) == ({"a": "000", "c": "011"}, {"b": "its id was missing from the answer, or repeated"})
 
 
 @pytest.mark.parametrize(

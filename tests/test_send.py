@@ -240,6 +240,15 @@ def test_the_pace_never_passes_a_known_limit(calls: list[tuple[float, int]]) -> 
 # --- Dialects
 
 
+def test_a_bound_that_is_too_large_for_the_model_is_kept_and_the_batch_is_split(job: Job) -> None:
+    words = "max_completion_tokens is too large: 85000. This model supports at most 16384 completion tokens."
+    job.server.script.append((400, {}, error_body(words, param="max_completion_tokens")))
+    job.write(make_texts(10)).enrich()
+    job.check()
+    assert len(job.server.calls) == 3
+    assert all("max_completion_tokens" in call.body for call in job.server.calls)
+
+
 @pytest.mark.parametrize(
     ("refused", "model", "lost"),
     [

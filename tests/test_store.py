@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sqlite3
 import stat
@@ -87,6 +88,14 @@ class TestNotAStore:
             job.enrich()
         assert job.store.read_text().startswith("my notes")
 
+    def test_another_programs_database_is_refused_and_not_touched(self, job: Job) -> None:
+        with contextlib.closing(sqlite3.connect(job.store)) as db:
+            db.execute("CREATE TABLE notes (text)")
+        before = job.store.read_bytes()
+        with pytest.raises(module.InputError, match="is not an answer store"):
+            job.write(["cake"]).enrich()
+        assert job.store.read_bytes() == before
+
     @pytest.mark.parametrize(
         ("change", "words"),
         [("user_version = 99", "another version of this program"), ("application_id = 7", "is not an answer store")],
@@ -124,10 +133,10 @@ class TestFailing:
 SECOND = {
     "server": ({}, "are from {server}; this run asks {other}"),
     "model": ({"model": "gpt-6-luna"}, "are from gpt-4o-mini; this run asks gpt-6-luna"),
-    "definition": ({"labels": {LABELS[0]: "a meaning"}}, "had another definition of 'praising_violence'"),
+    "definition": ({"labels": {LABELS[0]: "a meaning"}}, "had no definition of 'praising_violence'"),
     "instructions": ({"instructions": "Be strict."}, "had no instructions"),
     "examples": ({"examples": pd.DataFrame([["tram", 0, 0, 0]], columns=["text", *LABELS])}, "had no examples"),
-    "label column": ({"label_column": "id"}, "were given without an existing label"),
+    "label column": ({"label_column": "id"}, "were asked without an existing label"),
 }
 
 

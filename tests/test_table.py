@@ -78,7 +78,7 @@ REFUSED = {
     "too-short": (b"id,text\n1\n", "line 2: this record has 1 fields"),
     "trailing-delimiter": (b"id,text\n1,2,\n", "line 2: this record has 3 fields"),
     "torn-by-cr": (b"id,text\n1,a\rb\n", "line 3: this record has 1 fields"),
-    "unclosed-quote": (b'id,text\n1,a\n2,"b\n3,c\n', "a quote is opened and never closed"),
+    "unclosed-quote": (b'id,text\n1,a\n2,"b\n3,c\n', "line 3: a quote in this record is never closed"),
     "no-such-column": (b"id,body\n1,2\n", "is not in the header of .*which has 'id', 'body'"),
     "doubled-column": (b"text,text\n1,2\n", "appears more than once in the header"),
     "empty": (b"", "is empty"),
