@@ -1902,17 +1902,19 @@ def first_parameters(model: str, must_be_bounded: bool) -> Parameters:
 def fall_back(parameters: Parameters, message: str) -> tuple[Parameters, str] | None:
     """The parameters without what a 400 or 422 refused, and a name for the change; None if it refused none of them."""
     message, extras = message.lower(), parameters.extras
-    if "temperature" in extras and "temperature" in message:
-        extras = {name: value for name, value in extras.items() if name != "temperature"}
-        return replace(parameters, extras=extras), "no temperature"
-    if "reasoning_effort" in extras and re.search("reasoning[._]effort", message):
+    refused = next((name for name in extras if re.search(name.replace("_", "[._]"), message)), "")
+    kept = {name: value for name, value in extras.items() if name != refused}
+    if refused == "reasoning_effort":
         # The least effort that the message offers. A model that reasons takes no temperature, and needs room.
         offered = message.partition("supported values")[2]
-        lower_efforts = EFFORTS[EFFORTS.index(extras["reasoning_effort"]) + 1 :]
+        lower_efforts = EFFORTS[EFFORTS.index(extras[refused]) + 1 :]
         effort = next((each for each in lower_efforts if f"'{each}'" in offered), None)
-        extras = {"reasoning_effort": effort} if effort else {}
-        lower = replace(parameters, extras=extras, reasoning_room=REASONING_ROOM)
+        kept = {name: value for name, value in kept.items() if name != "temperature"}
+        kept |= {refused: effort} if effort else {}
+        lower = replace(parameters, extras=kept, reasoning_room=REASONING_ROOM)
         return lower, f"reasoning effort {effort!r}" if effort else "no reasoning effort"
+    if refused:
+        return replace(parameters, extras=kept), f"no {refused}"
     if parameters.completion_bound and parameters.completion_bound in message:
         other = "max_tokens" if parameters.completion_bound == "max_completion_tokens" else None
         return replace(parameters, completion_bound=other), other or "no bound on completions"
