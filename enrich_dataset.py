@@ -685,7 +685,7 @@ class Run:
     def end_if_useless(self) -> None:
         """End the run if no call has given an answer that can be used."""
         report = self.report
-        if report.calls >= MOST_USELESS_CALLS and not report.answered:
+        if len(report.recent) >= MOST_USELESS_REPLIES and not report.answered:
             kinds = ", ".join(f"{reason} ({count})" for reason, count in report.problems.most_common(3))
             self.server.fatal_error = self.server.fatal_error or ProviderError(
                 f"No call of this run has given an answer that can be used; rows by what came: {kinds}. Try another "
@@ -741,7 +741,8 @@ class Run:
     def draw_audit(self, prompt: Prompt, labelled: BoolArray) -> tuple[IntArray, IntArray]:
         """The rows to audit, drawn from those that the model labelled, and which of them have to be sent."""
         numbers, _ = self.population(labelled)
-        order = permanent_numbers(map(self.table.key, numbers), self.options.seed).argsort()
+        keys = map(self.table.key, numbers) if self.options.audit else ()  # a million digests take seconds
+        order = permanent_numbers(keys, self.options.seed).argsort()
         numbers = numbers[order[: self.options.audit]]
         known = self.store.known(prompt, self.table)[0][self.table.key_indexes[numbers]]
         return numbers, numbers[(known == BLANK).any(axis=1)]
@@ -837,7 +838,7 @@ class Run:
 
 
 SAVE_SECONDS = 60.0
-MOST_USELESS_CALLS = 40  # after which the run ends if none has given an answer that can be used
+MOST_USELESS_REPLIES = 40  # after which the run ends if none has had an answer that can be used
 
 
 def fit_to_table(options: Options, table: Table, requested: BoolArray) -> Options:
@@ -1888,6 +1889,7 @@ class Parameters:
 
 REASONING_ROOM = 8192  # to begin with; the Server raises it to twice what calls are seen to need
 EFFORTS = ("none", "minimal", "low")
+BOUND_TOO_LARGE = "_tokens is too large"
 FORM_WORDS = re.compile(r"response_format|schema|maxitems|structured output|json_object")
 
 
@@ -1915,6 +1917,8 @@ def fall_back(parameters: Parameters, message: str) -> tuple[Parameters, str] | 
         return lower, f"reasoning effort {effort!r}" if effort else "no reasoning effort"
     if refused:
         return replace(parameters, extras=kept), f"no {refused}"
+    if parameters.completion_bound and BOUND_TOO_LARGE in message:
+        return replace(parameters, completion_bound=None), "no bound on completions"
     if parameters.completion_bound and parameters.completion_bound in message:
         other = "max_tokens" if parameters.completion_bound == "max_completion_tokens" else None
         return replace(parameters, completion_bound=other), other or "no bound on completions"
@@ -2090,12 +2094,13 @@ MOST_REDIRECTS = 5
 
 
 def check_origin(request: Any) -> None:
-    """Let nothing be sent to another origin."""
+    """Let nothing be sent to another origin, or round in circles."""
     there = f"{request.url.scheme}://{request.url.netloc.decode()}"
     # A redirect's request has the extensions of the one that was redirected.
     here = request.extensions.setdefault("first_origin", there)
-    if here != there:
-        raise Unacceptable(f"{here} redirects to {there}", Outcome.FATAL)
+    hops = request.extensions["hops"] = request.extensions.get("hops", -1) + 1
+    if here != there or hops > MOST_REDIRECTS:
+        raise Unacceptable(f"{here} redirects to {there if here != there else 'itself without end'}", Outcome.FATAL)
 
 
 def read_reply(response: Any) -> None:
@@ -2130,7 +2135,7 @@ MONEY_CODES = {
     "budget_exceeded",
 }
 TOO_LONG = re.compile(
-    r"context.?(length|size|window)|request too large|too many tokens|prompt is too long|_tokens is too large"
+    rf"context.?(length|size|window)|request too large|too many tokens|prompt is too long|{BOUND_TOO_LARGE}"
 )
 FILTERED = re.compile(r"content.?(filter|policy|management)|responsibleai|invalid_prompt|safety system")
 CLIENT_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -2257,7 +2262,7 @@ class Server:
                 http_client=openai.DefaultHttpxClient(
                     trust_env=not self.is_local,  # a proxy cannot reach this machine's own servers
                     headers={"accept-encoding": "identity"},  # a compressed reply could be of any size
-                    max_redirects=MOST_REDIRECTS,
+                    max_redirects=MOST_REDIRECTS + 1,  # which `check_origin` ends first
                     event_hooks={"request": [check_origin], "response": [read_reply]},
                 ),
             )
@@ -2325,6 +2330,8 @@ class Server:
     def judge(self, response: Response, request: Request, sent_with: Parameters) -> tuple[Outcome, str]:
         """What a response means after all that came before it, and why. FATAL leaves its line in `fatal_error`."""
         outcome, reason = classify(response)
+        if outcome is Outcome.REFUSED and len(request.rows) == 1 and BOUND_TOO_LARGE in error_words(response.body)[1]:
+            outcome, reason = Outcome.UNKNOWN, f"HTTP {response.status}"  # fewer rows do not help: go without the bound
         self.reached |= response.status > 0
         if outcome is Outcome.ANSWERED:
             outcome, reason = self._judge_completion(response, request, sent_with)
@@ -2416,9 +2423,10 @@ class Server:
 
     def explain(self, response: Response, rows: Iterable[Row] = ()) -> ProviderError:
         """The line for a response after which no request will succeed; `rows` are what was sent."""
-        names, message = error_words(response.body)
+        (names, message), rows = error_words(response.body), list(rows)
         told = " ".join(sorted(names))
-        quoted = f" It says: {f'{told}: ' if told else ''}{self.quote(message, rows)}" if told or message else ""
+        told = f"{self.quote(told, rows)}: " if told else ""
+        quoted = f" It says: {told}{self.quote(message, rows)}" if told or message else ""
         where = f"{self.host} (HTTP {response.status})"
         line = f"Every request is refused by {where}: fix what it reports.{quoted}"
         if response.status == 0:
@@ -2676,6 +2684,7 @@ def requested_wait(headers: Mapping[str, str]) -> float:
 # which rows are sent again because of what an answer says, or because there is none. Retrying a call that failed on its
 # way is the sender's business.
 
+SENT_AGAIN = "sent again by another attempt"
 ALIKE_FAILURES = 3  # a good row fails by chance, now this way, now that; a bad row fails the same way each time
 
 
@@ -2741,6 +2750,8 @@ def next_requests(
     attempt: Attempt, problems: Mapping[Row, str], policy: RetryPolicy | None
 ) -> tuple[list[Request], dict[Row, str]]:
     """The requests to send for rows with problems, and the rows that are given up: all of these without a policy."""
+    if attempt.problem == SENT_AGAIN:
+        return [], {}
     if policy is None or not attempt.is_splittable:
         return [], dict(problems)
     request, rows = attempt.request, tuple(row for row in problems if row.text)
@@ -2977,7 +2988,9 @@ class ThreadSender(Sender):
                 if landed:
                     self._launch(requests)  # before the caller spends time on the attempt
                     yield landed
-            yield from stopped_attempts(flight.attempt for flight in self.waiting)
+            called = [flight.attempt for flight in self.waiting if flight.attempt.calls]
+            for attempt in called:  # recorded, since their calls may have been billed
+                yield replace(attempt, body={}, problem="not answered before the stop", is_splittable=False)
         if self.server.fatal_error:
             raise self.server.fatal_error
         if self.stop.is_set():
@@ -3081,13 +3094,6 @@ class ThreadSender(Sender):
         return ""
 
 
-def stopped_attempts(waiting: Iterable[Attempt]) -> Iterator[Attempt]:
-    """Those of the attempts that will not be sent again whose calls may have been billed, to be recorded."""
-    for attempt in waiting:
-        if attempt.calls:
-            yield replace(attempt, body={}, problem="not answered before the stop", is_splittable=False)
-
-
 def long_wait_line(host: str, wait: float) -> str:
     """For a wait, in seconds, that is too long, or a shorter one after an hour of nothing but HTTP 429."""
     if wait <= LONGEST_WAIT:
@@ -3157,13 +3163,6 @@ class JobSender(Sender):
         self.completions = 0  # that could be read, usable or not
 
     def send(self, requests: Queue) -> Generator[Attempt, None, None]:
-        try:
-            yield from self._send(requests)
-        except (EnrichmentError, Stopped):
-            yield from stopped_attempts(self.waiting)
-            raise
-
-    def _send(self, requests: Queue) -> Generator[Attempt, None, None]:
         with self.calls:
             self._resume()
             while self.jobs or self._next(requests):
@@ -3192,6 +3191,10 @@ class JobSender(Sender):
             if job.batch_id is None:
                 job.batch_id = (self._find(job) or {}).get("id")
                 self.store.note_job(job)
+            ours, learned = self.server.parameters, job.parameters
+            room = max(ours.reasoning_room, learned.reasoning_room)
+            factor = max(ours.answer_factor, learned.answer_factor)
+            self.server.parameters = replace(ours, reasoning_room=room, answer_factor=factor)
             self.progress.expect(len(job.attempts))
             if job.batch_id is None:
                 self._release(job)
@@ -3215,7 +3218,7 @@ class JobSender(Sender):
     def _submit(self, requests: Queue) -> None:
         """Submit as many jobs as the requests need and the queue and the budget allow."""
         while self._next(requests) and not self.queue_is_full and not self.stop.is_set():
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 path = Path(folder) / "requests.jsonl"
                 with path.open("wb") as file:
                     job = self._pack(requests, file)
@@ -3331,6 +3334,8 @@ class JobSender(Sender):
             if outcome is Outcome.ANSWERED:
                 return response.body
             if response.status == 413:
+                if creates:
+                    self.store.forget_job(creates)
                 raise FileTooLarge(
                     f"{self.server.host} takes no request of this size (HTTP 413): see what limits it there."
                 )
@@ -3409,7 +3414,8 @@ class JobSender(Sender):
         left = len(job.attempts)
         for attempt in self._release(job):
             yield replace(attempt, problem="its Batch API job ended before it was done", is_splittable=False)
-        if self.completions and not self.is_proven and not self.waiting:
+        is_proven = self.is_proven or self.store.experience(self.options.model).answers > 0
+        if self.completions and not is_proven and not self.waiting:
             raise ProviderError(f"Job {job.batch_id} has given no answer that can be used: try live calls first.")
         self.barren = self.barren + 1 if left == before else 0
         if left and self.barren and (status == "completed" or self.barren >= MOST_BARREN):
@@ -3456,13 +3462,17 @@ class JobSender(Sender):
         again = None if outcome is Outcome.FAILED else request.with_texts
         is_broken = outcome in {Outcome.TRANSIENT, Outcome.LIMITED}
         if again and is_broken and len(request.failures) + 1 < self.policy.most_failures:
-            self.waiting.append(replace(attempt, request=replace(again, failures=(*request.failures, reason))))
+            again = replace(again, failures=(*request.failures, reason))
         elif again and outcome in {Outcome.RESEND, Outcome.SUSPECT}:
-            id_set = 1 if outcome is Outcome.SUSPECT else again.id_set
-            self.waiting.append(replace(attempt, request=replace(again, id_set=id_set)))
+            again = replace(again, id_set=1 if outcome is Outcome.SUSPECT else again.id_set)
         else:
             is_about_texts = outcome in {Outcome.ANSWERED, Outcome.REFUSED}
             yield replace(attempt, problem=reason, is_splittable=is_about_texts)
+            return
+        # As an attempt of its own, so that what this one has cost is recorded whatever becomes of the next job.
+        self.waiting.append(Attempt(again, tier=self.tier))
+        self.progress.expect(1)
+        yield replace(attempt, body={}, problem=SENT_AGAIN)
 
 
 def count_of(batch: dict[str, Any], kind: str) -> int:
@@ -3509,8 +3519,8 @@ STORE_ID = 0x656E7263  # "enrc", in SQLite's application_id
 STORE_VERSION = 4
 
 # A change of Question's fields is a new version. A job is open while it has rows in job_requests; its tag is ours, its
-# batch_id the provider's. The notes are unsettled_cost (US dollars that calls in flight may have cost when a run was
-# killed), reached_cap, and for each written file its digests and, if it is a sample, its draw.
+# batch_id the provider's. The notes are unsettled_cost (US dollars that calls in flight at a kill, and jobs that were
+# given up, may have cost), reached_cap, and for each written file its digests and, if it is a sample, its draw.
 CREATE = f"""
 CREATE TABLE questions (id INTEGER PRIMARY KEY, {", ".join(Question._fields)});
 CREATE TABLE attempts (
@@ -3605,22 +3615,28 @@ class Store:
         self.file = path.stat() if path else None
 
     def _open(self) -> None:
-        self.db.execute("PRAGMA locking_mode = EXCLUSIVE")  # so that two runs never pay for the same rows
+        if self.path:  # by a connection that leaves another program's file as it is
+            with contextlib.closing(sqlite3.connect(self.path, timeout=0.2)) as db:
+                self._check_kind(db)
+        # Exclusive, so that two runs never pay for the same rows. WAL: a commit costs no wait for the disk.
+        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
+            self.db.execute(f"PRAGMA {pragma}")
         with self.db:
             self.db.execute("BEGIN IMMEDIATE")
-            found = tuple(
-                self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-            )
-            if found == (0, 0) and not self.db.execute("SELECT 1 FROM sqlite_master").fetchall():
+            if self._check_kind(self.db):
                 self.db.execute(f"PRAGMA application_id = {STORE_ID}")
                 self.db.execute(f"PRAGMA user_version = {STORE_VERSION}")
                 for statement in CREATE.strip().split(";\n"):
                     self.db.execute(statement)
-            elif found != (STORE_ID, STORE_VERSION):
-                raise sqlite3.DatabaseError("of another version" if found[0] == STORE_ID else "another program's")
-        # So that a commit costs no wait for the disk; only now, since it changes a file that may be another program's.
-        for pragma in ("journal_mode = WAL", "synchronous = NORMAL"):
-            self.db.execute(f"PRAGMA {pragma}")
+
+    def _check_kind(self, db: sqlite3.Connection) -> bool:
+        """Refuse a database that is no store of this version; return whether it is empty."""
+        found = tuple(db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+        if found == (0, 0) and not db.execute("SELECT 1 FROM sqlite_master").fetchall():
+            return True
+        if found != (STORE_ID, STORE_VERSION):
+            raise sqlite3.DatabaseError("of another version" if found[0] == STORE_ID else "another program's")
+        return False
 
     def __enter__(self) -> Store:
         return self
@@ -4382,7 +4398,7 @@ class Report:
         self.cost += attempt.cost or 0.0
         self.unconfirmed_cost += attempt.unconfirmed_cost
         self.unconfirmed_calls += attempt.unconfirmed_calls
-        if attempt.calls:
+        if attempt.calls and attempt.problem != SENT_AGAIN:
             self.recent.append(bool(answers))
             self.problems.update(problems.values())
 

@@ -160,6 +160,7 @@ class StandIn(ThreadingHTTPServer):
         self.tail = 0.0  # sigma of a log-normal factor on the latency
         self.faults: dict[str, float] = {}  # share of the calls that meet each
         self.refuses: set[str] = set()  # parts of a request that are answered with a 400
+        self.most_completion: int | None = None  # tokens that the model can write
         self.limits: dict[str, Limit] = {}  # "requests" and "tokens"
         self.tells_limits = True
         self.key: str | None = None  # the only key that is taken; None: any
@@ -808,7 +809,13 @@ class Handler(BaseHTTPRequestHandler):
         if server.models is not None and body["model"] not in server.models:
             return 404, error_body(f"The model `{body['model']}` does not exist", code="model_not_found")
         part = refused_part(body, server.refuses)
-        return (400, unsupported(part)) if part else None
+        if part:
+            return 400, unsupported(part)
+        bound = body.get("max_completion_tokens", body.get("max_tokens", 0))
+        if server.most_completion is not None and bound > server.most_completion:
+            most = f"This model supports at most {server.most_completion} completion tokens."
+            return 400, error_body(f"max_tokens is too large: {bound}. {most}", param="max_completion_tokens")
+        return None
 
 
 def share(text: str) -> tuple[str, float]:

@@ -286,6 +286,15 @@ class TestReach:
         assert f"redirects to {other.url.removesuffix('/v1')}; texts go nowhere but to --base-url" in errors
         job.check(blank_rows=range(30))
 
+    def test_one_in_a_circle_ends_the_run_and_costs_nothing(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.server.redirect_to = "/v1/chat/completions"
+        job.server.faults = {"redirect": 1.0}
+        assert job.write(make_texts(30)).command("--max-cost", "0.01") == 1
+        assert "redirects to itself without end; texts go nowhere but to --base-url" in capsys.readouterr().err
+        assert len(job.server.calls) <= module.MOST_REDIRECTS + 1
+        with module.Store(job.store) as store:
+            assert store.money() == (0, 0)
+
     def test_one_within_the_origin_is_followed(self, job: Job) -> None:
         job.server.redirect_to = "/v1/chat/completions"
         job.server.faults = {"redirect": 0.3}
@@ -501,6 +510,36 @@ class TestJobs:
         assert 3 < len(job.server.calls) < 9
         with module.Store(job.store) as store:
             assert store.money()[0] == pytest.approx(price(job.server.calls) / 2)
+
+    @pytest.mark.parametrize(
+        "script", [[None] * 2 + [(400, {}, {})], [None] * 3 + [(400, {}, {})], [None] * 2 + [(413, {}, {})]]
+    )
+    def test_what_a_job_has_billed_is_kept_though_the_next_one_is_refused(self, job: Job, script: list[Any]) -> None:
+        job.server.script.extend(script)
+        with pytest.raises(module.ProviderError):
+            job.write([*make_texts(20), "poison-length cake"]).enrich(**FAST)
+        with contextlib.closing(sqlite3.connect(job.store)) as db:
+            counted = db.execute(
+                "SELECT sum(calls), sum(prompt_tokens), sum(completion_tokens) FROM attempts"
+            ).fetchone()
+        calls = job.server.calls
+        billed = sum(call.prompt_tokens for call in calls), sum(call.completion_tokens for call in calls)
+        assert counted == (len(calls), *billed)
+        assert "Batch API job" not in str(job.enrich().attrs["enrichment"]["blank_rows"])
+
+    @pytest.mark.one_form
+    def test_a_row_whose_answer_never_ends_is_given_up_by_runs_that_leave_and_each_of_its_bills_is_counted(
+        self, job: Job
+    ) -> None:
+        job.server.job_seconds = 0.1
+        job.write([*make_texts(20), "poison-length cake"])
+        reasons = []
+        for _ in range(12):
+            reasons.append(job.enrich(**FAST, no_wait=True).attrs["enrichment"]["blank_rows"].get(20))
+            time.sleep(0.15)
+        assert "the answer was cut off at its maximum length" in reasons
+        with contextlib.closing(sqlite3.connect(job.store)) as db:
+            assert db.execute("SELECT sum(calls) FROM attempts").fetchone() == (len(job.server.calls),)
 
     def test_a_job_is_billed_at_the_price_at_which_it_was_ordered(self, job: Job) -> None:
         job.server.job_seconds = 0.2
@@ -720,7 +759,7 @@ class TestPython:
         import pandas as pd
 
         frame = pd.DataFrame({"text": [f"text {number} poison-garbage" for number in range(300)]})
-        monkeypatch.setattr(module, "MOST_USELESS_CALLS", 10_000)
+        monkeypatch.setattr(module, "MOST_USELESS_REPLIES", 10_000)
         told = module.enrich_dataframe(frame, "text", ["x"], base_url=server.url, batch_size=100).attrs["enrichment"]
         assert told["blank_row_count"] == 300
         assert len(told["blank_rows"]) == module.ATTRIBUTE_ROWS == 100

@@ -241,12 +241,19 @@ def test_the_pace_never_passes_a_known_limit(calls: list[tuple[float, int]]) -> 
 
 
 def test_a_bound_that_is_too_large_for_the_model_is_kept_and_the_batch_is_split(job: Job) -> None:
-    words = "max_completion_tokens is too large: 85000. This model supports at most 16384 completion tokens."
-    job.server.script.append((400, {}, error_body(words, param="max_completion_tokens")))
+    job.server.most_completion = 200
     job.write(make_texts(10)).enrich()
     job.check()
-    assert len(job.server.calls) == 3
+    assert [call.status for call in job.server.calls] == [400, 200, 200]
     assert all("max_completion_tokens" in call.body for call in job.server.calls)
+
+
+def test_where_no_smaller_batch_helps_the_bound_is_dropped(job: Job) -> None:
+    """Because of the room for reasoning."""
+    job.server.most_completion, job.server.refuses = 4096, {"reasoning_effort"}
+    job.write(make_texts(60)).enrich(model="gpt-5-mini", max_workers=1)
+    job.check()
+    assert "max_completion_tokens" not in job.server.calls[-1].body
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import sqlite3
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import LABELS, Job, make_row, make_texts, prompt_of
+from conftest import LABELS, ROOT, Job, make_row, make_texts, prompt_of
 from stand_in_server import StandIn
 
 import enrich_dataset as module
@@ -87,6 +89,13 @@ class TestNotAStore:
         with pytest.raises(module.InputError, match="is not an answer store"):
             job.enrich()
         assert job.store.read_text().startswith("my notes")
+
+    def test_of_runs_that_start_together_one_gets_the_new_store(self, tmp_path: Path) -> None:
+        code = "import enrich_dataset as m, pathlib, sys, time\nwith m.Store(pathlib.Path(sys.argv[1])):\n    time.sleep(1)"
+        for name in ("a", "b", "c"):
+            command = [sys.executable, "-c", code, str(tmp_path / name)]
+            started = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) for _ in range(4)]
+            assert [process.wait() for process in started].count(0) >= 1
 
     def test_another_programs_database_is_refused_and_not_touched(self, job: Job) -> None:
         with contextlib.closing(sqlite3.connect(job.store)) as db:
