@@ -219,7 +219,7 @@ class Options:
     )
     max_cost: float | None = option(None, "US dollars for all runs on this store; stop before exceeding it", ANY_COUNT)
     price: tuple[float, float] | None = option(
-        None, "US dollars per million prompt and completion tokens, for jobs too; else the list of genai-prices",
+        None, "US dollars per million prompt and completion tokens, not halved for jobs; else the list of genai-prices",
         ANY_COUNT, nargs=2, metavar=("IN", "OUT"),
     )  # fmt: skip
     instructions: str | Path | None = option(
@@ -254,7 +254,7 @@ class Options:
     poll_interval: float = option(60.0, "seconds between checks of the jobs", (0.01, 86_400), metavar="SECONDS")
 
     def __post_init__(self) -> None:
-        """Reject options that cannot work with any file or server."""
+        """Reject what can be known to fail before a file is read or a call is made."""
         for declared in dataclasses.fields(self):
             value = check_option(getattr(self, declared.name), declared)
             object.__setattr__(self, declared.name, value)
@@ -816,7 +816,7 @@ class Run:
         indexes, origins = self.store.origins()
         self.report.note_cells(self.table, self.cells, self.requested)
         self.report.note_origins(indexes[self.answered_by[self.table.key_indexes]] * by_model, origins)
-        self.report.totals = self.store.totals()
+        self.report.totals, self.report.set_aside = self.store.totals(), self.budget.for_jobs
         self.report.rest_cost = self.rest_cost()
 
     def rest_cost(self) -> float:
@@ -901,14 +901,14 @@ CELL_VALUES[""] = BLANK
 
 
 def merge(below: Cells, above: Cells) -> Cells:
-    """`above`, with what it does not know taken from `below`."""
+    """`above`, with what it does not know taken from `below`, which also decides between BLANK and IN_JOB."""
     import numpy as np
 
     return np.where(above < 0, below, above)
 
 
 def answer_cells(digits: str, label_count: int) -> Cells:
-    """The store's answers as cells; it has them one after the other, a 0 or 1 for each label."""
+    """The store's answers as cells: digits strung together, one per label for each answer."""
     import numpy as np
 
     return (np.frombuffer(digits.encode(), np.int8) - ord("0")).reshape(-1, label_count)
@@ -1146,7 +1146,7 @@ def csv_bytes(header: Iterable[str], rows: Iterable[Iterable[object]], **style: 
 
 
 # Excel may name the delimiter in a first line of its own.
-DELIMITER_LINE = re.compile('\ufeff*"?sep=(.)"?[\r\n]*', re.IGNORECASE)
+DELIMITER_LINE = re.compile('\ufeff*"?sep=([^\r\n"])"?[\r\n]*', re.IGNORECASE)
 
 
 def find_header(head: list[str], text_column: str, source: str) -> tuple[str, list[str]]:
@@ -1156,10 +1156,12 @@ def find_header(head: list[str], text_column: str, source: str) -> tuple[str, li
     that finds most columns.
     """
     told = DELIMITER_LINE.fullmatch(head[0]) if head else None
-    headers = {
-        delimiter: next((fields for fields, _, _ in read_records(head, delimiter, source) if fields), [])
-        for delimiter in (told[1] if told else ",;\t|")
-    }
+    headers: dict[str, list[str]] = {}
+    for delimiter in told[1] if told else ",;\t|":
+        with contextlib.suppress(InputError):  # a name with another delimiter in it may look like an open quote
+            headers[delimiter] = next((fields for fields, _, _ in read_records(head, delimiter, source) if fields), [])
+    if not headers:
+        return next((delimiter, fields) for fields, _, _ in read_records(head, delimiter, source))  # raises what it was
     delimiter = max(headers, key=lambda each: (text_column in headers[each], len(headers[each])))
     if not headers[delimiter]:
         raise InputError(f"{source} is empty: a CSV with a header line was expected.")
@@ -1750,7 +1752,10 @@ def read_answer(form: AnswerForm, answer: Any, labels: Sequence[str]) -> tuple[s
 
 @dataclass(frozen=True)
 class Request:
-    """A batch's rows and what is asked of them."""
+    """A batch's rows and what is asked of them.
+
+    One of an earlier run's job may have rows without a text, enough to read a reply by; only `with_texts` may be sent.
+    """
 
     rows: tuple[Row, ...]
     prompt: Prompt
@@ -1760,7 +1765,7 @@ class Request:
     @property
     def custom_id(self) -> str:
         """Its name in a Batch API job, however often it is sent."""
-        asked = compact_json(self.prompt.questions)  # no repr, which numpy's strings have another of than the store's
+        asked = compact_json(self.prompt.questions)  # not repr: numpy's strings have another one than the store's
         return digest(asked, [row.key.hex() for row in self.rows]).hex()
 
     @functools.cached_property
@@ -1821,7 +1826,7 @@ def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
 
 
 def request_lines(request: Request, parameters: Parameters, address: str) -> list[str]:
-    """A request as it is sent."""
+    """A request of one row as it is sent, as lines to be shown."""
     body = build_body(request, parameters)
     system, user = (message["content"] for message in body.pop("messages"))
     rest = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()]
@@ -2330,7 +2335,8 @@ class Server:
     def judge(self, response: Response, request: Request, sent_with: Parameters) -> tuple[Outcome, str]:
         """What a response means after all that came before it, and why. FATAL leaves its line in `fatal_error`."""
         outcome, reason = classify(response)
-        if outcome is Outcome.REFUSED and len(request.rows) == 1 and BOUND_TOO_LARGE in error_words(response.body)[1]:
+        words = error_words(response.body)[1].lower() if outcome is Outcome.REFUSED else ""
+        if len(request.rows) == 1 and BOUND_TOO_LARGE in words:
             outcome, reason = Outcome.UNKNOWN, f"HTTP {response.status}"  # fewer rows do not help: go without the bound
         self.reached |= response.status > 0
         if outcome is Outcome.ANSWERED:
@@ -2684,7 +2690,9 @@ def requested_wait(headers: Mapping[str, str]) -> float:
 # which rows are sent again because of what an answer says, or because there is none. Retrying a call that failed on its
 # way is the sender's business.
 
-SENT_AGAIN = "sent again by another attempt"
+SENT_AGAIN = (
+    "sent again by another attempt"  # a sender's problem: it has passed the rows on, after a call that was billed
+)
 ALIKE_FAILURES = 3  # a good row fails by chance, now this way, now that; a bad row fails the same way each time
 
 
@@ -2703,7 +2711,9 @@ class Attempt:
     usage: Usage | None = None  # of all its calls; None: no reply has reported any
     body: Mapping[str, Any] = field(default_factory=dict)  # of the last reply
     problem: str = ""  # set by the sender unless the body is a completion
-    is_splittable: bool = True  # whether its rows may be sent again, fewer at a time; else they are given up
+    is_splittable: bool = (
+        True  # whether sending its rows again, fewer at a time or alone, may help; else they are given up
+    )
 
     def after_call(self, response: Response, cost: float | None, unconfirmed_cost: float) -> Attempt:
         """The attempt after one more call."""
@@ -2755,7 +2765,7 @@ def next_requests(
     if policy is None or not attempt.is_splittable:
         return [], dict(problems)
     request, rows = attempt.request, tuple(row for row in problems if row.text)
-    given_up = {row: reason for row, reason in problems.items() if not row.text}  # an earlier run's
+    given_up = {row: reason for row, reason in problems.items() if not row.text}  # an earlier run's, not at hand
     if policy.in_halves and len(request.rows) > 1:
         middle = (len(rows) + 1) // 2
         return [replace(request, rows=half) for half in (rows[:middle], rows[middle:]) if half], given_up
@@ -3519,8 +3529,9 @@ STORE_ID = 0x656E7263  # "enrc", in SQLite's application_id
 STORE_VERSION = 4
 
 # A change of Question's fields is a new version. A job is open while it has rows in job_requests; its tag is ours, its
-# batch_id the provider's. The notes are unsettled_cost (US dollars that calls in flight at a kill, and jobs that were
-# given up, may have cost), reached_cap, and for each written file its digests and, if it is a sample, its draw.
+# batch_id the provider's. The notes are unsettled_cost (US dollars that calls in flight may cost: the Budget notes it
+# before they leave and clears it at the end, so that a kill leaves it behind; and what jobs that were given up may have
+# cost), reached_cap, and for each written file its digests and, if it is a sample, its draw.
 CREATE = f"""
 CREATE TABLE questions (id INTEGER PRIMARY KEY, {", ".join(Question._fields)});
 CREATE TABLE attempts (
@@ -3865,7 +3876,10 @@ class Store:
 
 
 def open_store(options: Options, server: Server | None) -> Store:
-    """The run's store; a file is not made for a dry run, nor where no call to the server could be made."""
+    """The run's store; a file is not made for a dry run, nor where no call to the server could be made.
+
+    Before it is there, no file can be known as ours, so that one that is there already is refused. `server`: if called.
+    """
     path = options.written.get("store")
     if path is None or not path.exists():
         with Store(None) as empty:
@@ -4328,7 +4342,10 @@ IN_A_JOB = "in a Batch API job that has not been collected"
 
 @dataclass
 class Report:
-    """What a run has to tell. Money is in US dollars; numbers count rows, unless stated otherwise."""
+    """What a run has to tell. Money is in US dollars; numbers count rows, unless stated otherwise.
+
+    It also tells the run when its replies are so useless that sending rows again only costs more.
+    """
 
     options: Options
     host: str
@@ -4357,12 +4374,12 @@ class Report:
     unconfirmed_cost: float = 0.0
     unconfirmed_calls: int = 0
     failed: dict[bytes, str] = field(default_factory=dict)  # row key -> reason
-    problems: Counter[str] = field(default_factory=Counter)  # reason -> rows that met it, answered later or not
+    problems: Counter[str] = field(default_factory=Counter)  # reason -> rows that met it, for the line of a useless run
     recent: deque[bool] = field(default_factory=lambda: deque(maxlen=RECENT_REPLIES))  # whether replies answered a row
     unsplit: int = 0  # attempts whose rows were not sent again, because hardly any reply can be used
     # How the table is now.
     labelled_rows: int = 0
-    rest_cost: float = 0.0  # about, of the rows that are still to be sent
+    rest_cost: float = 0.0  # estimate, of the rows that are still to be sent
     blank_rows: dict[int, str] = field(default_factory=dict)  # row number -> reason, of those that have a text
     line_numbers: dict[int, int] = field(default_factory=dict)  # row number -> line of the file, of the blank rows
     labels: dict[str, LabelCount] = field(default_factory=dict)
@@ -4371,6 +4388,7 @@ class Report:
     # What the run adds from the store and from checking labels.
     keeps_answers: bool = True
     spent_before: float = 0.0  # by earlier runs on this store
+    set_aside: float = 0.0  # for open jobs
     totals: dict[str, Any] = field(default_factory=dict)  # of all runs on this store
     origins: dict[str, Any] = field(default_factory=dict)  # of the cells
     # By name, if requested: "audit", "gold" and "corrected_shares" (each label -> figure -> value), "gold_unmatched"
@@ -4528,7 +4546,7 @@ def estimate_lines(requests: Iterable[Request], seen: Experience, server: Server
     prices = [server.prices.of(each, sender.tier) for sender in (ThreadSender, JobSender)]
     live, in_jobs = (None if price is None else dollars(price * count) for price in prices)
     note = f" ({OPENAI_WOULD_BILL})" if server.is_local and server.prices.user is None else ""
-    cost = f"about {live}, with `use_batch_api` {in_jobs}{note}"
+    cost = f"about {live}{f', with `use_batch_api` {in_jobs}' if in_jobs else ''}{note}"
     cost = UNKNOWN_PRICE.format(server.model) if live is None else cost
     basis = f"as in {seen.answers:,} answers so far" if seen.answers else "a guess, as long as there are no answers"
     return [
@@ -4587,7 +4605,8 @@ def cost_words(report: Report) -> str:
     total = report.spent_before + report.cost + report.unconfirmed_cost
     notes = [OPENAI_WOULD_BILL] if report.is_local and options.price is None else []
     notes += [f"all runs on this store: {dollars(total)}"] if report.spent_before else []
-    notes += [] if options.max_cost is None else [f"left of `max_cost`: {dollars(max(0.0, options.max_cost - total))}"]
+    if options.max_cost is not None:
+        notes.append(f"left of `max_cost`: {dollars(max(0.0, options.max_cost - total - report.set_aside))}")
     return words + (f" ({', '.join(notes)})" if notes else "")
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import signal
 import sqlite3
 import subprocess
@@ -24,6 +23,13 @@ from test_cost import MINI, price
 import enrich_dataset as module
 
 FAST = {"use_batch_api": True, "poll_interval": 0.05}
+# The command, which then prints its peak memory in MiB: not as getrusage has it, which counts the program that started it.
+PEAK = """
+import pathlib, re, sys, enrich_dataset
+code = enrich_dataset.main(sys.argv[1:])
+print(int(re.findall(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[0]) // 1024)
+sys.exit(code)
+"""
 
 
 @pytest.fixture
@@ -229,19 +235,17 @@ class TestTime:
         assert re.search(rb"rate limit, waiting [123] s", shown)
 
 
+@pytest.mark.skipif("not Path('/proc/self/status').exists()")
 class TestMemory:
     @pytest.mark.parametrize("fault", ["endless", "bomb"])
     def test_a_reply_is_read_only_so_far(self, job: Job, fault: str) -> None:
         job.server.faults = {fault: 1.0}
         job.write(make_texts(2))
-        code = "import resource, sys, enrich_dataset as m\ncode = m.main(sys.argv[1:])\n"
-        code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\nsys.exit(code)"
         arguments = job.arguments("--base-url", job.server.url, "--quiet")
-        run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+        run = subprocess.run([sys.executable, "-c", PEAK, *arguments], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 3
         assert int(run.stdout) < 300
         assert len(job.server.calls) == 1 + 2 * 3
-        assert resource.getrusage(resource.RUSAGE_SELF)
         record = json.loads(Path(f"{job.output}.run.json").read_text())
         assert {row["reason"] for row in record["blank_rows"]} == {"reply too large"}
 
@@ -249,10 +253,8 @@ class TestMemory:
         """A line without end before the answers, of 300 MB."""
         job.server.long_line = 300_000_000
         job.write(make_texts(20))
-        code = "import resource, sys, enrich_dataset as m\ncode = m.main(sys.argv[1:])\n"
-        code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\nsys.exit(code)"
         arguments = job.arguments("--base-url", job.server.url, "--quiet", "--batch-api", "--poll-interval", "0.05")
-        run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+        run = subprocess.run([sys.executable, "-c", PEAK, *arguments], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         assert int(run.stdout) < 300
         job.check()
@@ -427,6 +429,11 @@ class TestTables:
             assert job.output.read_bytes().decode() == expected
             assert list(frame.columns) == ["text", "a,b", *LABELS]
 
+    @pytest.mark.parametrize("content", ['text,"note;"\nhello,1\n', 'text,"a|"\nhello,1\n', "sep=,text\r\nx,hello\r\n"])
+    def test_a_header_that_looks_odd_by_another_delimiter_is_read(self, job: Job, content: str) -> None:
+        job.input.write_text(content, newline="")
+        assert len(job.enrich()) == 1
+
     @pytest.mark.parametrize("content", ["text;id\na;1\nb\n", 'text;id\na;1\n"b;1"2"\n'])
     def test_its_lines_are_counted_from_that_one(self, job: Job, content: str) -> None:
         job.input.write_text(f"sep=;\n{content}", encoding="utf-8", newline="")
@@ -540,6 +547,18 @@ class TestJobs:
         assert "the answer was cut off at its maximum length" in reasons
         with contextlib.closing(sqlite3.connect(job.store)) as db:
             assert db.execute("SELECT sum(calls) FROM attempts").fetchone() == (len(job.server.calls),)
+
+    @pytest.mark.one_form
+    def test_what_is_left_of_the_cap_is_without_what_open_jobs_may_cost(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.server.job_seconds = 60
+        job.write(make_texts(100)).enrich(**FAST, no_wait=True)
+        with module.Store(job.store) as store:
+            set_aside = store.money()[1]
+        assert job.write(make_texts(110)).command("--max-cost", "1") == 3
+        left = float(re.findall(r"left of --max-cost: \$([\d.]+)", capsys.readouterr().out)[0])
+        assert left == pytest.approx(1 - set_aside - price(job.server.calls), abs=1e-4)
 
     def test_a_job_is_billed_at_the_price_at_which_it_was_ordered(self, job: Job) -> None:
         job.server.job_seconds = 0.2
