@@ -687,7 +687,7 @@ class Run:
         report = self.report
         if len(report.recent) >= MOST_USELESS_REPLIES and not report.answered:
             kinds = ", ".join(f"{reason} ({count})" for reason, count in report.problems.most_common(3))
-            self.server.fatal_error = self.server.fatal_error or ProviderError(
+            self.server.fail(
                 f"No call of this run has given an answer that can be used; rows by what came: {kinds}. Try another "
                 "`model`, another server, or fewer rows per call (`batch_size`)."
             )
@@ -2332,6 +2332,10 @@ class Server:
 
     # Judgements, which are made in the main thread.
 
+    def fail(self, line: str) -> None:
+        """Have no call made any more; the first reason counts."""
+        self.fatal_error = self.fatal_error or ProviderError(line)
+
     def judge(self, response: Response, request: Request, sent_with: Parameters) -> tuple[Outcome, str]:
         """What a response means after all that came before it, and why. FATAL leaves its line in `fatal_error`."""
         outcome, reason = classify(response)
@@ -2690,9 +2694,7 @@ def requested_wait(headers: Mapping[str, str]) -> float:
 # which rows are sent again because of what an answer says, or because there is none. Retrying a call that failed on its
 # way is the sender's business.
 
-SENT_AGAIN = (
-    "sent again by another attempt"  # a sender's problem: it has passed the rows on, after a call that was billed
-)
+SENT_AGAIN = "sent again by another attempt"  # a sender's problem, once it has passed the rows on to that one
 ALIKE_FAILURES = 3  # a good row fails by chance, now this way, now that; a bad row fails the same way each time
 
 
@@ -2711,9 +2713,7 @@ class Attempt:
     usage: Usage | None = None  # of all its calls; None: no reply has reported any
     body: Mapping[str, Any] = field(default_factory=dict)  # of the last reply
     problem: str = ""  # set by the sender unless the body is a completion
-    is_splittable: bool = (
-        True  # whether sending its rows again, fewer at a time or alone, may help; else they are given up
-    )
+    is_splittable: bool = True  # whether its rows may be sent again, fewer at a time or alone; else they are given up
 
     def after_call(self, response: Response, cost: float | None, unconfirmed_cost: float) -> Attempt:
         """The attempt after one more call."""
@@ -2781,7 +2781,7 @@ def next_requests(
 
 # --- Budget -----------------------------------------------------------------------------------------------
 #
-# In: a cap and amounts of US dollars. Out: whether a call may leave. Earlier runs on it and open jobs count, too.
+# In: a cap and amounts of US dollars. Out: whether a call may leave. Earlier runs on the store and open jobs count.
 
 
 class Budget:
@@ -3066,7 +3066,7 @@ class ThreadSender(Sender):
         wait, flight.due = requested_wait(response.headers), now
         if max(wait, now - self.limited_since) > LONGEST_WAIT:
             outcome = Outcome.FATAL
-            self.server.fatal_error = self.server.fatal_error or ProviderError(long_wait_line(self.server.host, wait))
+            self.server.fail(long_wait_line(self.server.host, wait))
         if outcome is Outcome.TRANSIENT:
             problem = self._note_failure(flight, reason, now)
             if problem:
@@ -3099,8 +3099,7 @@ class ThreadSender(Sender):
             line = f"{host} fails every request ({reason}, {self.failures} in a row). Try later"
         else:
             return f"the server failed on it {flight.failures} times ({reason})"
-        error = ProviderError(f"{line}, then run the same command: what came back is kept.")
-        self.server.fatal_error = self.server.fatal_error or error
+        self.server.fail(f"{line}, then run the same command: what came back is kept.")
         return ""
 
 

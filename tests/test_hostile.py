@@ -367,36 +367,21 @@ class TestCaches:
 
 
 class TestDisk:
-    def test_a_store_that_is_deleted_meanwhile_stops_the_run_and_the_csv_has_all(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize("fate", ["deleted", "replaced"])
+    def test_a_store_that_is_gone_meanwhile_stops_the_run_and_the_csv_has_all(
+        self, job: Job, fate: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         admit = job.server.admit
 
-        def delete(tokens: int) -> tuple[dict[str, str], str]:
-            if len(job.server.calls) == 5:
+        def take_away(tokens: int) -> tuple[dict[str, str], str]:
+            if len(job.server.calls) == 5 and fate == "deleted":
                 job.store.unlink(missing_ok=True)
-            return admit(tokens)
-
-        job.server.admit = delete  # type: ignore[method-assign]
-        assert job.write(make_texts(200)).command("--max-workers", "1") == 1
-        assert "was deleted or replaced during this run: nothing more is sent" in capsys.readouterr().err
-        assert len(job.server.calls) <= 7
-        labelled = len([cells for cells in job.cells if "" not in cells])
-        assert labelled >= 10 * (len(job.server.calls) - 1)
-        job.check(blank_rows=range(labelled, 200))
-
-    def test_a_store_that_is_replaced_meanwhile_stops_the_run_and_the_csv_has_all(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        admit = job.server.admit
-
-        def replace(tokens: int) -> tuple[dict[str, str], str]:
-            if len(job.server.calls) == 5:
+            elif len(job.server.calls) == 5:
                 job.store.rename(job.store.with_name("moved"))
                 job.store.write_bytes(b"")
             return admit(tokens)
 
-        job.server.admit = replace  # type: ignore[method-assign]
+        job.server.admit = take_away  # type: ignore[method-assign]
         assert job.write(make_texts(200)).command("--max-workers", "1") == 1
         assert "was deleted or replaced during this run: nothing more is sent" in capsys.readouterr().err
         assert len(job.server.calls) <= 7
