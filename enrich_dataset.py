@@ -3123,7 +3123,12 @@ JOB_BYTES = 200_000_000
 LINE_BYTES = 8_000_000  # of a line of a job's files, as of a live reply
 ENDED = {"completed", "failed", "expired", "cancelled"}
 QUEUE_FULL = re.compile(r"enqueued token limit|token_limit_exceeded", re.IGNORECASE)
+# Of a file that was uploaded, and is not there yet for those who make jobs of it.
+FILE_UNKNOWN = re.compile(
+    r"file.*(pending|find|found|exist|ready|processed)|(pending|find|such).*file", re.DOTALL | re.IGNORECASE
+)
 FIND_SECONDS = 60.0  # how long a job is looked for whose creation was not confirmed: lists may lag behind
+FILE_SECONDS = 300.0  # how long an uploaded file may take until a job can be made of it
 MOST_PAGES = 50  # of a list of jobs, which may claim to have no end
 MOST_LOOKS = 5  # at files with fewer lines than the job reports
 MOST_BARREN = 3  # jobs in a row that expire or are cancelled with nothing done
@@ -3142,10 +3147,19 @@ class Job:
     batch_id: str | None = None
     attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
     looks: int = 0  # times that its files were incomplete
+    uploaded_at: float = field(default_factory=time.monotonic)  # its file, or when this run took the job up
+
+    @property
+    def rows(self) -> Iterator[Row]:
+        return (row for attempt in self.attempts.values() for row in attempt.request.rows)
 
 
-class FileTooLarge(ProviderError):  # noqa: N818
-    """The server takes no file of this size; a smaller one may do."""
+class CallRefused(ProviderError):  # noqa: N818
+    """The server refused a call of the Batch API; `words` are its own."""
+
+    def __init__(self, message: str, status: int, words: str) -> None:
+        super().__init__(message)
+        self.status, self.words = status, words
 
 
 @dataclass
@@ -3256,30 +3270,82 @@ class JobSender(Sender):
         return job
 
     def _start(self, job: Job, path: Path) -> None:
+        """Upload a job's file and create the job; where it is too large, its requests go into smaller ones."""
+
         def upload() -> Response:
             with path.open("rb") as file:  # of its own, since an upload that was given up may still be reading
                 files = [("file", (f"{job.tag}.jsonl", file))]
                 form = {"headers": {"Content-Type": "multipart/form-data"}}
                 return self.server.call("/files", {"purpose": "batch"}, files=files, options=form)
 
-        rows = (row for attempt in job.attempts.values() for row in attempt.request.rows)
         try:
-            uploaded = self._call_with_retries(upload, rows=rows)
-        except FileTooLarge:
-            if len(job.attempts) == 1:
+            uploaded = self._call_with_retries(upload, rows=job.rows)
+            job.uploaded_at = time.monotonic()
+            self._await_file(job, uploaded)
+            self._create(job, str(uploaded.get("id")))
+        except CallRefused as error:
+            if error.status == 413 and len(job.attempts) > 1:
+                self.most_requests = len(job.attempts) // 2
+                self._release(job)
+            elif not self._has_full_queue(job, error.words):
                 raise
-            self.most_requests = len(job.attempts) // 2
-            self._release(job)
-            return
-        self.store.plan_job(job)
+
+    def _has_full_queue(self, job: Job, words: str) -> bool:
+        """Whether a job was refused because the account's queue is full: its requests wait, or go into smaller jobs."""
+        if not QUEUE_FULL.search(words) or not (self.jobs or len(job.attempts) > 1):
+            return False
+        self.queue_is_full = bool(self.jobs)
+        if not self.jobs:
+            self.most_requests = (len(job.attempts) + 1) // 2
+        self._release(job)
+        return True
+
+    def _await_file(self, job: Job, file: dict[str, Any]) -> None:
+        """Wait until an uploaded file is processed, where the server says how far it is."""
+        while file.get("status") in {"uploaded", "pending", "running"} and self._may_wait(job):
+            self._pause(min(self.options.poll_interval, FILE_SECONDS / 60))
+            try:
+                file = self._call_with_retries(partial(self.server.call, f"/files/{file.get('id')}"), "its file")
+            except CallRefused:  # it has no such call; the job's creation will tell
+                return
+        if file.get("status") in {"error", "failed"}:
+            quoted = self.server.quote(str(file.get("status_details") or "no reason given"), job.rows)
+            raise ProviderError(f"{self.server.host} could not process the file of a job; it says: {quoted}.")
+
+    def _may_wait(self, job: Job) -> bool:
+        return time.monotonic() - job.uploaded_at < FILE_SECONDS
+
+    def _create(self, job: Job, file_id: str) -> None:
+        """Create a job from its uploaded file, which may take a while to be found."""
         order = {
-            "input_file_id": uploaded.get("id"),
+            "input_file_id": file_id,
             "endpoint": "/v1/chat/completions",
             "completion_window": "24h",
             "metadata": {"enrich_dataset": job.tag},
         }
-        created = self._call_with_retries(partial(self.server.call, "/batches", order), rows=rows, creates=job)
-        job.batch_id = str(created.get("id"))
+        while True:
+            self.store.plan_job(job)
+            try:
+                created = self._call_with_retries(
+                    partial(self.server.call, "/batches", order), rows=job.rows, creates=job
+                )
+                break
+            except CallRefused as error:
+                if error.status not in {400, 404} or not FILE_UNKNOWN.search(error.words.replace(file_id, "file")):
+                    raise
+                if not self._may_wait(job):
+                    raise ProviderError(
+                        f"{self.server.host} does not find the file of a job {FILE_SECONDS / 60:.0f} minutes after it "
+                        f"took it: run the same command later. It says: {self.server.quote(error.words, job.rows)}"
+                    ) from None
+            self._pause(min(self.options.poll_interval, FILE_SECONDS / 60))
+        job.batch_id = created.get("id") or (self._find(job) or {}).get("id")
+        if not job.batch_id:
+            self.store.forget_job(job)
+            raise ProviderError(
+                f"{self.server.host} created a job without an id, so that it could not be collected: its Batch API "
+                "is not OpenAI's; drop `use_batch_api`."
+            )
         self.store.note_job(job)
         self.jobs.append(job)
         self.warn(
@@ -3342,12 +3408,6 @@ class JobSender(Sender):
             self.server.reached |= response.status > 0
             if outcome is Outcome.ANSWERED:
                 return response.body
-            if response.status == 413:
-                if creates:
-                    self.store.forget_job(creates)
-                raise FileTooLarge(
-                    f"{self.server.host} takes no request of this size (HTTP 413): see what limits it there."
-                )
             wait, is_limited = requested_wait(response.headers), outcome is Outcome.LIMITED
             failures, limits = failures + (not is_limited), limits + is_limited
             is_refused = outcome not in {Outcome.TRANSIENT, Outcome.LIMITED}
@@ -3361,7 +3421,11 @@ class JobSender(Sender):
                 or failures > self.options.max_retries
                 or (not self.server.reached and passed > UNREACHABLE_SECONDS)
             ):
-                raise self._explain(response, outcome, reason, thing, rows)
+                error = self._explain(response, outcome, reason, thing, rows)
+                if is_refused:
+                    names, message = error_words(response.body)
+                    raise CallRefused(error.message, response.status, " ".join([*names, message]))
+                raise error
             self._pause(wait or backoff(failures + limits, draw_jitter()))
             found = self._find(creates) if creates and not is_limited else None
             if found:
@@ -3371,12 +3435,14 @@ class JobSender(Sender):
         self, response: Response, outcome: Outcome, reason: str, thing: str, rows: Iterable[Row]
     ) -> ProviderError:
         host = self.server.host
+        if response.status == 413:
+            return ProviderError(f"{host} takes no request of this size (HTTP 413): see what limits it there.")
         if response.status in {404, 405} and thing:
             return ProviderError(
                 f"{host} does not know {thing}: use the key and the address that submitted it, or pass `forget_jobs` "
                 "to give up what it was asked."
             )
-        if response.status in {404, 405}:
+        if response.status == 405 or (response.status == 404 and not FILE_UNKNOWN.search(error_words(response.body)[1])):
             return ProviderError(f"{host} has no Batch API (HTTP {response.status}): drop `use_batch_api`.")
         if outcome is Outcome.TRANSIENT:
             return ProviderError(f"{host} fails ({reason}): run the same command later. Submitted jobs continue.")
@@ -3405,11 +3471,15 @@ class JobSender(Sender):
         before = len(job.attempts)
         with contextlib.ExitStack() as opened:
             files = []
-            for file_id in (output, batch.get("error_file_id")):
-                if isinstance(file_id, str):
-                    path = f"/files/{file_id}/content"
-                    files.append(self._call_with_retries(partial(self.server.call, path), file_id))
-                    opened.enter_context(files[-1])
+            # A file that the job does not have is "" at some servers, and null at others.
+            for file_id in filter(None, (output, batch.get("error_file_id"))):
+                try:
+                    file = self._call_with_retries(partial(self.server.call, f"/files/{file_id}/content"), file_id)
+                except CallRefused:
+                    if file_id == output:
+                        raise
+                else:
+                    files.append(opened.enter_context(file))
             replies = survey(files)
             for line in itertools.chain.from_iterable(map(read_lines, files)):
                 if replies[str(line["custom_id"])] == reply_mark(line):
@@ -3441,17 +3511,19 @@ class JobSender(Sender):
             )
 
     def _take_back(self, job: Job, batch: dict[str, Any]) -> None:
-        """A job that was refused as a whole: because the account's queue is full, or for good."""
-        self._release(job)
+        """A job that was refused as a whole: the queue is full, its file is not there yet, or for good."""
         errors = batch["errors"].get("data") if isinstance(batch.get("errors"), dict) else batch.get("errors")
         told = errors if isinstance(errors, list) else [errors]
         words = "; ".join(f"{look_up(error, 'message') or error} ({look_up(error, 'code')})" for error in told)
-        if QUEUE_FULL.search(words) and (self.jobs or len(job.attempts) > 1):
-            self.queue_is_full = bool(self.jobs)
-            if not self.jobs:
-                self.most_requests = (len(job.attempts) + 1) // 2
+        if self._has_full_queue(job, words):
             return
-        quoted = self.server.quote(words, (row for attempt in job.attempts.values() for row in attempt.request.rows))
+        if FILE_UNKNOWN.search(words) and batch.get("input_file_id") and self._may_wait(job):
+            self._pause(min(self.options.poll_interval, FILE_SECONDS / 60))
+            self.store.forget_job(job)
+            self._create(replace(job, tag=uuid.uuid4().hex, planned_at=time.time()), batch["input_file_id"])
+            return
+        self._release(job)
+        quoted = self.server.quote(words, job.rows)
         raise ProviderError(f"{self.server.host} refused job {job.batch_id}; act on what it says: {quoted}")
 
     def _take_in(self, job: Job, line: dict[str, Any]) -> Iterator[Attempt]:
@@ -3462,7 +3534,8 @@ class JobSender(Sender):
         request = attempt.request
         del job.attempts[request.custom_id]
         status = look_up(line, "response", "status_code")
-        response = Response(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0)
+        unsaid = "the job's file holds no answer to it"  # of a line with status 0
+        response = Response(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0, unsaid)
         cost = Prices(job.user_price, request.prompt.model).billed(response, self.tier)
         self.budget.settle_job(0.0, cost or 0.0)
         attempt = attempt.after_call(response, cost, 0.0)

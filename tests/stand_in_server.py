@@ -47,7 +47,7 @@ FAULTS = (
 # a redirect, and the reply to the first request for all others.
 HOSTILE = ("drip-body", "drip-header", "drip-blanks", "endless", "bomb", "redirect", "cache", "strange-ids")
 # A text that holds one of these words always meets that fault, whatever it is asked with.
-POISON = {f"poison-{fault}": fault for fault in (*FAULTS, "400-filter", "400-context", "404-model")}
+POISON = {f"poison-{fault}": fault for fault in (*FAULTS, "400-filter", "400-context", "404-model", "status-0")}
 
 
 @lru_cache(maxsize=4096)
@@ -184,6 +184,8 @@ class StandIn(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.jobs: dict[str, BatchJob] = {}
         self.odd_fields: dict[str, Any] = {}  # that replace those of a job as it is shown
+        self.no_file: str | None = None  # what a job shows as the id of a file that it does not have
+        self.file_states: deque[str] = deque()  # of the next looks at an uploaded file; then "processed"
         self.pages_lag = 0  # how many lists of jobs do not show the newest
         self.drips_everywhere = ""  # a way to drip, for calls of all kinds
         self.endless_pages = False  # has_more is always true
@@ -309,8 +311,10 @@ class StandIn(ThreadingHTTPServer):
         job.output, job.errors = self.add_lines(good), self.add_lines(bad)
         job.done, job.failed, job.status = len(good), len(bad), job.ends
 
-    def break_file(self, content: bytes) -> bytes | None:
+    def break_file(self, content: bytes | None) -> bytes | None:
         """What a client gets of an output file; None: a 404."""
+        if content is None:
+            return None
         if b'"response"' in content and self.long_line:
             return b"x" * self.long_line + b"\n" + content
         if not self.broken_files or b'"response"' not in content:
@@ -349,6 +353,8 @@ class StandIn(ThreadingHTTPServer):
             status, content = 400, error_body("The response was filtered", code="content_filter")
         elif fault == "404-model":
             status, content = 404, error_body("The model does not exist", code="model_not_found")
+        elif fault == "status-0":
+            status, content = 0, {}
         elif fault in {"500", "503", "429", "reset", "cut", "html", "empty"}:
             status, content = 500, error_body("The server had an error")
         else:
@@ -669,9 +675,14 @@ class Handler(BaseHTTPRequestHandler):
         (content,) = (part for part in raw.split(boundary) if b'name="file"' in part)
         name = server.add_file(content.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n"))
         server.hold("uploaded")
-        return self.send(200, {
-            "id": name, "object": "file", "bytes": len(raw), "created_at": int(time.time() + self.server.clock_skew), "filename": "x.jsonl",
-            "purpose": "batch", "status": "processed",
+        return self.show_file(name)
+
+    def show_file(self, name: str) -> None:
+        """A file as the Files API describes it, with the state that it has by now."""
+        states = self.server.file_states
+        self.send(200, {
+            "id": name, "object": "file", "bytes": len(self.server.files[name]), "filename": "x.jsonl", "purpose": "batch",
+            "created_at": int(time.time() + self.server.clock_skew), "status": states.popleft() if states else "processed",
         })  # fmt: skip
 
     def show_job_or_file(self) -> None:
@@ -680,8 +691,10 @@ class Handler(BaseHTTPRequestHandler):
         if scripted:
             return self.send(scripted[0], scripted[2], scripted[1])
         if name == "files":
+            if rest in server.files:
+                return self.show_file(rest)
             server.hold("download")
-            content = server.break_file(server.files[rest.removesuffix("/content")])
+            content = server.break_file(server.files.get(rest.removesuffix("/content")))
             return self.send(404, error_body("No such File object")) if content is None else self.send_raw(content)
         if name == "batches":
             server.hold("poll")
@@ -692,6 +705,7 @@ class Handler(BaseHTTPRequestHandler):
             if view["output_file_id"] and server.broken_files and server.broken_files[0] == "null":
                 server.broken_files.popleft()
                 view["output_file_id"] = None
+            view |= {name: view[name] or server.no_file for name in ("output_file_id", "error_file_id")}
             return self.send(200, view | server.odd_fields)
         newest = [job.view() for job in reversed(server.jobs.values())]
         if server.oldest_first:

@@ -384,9 +384,131 @@ class TestUnhappyEnds:
         lines = list(module.read_lines(io.BytesIO(content)))
         assert lines == [{"custom_id": "a"}, {"custom_id": "b"}]
 
+    def test_a_request_without_a_reply_is_sent_again_and_given_up_with_a_reason(self, job: Job) -> None:
+        """Lines with status_code 0 and an empty body: ellmer issue 830, and OpenAI's forum."""
+        texts = make_texts(40)
+        texts[17] += " poison-status-0"
+        frame = job.write(texts).enrich(**FAST)
+        job.check(blank_rows=range(10, 20))
+        assert set(frame.attrs["enrichment"]["blank_rows"].values()) == {"the job's file holds no answer to it"}
+        assert job.asked.count(texts[17]) == 3
+
     def test_no_wait_is_for_jobs(self, job: Job) -> None:
         with pytest.raises(module.InputError, match="no_wait is for Batch API jobs"):
             job.write(["cake"]).enrich(no_wait=True)
+
+
+class TestFiles:
+    """What jobs are made of, and what they leave; shapes from the documents and recordings that each test names."""
+
+    # Azure's documents and a live report of OpenAI (kaibo issue 93) have "", OpenAI's recordings null.
+    @pytest.mark.parametrize("end", ["completed", "expired", "cancelled"])
+    @pytest.mark.parametrize("missing", ["", None])
+    def test_a_file_that_a_job_does_not_have_is_not_fetched(self, job: Job, missing: str | None, end: str) -> None:
+        job.server.no_file = missing
+        job.server.job_plans.append({"ends": end})
+        job.write(make_texts(40)).enrich(**FAST)
+        job.check()
+        assert sorted(job.asked) == sorted(job.texts)
+        assert len(job.server.jobs) == 1
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"endpoint": None, "metadata": None, "errors": None, "error_file_id": ""},  # Azure's documents
+            {"created_at": 1762136757000, "failed_at": 946656000000, "error_file_id": ""},  # a provider in milliseconds
+            {"error_file_id": "file-gone"},
+        ],
+    )
+    def test_a_job_is_collected_whatever_else_its_object_says(self, job: Job, fields: dict[str, Any]) -> None:
+        job.server.odd_fields = fields
+        job.write(make_texts(40)).enrich(**FAST)
+        job.check()
+        assert len(job.server.jobs) == 1
+
+    def test_a_job_whose_requests_all_failed_has_no_output(self, job: Job) -> None:
+        """It is `completed` with an empty output_file_id (litellm issue 33987)."""
+        job.server.no_file = ""
+        job.write([f"{text} poison-400-filter" for text in make_texts(3)]).enrich(**FAST)
+        job.check(blank_rows=[0, 1, 2])
+        assert open_requests(job) == 0
+
+    def test_a_result_that_is_gone_is_not_taken_for_a_missing_batch_api(self, job: Job) -> None:
+        job.server.odd_fields = {"output_file_id": "file-gone"}
+        with pytest.raises(module.ProviderError, match="does not know file-gone"):
+            job.write(make_texts(20)).enrich(**FAST)
+        job.server.odd_fields = {}
+        job.enrich(**FAST)
+        job.check()
+        assert len(job.server.jobs) == 1
+
+    def test_a_job_waits_until_its_file_is_processed(self, job: Job) -> None:
+        """Azure (openai-dotnet issue 312)."""
+        job.server.file_states.extend(["pending", "pending", "running"])
+        job.write(make_texts(20)).enrich(**FAST)
+        job.check()
+        assert not job.server.file_states
+
+    def test_a_file_that_the_server_could_not_process_ends_the_run_in_its_words(self, job: Job) -> None:
+        job.server.file_states.extend(["pending", "error"])
+        with pytest.raises(module.ProviderError, match="could not process the file of a job"):
+            job.write(make_texts(20)).enrich(**FAST)
+
+    # Azure (openai-dotnet issue 312), and OpenAI (curator issue 116).
+    NOT_READY = ((400, "The file is in state pending"), (404, "Cannot find file file-1"), (400, "No such File: file-1"))
+
+    def test_a_job_is_created_again_from_a_file_that_is_not_found_at_once(self, job: Job) -> None:
+        replies = [(status, {}, {"error": {"message": words}}) for status, words in self.NOT_READY]
+        job.server.script.extend([None, *replies])
+        job.write(make_texts(20)).enrich(**FAST)
+        job.check()
+        assert len(job.server.jobs) == 1
+        assert sum(b'"method"' in content for content in job.server.files.values()) == 1
+
+    def test_a_file_that_is_never_found_ends_the_run_in_the_servers_words(
+        self, job: Job, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "FILE_SECONDS", 0.3)
+        job.server.script.extend([None, *[(404, {}, {"error": {"message": "Cannot find file file-1"}})] * 99])
+        with pytest.raises(module.ProviderError, match="does not find the file of a job .* Cannot find file file-1"):
+            job.write(make_texts(20)).enrich(**FAST)
+        job.server.script.clear()
+        job.enrich(**FAST)
+        job.check()
+
+    def test_a_job_that_failed_because_its_file_was_not_found_is_created_again_from_it(self, job: Job) -> None:
+        """It goes away by itself (kaibo issue 169)."""
+        error = {"code": "invalid_request", "message": "Cannot find file file-1, or organization org-x does not."}
+        job.server.job_plans.extend([{"error": error}, {"error": error}])
+        job.write(make_texts(20)).enrich(**FAST)
+        job.check()
+        assert sorted(job.asked) == sorted(job.texts)
+        assert len(job.server.jobs) == 3
+        assert sum(b'"method"' in content for content in job.server.files.values()) == 1
+
+    FULL = (400, {}, {"error": {"code": "token_limit_exceeded", "message": "Enqueued too many tokens"}})  # Azure's docs
+
+    def test_a_creation_that_is_refused_because_the_queue_is_full_waits_or_is_smaller(
+        self, job: Job, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job.server.script.extend([None, self.FULL])
+        job.write(make_texts(40)).enrich(**FAST)
+        job.check()
+        assert [len(texts) for texts in by_job(job).values()] == [20, 20]
+        monkeypatch.setattr(module, "JOB_REQUESTS", 2)
+        job.server.script.extend([None, None, None, self.FULL])
+        job.enrich(**FAST, fresh=True)
+        assert [len(texts) for texts in by_job(job).values()] == [20, 20, 20, 20]
+
+    def test_a_job_without_an_id_is_an_error_that_says_so(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As xAI answers, whose jobs are of another kind."""
+        monkeypatch.setattr(module, "FIND_SECONDS", 0.2)
+        job.server.script.extend([None, (200, {}, {"batch_id": "batch_6", "state": {"num_requests": 0}})])
+        with pytest.raises(module.ProviderError, match="created a job without an id"):
+            job.write(make_texts(20)).enrich(**FAST)
+        assert open_requests(job) == 0
+        job.enrich()
+        job.check()
 
 
 class TestCap:
