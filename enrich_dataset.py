@@ -260,6 +260,10 @@ class Options:
             object.__setattr__(self, declared.name, value)
         if self.sample and self.output_filepath is None:
             raise InputError("`sample` writes a file beside the output, so it is for enrich_dataset, which has one.")
+        for name in ("gold", "examples"):
+            table = getattr(self, name)
+            if not isinstance(table, (str, Path, type(None))) and not hasattr(table, "to_csv"):
+                raise InputError(f"`{name}` must be a path or a pandas DataFrame: {how_to_convert(table)}.")
         if not (self.model or "").strip():
             raise InputError(f"`model` is blank: pass a name, such as {OPTIONS['model'].default}.")
         if self.no_wait and not self.use_batch_api:
@@ -488,7 +492,15 @@ def enrich_dataset(options: Options) -> pd.DataFrame:
         EnrichmentError: a file could not be written; what came back before is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM; calls in flight were waited for and kept, and the CSV was written.
     """
-    return Run(options, Console(options.quiet)).label().labelled_frame()
+    return label_frame(options)
+
+
+def label_frame(options: Options) -> pd.DataFrame:
+    """The frame is made before the first call: one that cannot be made would be found out after all is paid."""
+    run = Run(options, Console(options.quiet))
+    run.frame = run.table.to_frame()
+    run.fill_frame()
+    return run.label().fill_frame()
 
 
 def frame_options(
@@ -500,9 +512,11 @@ def frame_options(
     quiet: bool = True,
     **options: Any,
 ) -> Options:
-    if not hasattr(df, "iloc") or not hasattr(df, "columns"):
-        hint = "for a CSV there is enrich_dataset" if isinstance(df, (str, Path)) else "make one of it"
-        raise InputError(f"enrich_dataframe() takes a DataFrame as `df`, not a {type(df).__name__}: {hint}.")
+    import pandas as pd
+
+    if not isinstance(df, pd.DataFrame):
+        hint = "label a CSV with enrich_dataset(...)" if isinstance(df, (str, Path)) else how_to_convert(df)
+        raise InputError(f"enrich_dataframe() takes a pandas DataFrame as `df`, not a {type(df).__name__}: {hint}.")
     return Options(df, None, text_column, label_column, new_labels, quiet=quiet, **options)
 
 
@@ -518,13 +532,20 @@ def enrich_dataframe(options: Options) -> pd.DataFrame:
     Returns and raises what `enrich_dataset` does. Without `store_filepath` the answers live in memory only. An empty
     DataFrame makes no call, so that on Dask `meta=enrich_dataframe(ddf._meta, ...)` is what `map_partitions` wants.
     """
-    return Run(options, Console(options.quiet)).label().labelled_frame()
+    return label_frame(options)
+
+
+def how_to_convert(table: Any) -> str:
+    """What to call so that a table of another library becomes pandas'."""
+    if hasattr(table, "map_partitions"):  # Dask
+        return "call .map_partitions(enrich_dataframe, ...) on it, as the README shows"
+    return "call .to_pandas() on it" if hasattr(table, "to_pandas") else "convert it with pandas.DataFrame(...)"
 
 
 class Run:
     """One run on one table; start reading at `label`. Only this section uses it: the steps take what they need.
 
-    `store`, `files` and `budget` are there while `label` runs, `cells` from the first `read_store`.
+    `store`, `files` and `budget` are there while `label` runs.
     """
 
     def __init__(self, options: Options, console: Console) -> None:
@@ -551,13 +572,15 @@ class Run:
         self.report.example_rows = int((self.requested & complete(from_examples)).sum())
         self.held = merge(from_examples, table.given)  # cells that no model is asked for
         self.save_at = time.monotonic() + SAVE_SECONDS
+        self.frame: pd.DataFrame | None = None  # what callers in Python get back
+        self.cells = self.held
 
     def label(self) -> Run:
         options, report, say = self.options, self.report, self.console.say
         say(*opening_lines(options, self.sender_class))
         with open_store(options, self.server if self.sender_class.calls_server else None) as self.store:
             self.files = Files(self.store, options.written, options.overwrite)
-            self.files.check()
+            self.files.check(tries_to_write=not options.dry_run)
             sample = options.written.get("sample")
             if sample and sample.exists():
                 read_sample(sample, self.table, options.labels)  # so that an unreadable one is told now
@@ -610,9 +633,9 @@ class Run:
                     figure.savefig(file, format=Path(options.plot).suffix[1:])
         return self
 
-    def labelled_frame(self) -> pd.DataFrame:
-        """The table with its labels, and with the run's figures in `attrs`."""
-        frame = self.table.to_frame()
+    def fill_frame(self) -> pd.DataFrame:
+        """The table's frame with the labels, and with the run's figures in `attrs`."""
+        frame = self.table.to_frame() if self.frame is None else self.frame
         for label, column in label_columns(self.cells, self.options.labels).items():
             frame[label] = column
         frame.attrs["enrichment"] = self.report.attributes()
@@ -664,7 +687,7 @@ class Run:
             error.message += f" {line}"
             error.args = (name_options(error.message, as_flags=False),)
         if isinstance(error, (EnrichmentError, Stopped)) and self.table.frame is not None:
-            error.frame = self.labelled_frame()
+            error.frame = self.fill_frame()
 
     def answer(self, requests: Queue, sender: Sender, progress: Progress) -> None:
         """The one loop that decides."""
@@ -1055,7 +1078,13 @@ class Table:
             return self.frame.copy()
         records = itertools.chain([self.raw_header], map(self.record, range(len(self))))
         text = io.BytesIO(b"".join(record.encode() for record in records))
-        return pd.read_csv(text, sep=self.delimiter, low_memory=False)
+        try:
+            return pd.read_csv(text, sep=self.delimiter, low_memory=False)
+        except Exception as error:  # pandas' own faults have no common class, and their words may hold a text
+            raise InputError(
+                f"pandas {pd.__version__} cannot read {self.source} as a DataFrame ({type(error).__name__}): upgrade "
+                "pandas, or use the command line, which needs no DataFrame."
+            ) from None
 
     def write(self, cells: Cells, labels: Sequence[str], file: IO[bytes]) -> None:
         """The table, byte for byte, with the new fields at each record's end; old label columns are filled in."""
@@ -1311,15 +1340,25 @@ class Files:
         self.folder = None if store.path is None else store.path.resolve().parent  # None: the working directory
         self.replaceable: set[str] = set()  # digests of what this run wrote, or replaces at the user's wish
 
-    def check(self) -> None:
-        """Refuse to replace a file, unless it is unchanged since this program wrote it."""
+    def check(self, tries_to_write: bool = True) -> None:
+        """Refuse to replace a file, unless it is unchanged since this program wrote it, or one that cannot be written.
+
+        `tries_to_write`: by a draft, since permissions, disks and the length of names have no other common sign.
+        """
         for what, path in self.paths.items():
             if what in {"store", "sample"}:  # one is never replaced, the other is edited by people
                 continue
             found, name = file_digest(path), self.name(path)
             known = self._known(name)
-            with contextlib.suppress(OSError):
-                self._draft(path).unlink()  # left by a run that was killed
+            try:
+                self._draft(path).unlink(missing_ok=True)  # left by a run that was killed
+                if tries_to_write:
+                    self._draft(path).touch()
+                    self._draft(path).unlink()
+            except OSError as error:
+                raise InputError(
+                    f"The {what} {path} could not be written ({error.strerror}): choose another folder or a shorter name."
+                ) from None
             if found and not path.stat().st_mode & stat.S_IWUSR:
                 raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
             if self.overwrite:
@@ -1375,7 +1414,7 @@ class Files:
         """The same in each run on this store, so that the next one finds what a killed one has left."""
         target, store = path.resolve(), self.store.path
         mark = digest(store.name if store else os.getpid(), self.name(path)).hex()
-        return target.with_name(f".{target.name}.{mark}.tmp")
+        return target.with_name(f".{mark}.tmp")  # no longer than any name, so that the target's may be as long as it can
 
     def name(self, path: Path) -> str:
         """The name under which the store knows it: relative to its own folder, so that both can be moved together."""
@@ -1393,14 +1432,15 @@ def file_digest(path: Path) -> str:
 
 
 def open_draft(draft: Path, target: Path) -> IO[bytes]:
-    """A new file, with the target's mode, and its owner where that is allowed."""
+    """A new file, with the target's owner and mode where that is allowed: network drives may allow neither."""
     if not target.exists():
         return draft.open("xb")
     before = target.stat()
     draft.touch(0o600, exist_ok=False)
     with contextlib.suppress(OSError, AttributeError):
         os.chown(draft, before.st_uid, before.st_gid)
-    draft.chmod(stat.S_IMODE(before.st_mode))
+    with contextlib.suppress(OSError):
+        draft.chmod(stat.S_IMODE(before.st_mode))
     return draft.open("r+b")
 
 
@@ -2073,12 +2113,27 @@ class Response:
             found = look_up(self.body, "usage", *names)
             return found if isinstance(found, int) else None
 
-        prompt, completion = tokens("prompt_tokens"), tokens("completion_tokens")
+        prompt, completion, total = (tokens(f"{name}_tokens") for name in ("prompt", "completion", "total"))
         if prompt is None or completion is None:
             return None
-        cached = tokens("prompt_tokens_details", "cached_tokens") or 0
-        written = tokens("prompt_tokens_details", "cache_write_tokens") or 0
-        return Usage(prompt, cached, written, completion, tokens("completion_tokens_details", "reasoning_tokens") or 0)
+        # Some leave their reasoning out of the completion, or in the total alone: the dearer reading counts.
+        prompt, completion = max(0, prompt), max(0, completion, (total or 0) - prompt)
+        # Some report more cached tokens than the prompt had, or -1.
+        cached = min(prompt, max(0, tokens("prompt_tokens_details", "cached_tokens") or 0))
+        written = min(prompt - cached, max(0, tokens("prompt_tokens_details", "cache_write_tokens") or 0))
+        reasoning = max(0, tokens("completion_tokens_details", "reasoning_tokens") or 0)
+        return Usage(prompt, cached, written, completion, reasoning)
+
+    @property
+    def dollars(self) -> float | None:
+        """The bill that a reply itself may hold: OpenRouter's `cost`, Perplexity's with parts, xAI's in 1e-10 dollars."""
+        usage = self.body.get("usage") if isinstance(self.body, dict) else None
+        if not isinstance(usage, dict):
+            return None
+        cost, ticks = usage.get("cost"), usage.get("cost_in_usd_ticks")
+        cost = cost.get("total_cost") if isinstance(cost, dict) else cost
+        cost = ticks / 1e10 if isinstance(ticks, (int, float)) and cost is None else cost
+        return float(cost) if isinstance(cost, (int, float)) and 0 <= cost < math.inf else None
 
     @property
     def may_be_billed(self) -> bool:
@@ -2489,10 +2544,11 @@ class Prices:
     model: str  # that is asked; its price also holds where the list does not have the served name
 
     def billed(self, response: Response, tier: str) -> float | None:
-        """What a response says that it cost; None: it does not say, or the price is not known."""
+        """What a response cost, by its tokens or else by its own bill; None: neither tells."""
         # The tier is the sender's, because what a job replies calls its own tier "default".
         served = str(look_up(response.body, "model") or "")
-        return None if response.usage is None else self.of(response.usage, tier, served)
+        listed = None if response.usage is None else self.of(response.usage, tier, served)
+        return response.dollars if listed is None else listed
 
     def of(self, usage: Usage, tier: str, served: str = "") -> float | None:
         """The cost of one call; None: not known. Per call, since a long one may cost more per token."""
@@ -2513,7 +2569,7 @@ def list_price(model: str, tier: str, usage: Usage) -> float | None:
             input_tokens=prompt, cache_read_tokens=cached, cache_write_tokens=written, output_tokens=completion
         )
         priced = genai_prices.calc_price(tokens, model, provider_id="openai", price_context={"processing": tier})
-    except (ImportError, LookupError):
+    except Exception:  # an unknown model, or whatever the list stumbles over: a price is worth no run
         return None
     return float(priced.total_price)
 
@@ -3473,12 +3529,8 @@ class JobSender(Sender):
             files = []
             # A file that the job does not have is "" at some servers, and null at others.
             for file_id in filter(None, (output, batch.get("error_file_id"))):
-                try:
+                with contextlib.suppress(*() if file_id == output else (CallRefused,)):
                     file = self._call_with_retries(partial(self.server.call, f"/files/{file_id}/content"), file_id)
-                except CallRefused:
-                    if file_id == output:
-                        raise
-                else:
                     files.append(opened.enter_context(file))
             replies = survey(files)
             for line in itertools.chain.from_iterable(map(read_lines, files)):
@@ -3598,6 +3650,12 @@ def reply_mark(line: dict[str, Any]) -> bytes:
 # cells, what was spent. It holds no row's text and no API key: digests, the prompt's own words, labels and figures.
 
 STORE_ID = 0x656E7263  # "enrc", in SQLite's application_id
+NO_STORE = "The store {} is not an answer store: pass another file as `store_filepath`."
+STORE_ADVICE = {
+    sqlite3.SQLITE_BUSY: "If another run is using it, wait for that; if not, its disk may be unable to lock files. ",
+    sqlite3.SQLITE_READONLY: "Allow writing to it and to its folder. ",
+    sqlite3.SQLITE_CANTOPEN: "Check the permissions of it and of its folder. ",
+}
 STORE_VERSION = 4
 
 # A change of Question's fields is a new version. A job is open while it has rows in job_requests; its tag is ours, its
@@ -3683,18 +3741,20 @@ class Store:
         try:
             self._open()
             if path and not path.stat().st_mode & stat.S_IWUSR:  # which root could write to all the same
-                raise sqlite3.OperationalError("readonly")
+                raise InputError(f"The store {path} is read-only: allow writing to it and to its folder.")
+        except InputError:
+            self.db.close()
+            raise
         except (OSError, sqlite3.Error) as error:
             self.db.close()
-            whats = {
-                "locked": "is in use by another run: wait for it",
-                "readonly": "is read-only: allow writing to it and to its folder",
-                "of another version": "was written by another version of this program: move it away",
-                "unable to open": "cannot be opened: check the permissions of it and of its folder",
-            }
-            found = (what for word, what in whats.items() if word in str(error))
-            what = next(found, "is not an answer store: move or delete it")
-            raise InputError(f"The store {path} {what}, or choose another file.") from None
+            with contextlib.suppress(OSError):
+                if path and not path.read_bytes()[:16].startswith(b"SQLite format 3\0"):
+                    raise InputError(NO_STORE.format(path)) from None
+            advice = STORE_ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "")  # the extended codes' base
+            raise InputError(
+                f"The store {path} cannot be used: {error}. {advice}It holds paid answers: keep it; copy it to a local "
+                "disk and pass the copy as `store_filepath`."
+            ) from None
         self.file = path.stat() if path else None
 
     def _open(self) -> None:
@@ -3717,8 +3777,13 @@ class Store:
         found = tuple(db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
         if found == (0, 0) and not db.execute("SELECT 1 FROM sqlite_master").fetchall():
             return True
-        if found != (STORE_ID, STORE_VERSION):
-            raise sqlite3.DatabaseError("of another version" if found[0] == STORE_ID else "another program's")
+        if found[0] != STORE_ID:
+            raise InputError(NO_STORE.format(self.path))
+        if found[1] != STORE_VERSION:
+            raise InputError(
+                f"The store {self.path} was written by another version of this program: keep it for that one, and pass "
+                "another file as `store_filepath`."
+            )
         return False
 
     def __enter__(self) -> Store:
@@ -3955,7 +4020,7 @@ def open_store(options: Options, server: Server | None) -> Store:
     path = options.written.get("store")
     if path is None or not path.exists():
         with Store(None) as empty:
-            Files(empty, options.written, options.overwrite).check()
+            Files(empty, options.written, options.overwrite).check(tries_to_write=not options.dry_run)
         if options.dry_run:
             return Store(None)
         if path is not None and server:
@@ -4486,6 +4551,7 @@ class Report:
         self.call_seconds += attempt.seconds
         self.usage = Usage(*map(operator.add, self.usage, attempt.usage or Usage()))
         self.cost += attempt.cost or 0.0
+        self.knows_price |= attempt.cost is not None  # where replies hold their bill, no list need have the price
         self.unconfirmed_cost += attempt.unconfirmed_cost
         self.unconfirmed_calls += attempt.unconfirmed_calls
         if attempt.calls and attempt.problem != SENT_AGAIN:

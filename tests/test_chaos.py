@@ -151,8 +151,9 @@ def test_an_output_that_is_open_elsewhere_is_one_line_and_loses_nothing(
 @pytest.mark.skipif("sys.platform == 'win32'")
 def test_an_output_in_a_folder_that_takes_no_file_is_one_line(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job.output = Path("/proc/self/out.csv")
-    assert job.write(["cake"]).command("--store", str(job.store), "--quiet") == 1
-    assert "/proc/self/out.csv cannot be written" in capsys.readouterr().err
+    assert job.write(["cake"]).command("--store", str(job.store), "--quiet") == 2
+    assert "The output /proc/self/out.csv could not be written (" in capsys.readouterr().err
+    assert job.server.calls == []
 
 
 def test_a_store_of_another_version_is_refused_and_left_alone(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,7 +163,7 @@ def test_a_store_of_another_version_is_refused_and_left_alone(job: Job, capsys: 
     before = job.store.read_bytes()
     assert job.command() == 2
     assert (
-        "was written by another version of this program: move it away, or choose another file."
+        "was written by another version of this program: keep it for that one, and pass another file as --store."
         in capsys.readouterr().err
     )
     assert job.store.read_bytes() == before
@@ -216,7 +217,7 @@ def test_a_second_process_on_one_output_is_refused_and_the_first_goes_on(job: Jo
     second = job.process()
     _, errors = second.communicate(timeout=30)
     assert second.returncode == 2
-    assert "is in use by another run: wait for it, or choose another file." in errors
+    assert "cannot be used: database is locked. If another run is using it, wait for that; " in errors
     assert first.wait(60) == 0
     first.communicate()
     job.check()

@@ -54,6 +54,49 @@ class TestAfter:
         job.server.script.append((200, {}, completion | {"usage": usage}))
         assert figures(job.write(["tram"]).enrich())["cost"] == pytest.approx((1000 * 2 + 1000 * 8) / 1e6)
 
+    # Shapes of usage: Azure Foundry's, xAI's, Gemini's, one of -1s, and one that makes no sense at all.
+    @pytest.mark.one_form
+    @pytest.mark.parametrize(
+        ("usage", "tokens"),
+        [
+            ({"completion_tokens": 9, "total_tokens": 87, "prompt_tokens_details": {"cached_tokens": 158}}, (78, 78, 9)),
+            ({"completion_tokens": 1, "total_tokens": 161, "completion_tokens_details": {"reasoning_tokens": 82}}, (78, 0, 83)),
+            ({"completion_tokens": 60, "total_tokens": 1638}, (78, 0, 1560)),
+            ({"completion_tokens": -1, "total_tokens": -1, "prompt_tokens_details": {"cached_tokens": -1}}, (78, 0, 0)),
+            ({"completion_tokens": 9, "total_tokens": 9**30, "prompt_tokens_details": {"cached_tokens": "x"}}, (78, 0, 9)),
+        ],
+    )
+    def test_of_two_readings_of_a_bill_the_dearer_counts(self, job: Job, usage: Any, tokens: tuple[int, ...]) -> None:
+        body = {"choices": [{"message": {"content": '{"660": []}'}}], "usage": {"prompt_tokens": 78} | usage}
+        job.server.script.append((200, {}, body))
+        told = figures(job.write(["tram"]).enrich())
+        prompt, cached, completion = tokens
+        assert (told["tokens"]["prompt"], told["tokens"]["cached"], told["tokens"]["completion"]) == tokens
+        assert told["cost"] == pytest.approx(((prompt - cached) * 0.15 + cached * 0.075 + completion * 0.60) / 1e6)
+
+    @pytest.mark.one_form
+    @pytest.mark.parametrize(
+        ("bill", "dollars"),
+        [
+            ({"cost": 0.000241}, 0.000241),  # OpenRouter
+            ({"cost": {"request_cost": 0.005, "total_cost": 0.00502}}, 0.00502),  # Perplexity
+            ({"cost_in_usd_ticks": 2_087_200}, 0.00020872),  # xAI
+            ({"cost": -1}, None),
+            ({"cost": "free"}, None),
+        ],
+    )
+    def test_a_bill_in_the_reply_counts_where_no_list_has_the_price(
+        self, job: Job, bill: Any, dollars: float | None, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        usage = {"prompt_tokens": 78, "completion_tokens": 9} | bill
+        body = {"choices": [{"message": {"content": '{"660": []}'}}], "usage": usage}
+        job.server.script.extend([(200, {}, body)] * 2)
+        assert figures(job.write(["tram"]).enrich(model="nobodys-model", quiet=False))["cost"] == dollars
+        shown = "unknown" if dollars is None else rf"\{module.dollars(dollars)} "
+        assert re.search(f"Cost: {shown}", capsys.readouterr().out)
+        listed = figures(job.enrich(fresh=True))["cost"]
+        assert listed == pytest.approx((78 * 0.15 + 9 * 0.60) / 1e6)
+
     def test_the_users_own_price_stands(self, job: Job) -> None:
         told = figures(job.write(["cake"]).enrich(model="llama3.2", price=(10, 20)))
         assert told["cost"] == pytest.approx(price(job.server.calls, 10, 20))

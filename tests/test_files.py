@@ -136,6 +136,18 @@ class TestRefused:
         assert words in line
         assert "my own words" not in line
 
+    @pytest.mark.parametrize("more", [("--plot", "p" * 255 + ".png"), ("--output", "o" * 250 + ".csv")])
+    def test_an_output_whose_name_is_too_long(
+        self, job: Job, more: tuple[str, str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        flag, name = more
+        line = refused(job.write(["cake"]), capsys, flag, str(job.output.with_name(name)), "--store", str(job.store))
+        assert "File name too long" in line
+
+    def test_an_output_in_a_folder_that_takes_no_file(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        line = refused(job.write(["cake"]), capsys, "--plot", "/proc/self/plot.png")
+        assert "The plot /proc/self/plot.png could not be written (" in line
+
     def test_a_read_only_output(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         job.write(["cake"]).enrich()
         job.output.chmod(0o444)
@@ -220,6 +232,19 @@ class TestRefused:
 
 
 class TestDrafts:
+    def test_a_disk_on_which_no_mode_can_be_set_is_no_failure(self, job: Job) -> None:
+        """Network drives refuse chmod."""
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        job.write(make_texts(20)).enrich(limit=10)
+        with pytest.MonkeyPatch.context() as patch:
+            for system, name in ((Path, "chmod"), (os, "chmod"), (os, "chown")):
+                patch.setattr(system, name, refuse)
+            job.enrich()
+        job.check()
+
     def test_the_mode_is_kept(self, job: Job) -> None:
         job.write(make_texts(5)).enrich(limit=2)
         job.output.chmod(0o600)

@@ -402,7 +402,7 @@ class TestDisk:
         job.write(["cake"]).enrich()
         job.store.chmod(0o400)
         assert job.command() == 2
-        assert "is read-only: allow writing to it and to its folder, or choose another file." in capsys.readouterr().err
+        assert "is read-only: allow writing to it and to its folder." in capsys.readouterr().err
 
 
 class TestTables:

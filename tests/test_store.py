@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import sqlite3
 import stat
 import subprocess
@@ -77,7 +78,7 @@ class TestReopened:
 class TestTwoRuns:
     def test_a_second_run_on_the_same_store_is_refused(self, job: Job) -> None:
         job.write(["cake"])
-        with module.Store(job.store), pytest.raises(module.InputError, match="in use by another run"):
+        with module.Store(job.store), pytest.raises(module.InputError, match="If another run is using it"):
             job.enrich()
         assert job.server.calls == []
 
@@ -89,6 +90,23 @@ class TestNotAStore:
         with pytest.raises(module.InputError, match="is not an answer store"):
             job.enrich()
         assert job.store.read_text().startswith("my notes")
+
+    @pytest.mark.parametrize("damage", ["truncated", "overwritten", "short"])
+    def test_a_damaged_store_is_told_in_sqlites_words_and_is_to_be_kept(self, job: Job, damage: str) -> None:
+        """On a disk that errs or that synchronises files by itself: it may be most of what was paid for."""
+        job.write(make_texts(400)).enrich(batch_size=1)
+        content = job.store.read_bytes()
+        damaged = {
+            "truncated": content[: len(content) // 2],
+            "overwritten": content[:100] + bytes(len(content) - 100),
+            "short": content[:50],
+        }
+        job.store.write_bytes(damaged[damage])
+        with pytest.raises(module.EnrichmentError, match=r"(malformed|not a database|disk I/O)") as told:
+            job.enrich(fresh=True)
+        assert "delete" not in str(told.value)
+        assert re.search("paid answers|what it holds is kept", str(told.value))
+        assert job.store.exists()
 
     def test_of_runs_that_start_together_one_gets_the_new_store(self, tmp_path: Path) -> None:
         code = "import enrich_dataset as m, pathlib, sys, time\nwith m.Store(pathlib.Path(sys.argv[1])):\n    time.sleep(1)"
