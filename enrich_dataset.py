@@ -27,6 +27,7 @@ HTTP *calls* as that takes; a *job* is what OpenAI's Batch API runs.
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -209,6 +210,10 @@ class Options:
     )
     store_filepath: str | Path | None = option(None, "the file of answers; else OUTPUT.answers.sqlite3", flag="--store")
     fresh: bool = option(False, "send rows again although they have answers; the newest answer counts")
+    encoding: str | None = option(
+        None, "the input's encoding, by Python's name of it (default: UTF-8, UTF-16 with a mark, or cp1252)",
+        metavar="NAME",
+    )  # fmt: skip
     overwrite: bool = option(False, "replace files that are there already and that no run on this store wrote")
     quiet: bool = option(False, "print nothing but errors")
     base_url: str | None = option(
@@ -264,6 +269,7 @@ class Options:
             table = getattr(self, name)
             if not isinstance(table, (str, Path, type(None))) and not hasattr(table, "to_csv"):
                 raise InputError(f"`{name}` must be a path or a pandas DataFrame: {how_to_convert(table)}.")
+        self._check_encoding()
         if not (self.model or "").strip():
             raise InputError(f"`model` is blank: pass a name, such as {OPTIONS['model'].default}.")
         if self.no_wait and not self.use_batch_api:
@@ -285,6 +291,18 @@ class Options:
             self._check_paths()
         except OSError as error:
             raise InputError(f"The path {error.filename} cannot be used ({error.strerror}): choose another.") from None
+
+    def _check_encoding(self) -> None:
+        if self.encoding is None:
+            return
+        if not isinstance(self.input_filepath, (str, Path)):
+            raise InputError("`encoding` is for a file: drop it, a DataFrame holds texts.")
+        try:
+            "".encode(self.encoding)
+        except (LookupError, ValueError, TypeError):
+            raise InputError(
+                f"`encoding` must be one that Python knows, such as cp1251, gbk or mac_roman, not {self.encoding!r}."
+            ) from None
 
     def _check_paths(self) -> None:
         named = self.instructions if isinstance(self.instructions, Path) else None  # else it is a text
@@ -555,7 +573,7 @@ class Run:
         is_file = isinstance(options.input_filepath, (str, Path))
         if is_file:
             console.say(f"Loading dataset from {options.input_filepath}...")
-        table = read_table(options.input_filepath, options.columns)
+        table = read_table(options.input_filepath, options.columns, options.encoding)
         if is_file:
             console.say(f"Dataset loaded: {len(table)} rows")
         if table.encoding == "cp1252":
@@ -664,7 +682,7 @@ class Run:
             )
             started = time.monotonic()
             try:
-                self.answer(Queue(requests), sender, progress)
+                self.answer(Queue(requests, self.server.is_too_long, progress.expect), sender, progress)
             except (Exception, Stopped) as error:
                 self.report.seconds += time.monotonic() - started
                 with contextlib.suppress(EnrichmentError):  # from a disk or a store that fails, as has been told
@@ -1127,8 +1145,8 @@ class Table:
         return self.delimiter.join(fields)
 
 
-def read_table(source: Source, columns: Columns) -> Table:
-    """Read a CSV, in the first encoding that fits all of it, or a DataFrame."""
+def read_table(source: Source, columns: Columns, encoding: str | None = None) -> Table:
+    """Read a CSV, if no encoding is named in UTF-8 or UTF-16 with a mark, else in cp1252; or a DataFrame."""
     if not isinstance(source, (str, Path)):
         table = parse_csv(frame_content(source, columns), "utf-8", FRAME, columns)
         table.frame = source
@@ -1137,15 +1155,57 @@ def read_table(source: Source, columns: Columns) -> Table:
         content = Path(source).read_bytes()
     except OSError as error:
         raise InputError(f"{source} cannot be read ({error.strerror}): check the path and its permissions.") from None
-    # A byte-order mark stays, as the first character. No text in cp1252 holds a NUL.
-    encodings = ["utf-8"] if b"\0" in content[:65_536] else ["utf-8", "cp1252"]
     if content.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         raise InputError(f"{source} is UTF-32: save it as UTF-8 CSV.")
-    marks = {b"\xff\xfe": ["utf-16-le"], b"\xfe\xff": ["utf-16-be"]}
-    for encoding in marks.get(content[:2], encodings):
-        with contextlib.suppress(UnicodeDecodeError):
-            return parse_csv(content, encoding, str(source), columns)
-    raise InputError(f"{source} is not text in UTF-8, UTF-16 or cp1252 (is it a binary file?): save it as UTF-8 CSV.")
+    named = encoding and codecs.lookup(encoding).name.removesuffix("-sig")
+    # A byte-order mark stays, as the first character.
+    marked = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be", b"\xef\xbb": "utf-8"}.get(content[:2], named)
+    try:
+        return parse_csv(content, marked or "utf-8", str(source), columns)
+    except UnicodeDecodeError as error:
+        if marked:
+            raise InputError(f"{source} is not text in {marked} ({error.reason}): pass another `encoding`.") from None
+        check_cp1252(content, str(source))
+        return parse_csv(content, "cp1252", str(source), columns)
+
+
+UTF8_SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
+BEYOND_ASCII = re.compile(rb"[\x80-\xff]")
+# In text of a Western language, what is not ASCII is a letter among ASCII ones, or a typographic sign. What another
+# encoding makes of a text shows as three such letters in a row (Cyrillic, Greek, Arabic, Chinese, Korean), a capital
+# after a small letter (Mac, UTF-8), or a sign between two letters (Mac, Central European). Three of one letter may be a
+# cry.
+WESTERN_SIGNS = "\u2018\u2019\u201c\u201d\u201e\u2026\u2013\u2014\u2022\u2039\u203a\xa0\xab\xbb\xad\xb4\xb7"
+IMPLAUSIBLE = re.compile(
+    rf"([^\x00-\x7f{WESTERN_SIGNS}])(?!\1\1)[^\x00-\x7f{WESTERN_SIGNS}]{{2,}}"
+    r"|(?<=[a-z\xdf-\xf6\xf8-\xff])[\xc0-\xd6\xd8-\xde\u0152\u0160\u0178\u017d]"
+    rf"|(?<=[^\W\d_])[^\x00-\x7f\w{WESTERN_SIGNS}](?=[^\W\d_])"
+)
+MOST_IMPLAUSIBLE = 0.2  # of the letters and signs beyond ASCII
+
+
+def check_cp1252(content: bytes, source: str) -> None:
+    """Refuse what is neither UTF-8 nor plausible in cp1252: as such it would be garbage, sent and paid for."""
+    advice = "pass its `encoding` (such as cp1251, gbk, euc_kr or mac_roman), or save it as UTF-8 CSV"
+    beyond, in_sequences = len(BEYOND_ASCII.findall(content)), sum(map(len, UTF8_SEQUENCE.findall(content)))
+    if in_sequences > 0.6 * beyond:
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise InputError(
+                f"{source}, line {line}: a byte that is not UTF-8, as the rest of the file is: fix it, or {advice}."
+            ) from None
+    try:
+        text = content.decode("cp1252")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # no text in cp1252 holds one
+        raise InputError(f"{source} is not text in UTF-8, UTF-16 or cp1252 (is it a binary file?): {advice}.")
+    implausible = sum(len(found[0]) for found in IMPLAUSIBLE.finditer(text))
+    letters_and_signs = len(re.findall(rf"[^\x00-\x7f{WESTERN_SIGNS}]", text))
+    if implausible > MOST_IMPLAUSIBLE * letters_and_signs:
+        raise InputError(f"{source} is not UTF-8, and as cp1252 its words make no sense: {advice}.")
 
 
 def frame_content(df: pd.DataFrame, columns: Columns) -> bytes:
@@ -1197,6 +1257,9 @@ def find_header(head: list[str], text_column: str, source: str) -> tuple[str, li
     return delimiter, headers[delimiter]
 
 
+EXACT_ENCODINGS = {"utf-8", "cp1252", "utf-16-le", "utf-16-be"}  # in which a text has one form alone
+
+
 def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> Table:
     """Find each record's place, key, given cells and length of text in one pass."""
     import numpy as np
@@ -1214,7 +1277,13 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
     held = {place: array("b") for place, column in enumerate(held_at) if column is not None}
     by_values: list[str] = []
     for fields, raw, line in read_records(itertools.chain(head, lines), delimiter, source):
-        start, end = end, end + len(raw.encode(encoding))
+        encoded = raw.encode(encoding)
+        start, end = end, end + len(encoded)
+        if encoding not in EXACT_ENCODINGS and content[start:end] != encoded:
+            raise InputError(
+                f"{source}, line {line}: this record could not be written back byte for byte in {encoding}: save the "
+                "file as UTF-8 CSV."
+            )
         if not fields:
             continue
         if not header_end:
@@ -1289,8 +1358,27 @@ def read_records(lines: Iterable[str], delimiter: str, source: str) -> Iterator[
         is_blank |= line == 1 and DELIMITER_LINE.fullmatch(text) is not None
         if ended and not is_blank:
             raise InputError(f"{source}, line {line}: a quote in this record is never closed: close it.")
+        if reader.line_num > line and is_merged(text, delimiter):
+            raise InputError(
+                f"{source}, line {line}: a field that begins with a quote runs over several lines, and more follows "
+                'its closing quote, so that rows have run together: double the quotes within the field (""), or quote '
+                "the field as a whole."
+            )
         if text:
             yield [] if is_blank else fields, text, line
+
+
+def is_merged(raw: str, delimiter: str) -> bool:
+    """Whether in a record of several lines a quoted field with a line end in it goes on after its closing quote."""
+    delimiter = re.escape(delimiter)
+    field = re.compile(rf'(?:"([^"]*(?:""[^"]*)*)"([^{delimiter}\r\n]*)|[^{delimiter}\r\n]*)(?:{delimiter}|[\r\n]+|$)')
+    at = 0
+    while at < len(raw) and (found := field.match(raw, at)):
+        quoted, rest = found[1] or "", found[2]
+        if rest and ("\n" in quoted or "\r" in quoted):
+            return True
+        at = found.end()
+    return False
 
 
 def find_column(header: list[str], name: str, what: str, source: str) -> int:
@@ -1357,7 +1445,7 @@ class Files:
                     self._draft(path).unlink()
             except OSError as error:
                 raise InputError(
-                    f"The {what} {path} could not be written ({error.strerror}): choose another folder or a shorter name."
+                    f"The {what} {path} could not be written ({error.strerror}): choose another folder or shorter name."
                 ) from None
             if found and not path.stat().st_mode & stat.S_IWUSR:
                 raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
@@ -1414,7 +1502,9 @@ class Files:
         """The same in each run on this store, so that the next one finds what a killed one has left."""
         target, store = path.resolve(), self.store.path
         mark = digest(store.name if store else os.getpid(), self.name(path)).hex()
-        return target.with_name(f".{mark}.tmp")  # no longer than any name, so that the target's may be as long as it can
+        return target.with_name(
+            f".{mark}.tmp"
+        )  # no longer than any name, so that the target's may be as long as it can
 
     def name(self, path: Path) -> str:
         """The name under which the store knows it: relative to its own folder, so that both can be moved together."""
@@ -1494,7 +1584,7 @@ def make_batches(table: Table, lacking: BoolArray, batch_size: int) -> list[Batc
 
 # Every word here is paid for in each call, so each thing is said once. The labels stay in the message, since servers
 # that turn a schema into a grammar do not show it to the model.
-WORDING_VERSION = 2  # raise it when anything that is sent changes: answers to other words do not count
+WORDING_VERSION = 3  # raise it when anything that is sent changes: answers to other words do not count
 WORDING = """\
 {task} The labels:
 {labels}
@@ -1508,9 +1598,9 @@ TASKS = {
     "one": "Judge each text on its own: which one label applies best?",
 }
 SHAPES = {
-    "list": 'the list of the labels that apply, spelled as above, or []: {{"660":[],"149":[{label}]}}',
-    "each": 'every label, spelled as above, and 1 if it applies or 0 if not: {{"660":{{{label}:0,...}},...}}',
-    "one": 'its label, spelled as above: {{"660":{label},...}}',
+    "list": 'the list of the labels that apply, spelled as above, or []: {{"{id}":[],"{other_id}":[{label}]}}',
+    "each": 'every label, spelled as above, and 1 if it applies or 0 if not: {{"{id}":{{{label}:0,...}},...}}',
+    "one": 'its label, spelled as above: {{"{id}":{label},...}}',
 }
 LABEL_NOTE = "Each text comes with an earlier label, which is context only. "
 EXAMPLE_CHARACTERS = 20_000  # a third of what a batch's texts may have
@@ -1577,7 +1667,7 @@ class Prompt:
             labels="\n".join(map("".join, zip(names, meanings, strict=True))),
             instructions=f"This project's instructions:\n{first.instructions}\n\n" if first.instructions else "",
             label_note=LABEL_NOTE if first.sends_label else "",
-            shape=SHAPES[self.form].format(label=names[0]),
+            shape=SHAPES[self.form].format(label=names[0], id=FREE_IDS[0], other_id=FREE_IDS[1]),
             examples=example_words(self.examples, self.labels, self.form),
         ).strip()
 
@@ -1673,10 +1763,10 @@ def read_examples(
     if any(known.setdefault(row.text, cells) != cells for row, cells in zip(rows, given, strict=True)):
         raise InputError(f"The examples ({table.source}) have one text with different labels: keep one of its rows.")
     size = sum(len(row.text) + ROW_CHARACTERS for row in rows)
-    if size > EXAMPLE_CHARACTERS or len(rows) > MOST_IDS:
+    if size > EXAMPLE_CHARACTERS or len(rows) > MOST_EXAMPLES:
         raise InputError(
             f"The examples ({table.source}) are too many: {size:,} characters (at most {EXAMPLE_CHARACTERS:,}, a third "
-            f"of what a batch's texts may have), rows: {len(rows)} (at most {MOST_IDS}). Choose fewer or shorter ones."
+            f"of what a batch may have), rows: {len(rows)} (at most {MOST_EXAMPLES}): choose fewer or shorter ones."
         )
     return tuple(Example(row.text, frozenset(compress(labels, x))) for row, x in zip(rows, given, strict=True))
 
@@ -1685,10 +1775,11 @@ def example_words(examples: Sequence[Example], labels: Sequence[str], form: Answ
     """The examples as a message and its answer, in the form of the real ones, without an existing label."""
     if not examples:
         return ""
-    message = user_message([Row(b"", example.text, None) for example in examples])
+    ids = FREE_IDS[2:][: len(examples)]
+    message = compact_json(dict(zip(ids, (example.text for example in examples), strict=True)))
     answers = (form_answer(form, example.applying, labels) for example in examples)
-    answer = dict(zip(row_ids(len(examples)), answers, strict=True))
-    return f"An example of a message:\n{message}\nIts right answer:\n{compact_json(answer)}"
+    answer = compact_json(dict(zip(ids, answers, strict=True)))
+    return encodable(f"An example of a message:\n{message}\nIts right answer:\n{answer}")
 
 
 def compact_json(value: Any) -> str:
@@ -1698,11 +1789,12 @@ def compact_json(value: Any) -> str:
 def user_message(rows: Sequence[Row], id_set: int = 0) -> str:
     """The texts as JSON, so that nothing in a text can pass for the message around it."""
     texts = [row.text if row.label is None else [row.text, row.label] for row in rows]
-    message = compact_json(dict(zip(row_ids(len(rows), id_set), texts, strict=True)))
-    return message.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
+    return encodable(compact_json(dict(zip(row_ids(len(rows), id_set), texts, strict=True))))
 
 
-MOST_IDS = 900  # the numbers of three digits
+def encodable(text: str) -> str:
+    """The text with question marks for lone surrogates, which cannot be sent."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @lru_cache(maxsize=1024)
@@ -1715,7 +1807,13 @@ def row_ids(count: int, id_set: int = 0) -> tuple[str, ...]:
     Such an id cannot be counted, only copied, and costs the same one token. 389 has no factor in common with the 900
     numbers of three digits, so that all positions differ, and is far enough from 0 and 450 that neighbours look unlike.
     """
-    return tuple(str(100 + (position * 389 + 560) % MOST_IDS + 1000 * id_set) for position in range(count))
+    return tuple(str(100 + (position * 389 + 560) % 900 + 1000 * id_set) for position in range(count))
+
+
+# Those of the 900 ids that no batch's rows have, for the instructions and the examples: a model that repeats what it
+# was shown then says nothing about any row.
+FREE_IDS = row_ids(900)[int(OPTIONS["batch_size"].metadata["limits"][1]) :]
+MOST_EXAMPLES = 390
 
 
 FENCED = re.compile(r"\s*```\w*\s*(.*?)\s*```\s*", re.DOTALL)
@@ -1827,16 +1925,24 @@ class Request:
 
 
 class Queue:
-    """Requests still to be sent, made as they are needed; those to be sent again come first."""
+    """Requests still to be sent, made as they are needed; those to be sent again come first.
 
-    def __init__(self, requests: Iterable[Request]) -> None:
-        self.requests = iter(requests)
+    One of a size that has proved to be too long is split before it is sent; `expect` is told of each one more.
+    """
+
+    def __init__(
+        self, requests: Iterable[Request], is_too_long: Callable[[Request], bool], expect: Callable[[int], None]
+    ) -> None:
+        self.requests, self.is_too_long, self.expect = iter(requests), is_too_long, expect
         self.front: deque[Request] = deque()
 
     def peek(self) -> Request | None:
         """The next request, which stays."""
         if not self.front:
             self.front.extend(itertools.islice(self.requests, 1))
+        while self.front and self.is_too_long(self.front[0]):
+            self.put_first(halves(self.front.popleft()))
+            self.expect(1)
         return self.front[0] if self.front else None
 
     def pop(self) -> Request:
@@ -1845,6 +1951,11 @@ class Queue:
 
     def put_first(self, requests: Sequence[Request]) -> None:
         self.front.extendleft(reversed(requests))
+
+
+def halves(request: Request) -> list[Request]:
+    middle = (len(request.rows) + 1) // 2
+    return [replace(request, rows=rows) for rows in (request.rows[:middle], request.rows[middle:]) if rows]
 
 
 def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
@@ -2125,8 +2236,14 @@ class Response:
         return Usage(prompt, cached, written, completion, reasoning)
 
     @property
+    def prompt_billed(self) -> int:
+        """The prompt's tokens, with the cached ones where these are counted apart; 0: not told."""
+        cached = look_up(self.body, "usage", "prompt_tokens_details", "cached_tokens")
+        return max(self.usage.prompt, cached if isinstance(cached, int) else 0) if self.usage else 0
+
+    @property
     def dollars(self) -> float | None:
-        """The bill that a reply itself may hold: OpenRouter's `cost`, Perplexity's with parts, xAI's in 1e-10 dollars."""
+        """The bill that a reply itself may hold: `cost`, which may have parts, or ticks of 1e-10 dollars."""
         usage = self.body.get("usage") if isinstance(self.body, dict) else None
         if not isinstance(usage, dict):
             return None
@@ -2204,6 +2321,8 @@ UNREACHABLE_SECONDS = 10.0  # give up on a server that has never answered after 
 MOST_REASONING = 32_768  # tokens; a model that needs more will never finish
 MOST_ANSWER_FACTOR = 8  # times the usual bound of an answer; one that is longer will never finish
 FALSE_ALARMS = 2  # after which replies that look like another's are believed
+LONG_PROMPT = 1500  # estimated tokens, below which a prompt is taken to fit into any context
+LEAST_BILLED = 0.6  # of the tokens that are estimated; estimates for texts of any script are closer than that
 UNKNOWN_LIMIT = 10  # refusals for unknown reasons in a row, after which every request is taken to be refused
 
 
@@ -2302,6 +2421,11 @@ class Server:
         self.told_of_model = False
         self.answered: dict[int, int] = {}  # hash of a reply -> hash of the request that it came to first
         self.false_alarms = 0  # replies that were suspect and were right
+        # Of replies that billed well under what was sent: by each of their rows, the tokens sent and billed.
+        self.underbilled: dict[bytes, tuple[int, int]] = {}
+        self.most_prompt = math.inf  # tokens, above which this server has proved to cut prompts
+        self.least_billed = 1.0  # the share of a prompt that it bills, though it read all of it
+        self.most_unbilled = 0  # the tokens that it did not bill then
 
     # Calls, which may be made in any thread.
 
@@ -2414,6 +2538,8 @@ class Server:
             return Outcome.FATAL, ""
         if not request.id_set and self._is_suspect(response, request):
             return Outcome.SUSPECT, ""
+        if self._is_cut(response, request, sent_with):
+            return Outcome.REFUSED, "the prompt was cut to the length that the server takes in"
         # Room for twice the reasoning seen, so that an answer which it crowded out fits at the next try.
         reasoning = (response.usage or Usage()).reasoning
         room = min(MOST_REASONING, 2 * reasoning)
@@ -2456,6 +2582,41 @@ class Server:
                 "turn that off, then run the same command; nothing of it was kept."
             )
         return is_other
+
+    def _is_cut(self, response: Response, request: Request, sent_with: Parameters) -> bool:
+        """Whether a prompt of several rows may have been cut to the model's context, and answered all the same.
+
+        The sign of it is a bill well under what was sent. It was a cut if fewer rows are then billed at a larger share;
+        if not, the server counts in another way, which is learned: a tokenizer of its own, or a cached prefix left out.
+        """
+        sent, billed = prompt_tokens(request, sent_with), response.prompt_billed
+        before = self.underbilled.get(request.rows[0].key)
+        for row in request.rows:
+            self.underbilled.pop(row.key, None)
+        if not billed:  # some servers count nothing
+            return False
+        if before and billed / sent > 1.1 * before[1] / before[0]:
+            if self.most_prompt == math.inf:
+                self.warn(
+                    f"{self.host} cuts prompts to about {before[1]:,} tokens: their answers are not kept, and their "
+                    "rows are sent again, fewer at a time. Let the model take in more (with Ollama num_ctx), or pass a "
+                    "smaller `batch_size`."
+                )
+            self.most_prompt = min(self.most_prompt, before[1])
+        elif before:
+            if self.least_billed == 1.0:
+                self.warn(f"{self.host} bills {billed / sent:.0%} of the tokens sent: taken for its way of counting.")
+            self.least_billed = min(self.least_billed, billed / sent, before[1] / before[0])
+            self.most_unbilled = max(self.most_unbilled, sent - billed, before[0] - before[1])
+        is_under = billed < LEAST_BILLED * self.least_billed * sent and sent - billed > 1.25 * self.most_unbilled
+        if len(request.rows) == 1 or sent < LONG_PROMPT or not is_under:
+            return False
+        self.underbilled |= dict.fromkeys((row.key for row in request.rows), (sent, billed))
+        return True
+
+    def is_too_long(self, request: Request) -> bool:
+        """Whether it can be split, and has a size that this server cuts."""
+        return len(request.rows) > 1 and prompt_tokens(request, self.parameters) > self.most_prompt
 
     def _note_model(self, asked: str, served: str | int | None) -> None:
         """Warn once when another model begins to answer: the name that was asked for has moved."""
@@ -2823,8 +2984,7 @@ def next_requests(
     request, rows = attempt.request, tuple(row for row in problems if row.text)
     given_up = {row: reason for row, reason in problems.items() if not row.text}  # an earlier run's, not at hand
     if policy.in_halves and len(request.rows) > 1:
-        middle = (len(rows) + 1) // 2
-        return [replace(request, rows=half) for half in (rows[:middle], rows[middle:]) if half], given_up
+        return halves(replace(request, rows=rows)), given_up
     again = []
     for row in rows:
         failures = (*request.failures, problems[row])
@@ -3498,7 +3658,9 @@ class JobSender(Sender):
                 f"{host} does not know {thing}: use the key and the address that submitted it, or pass `forget_jobs` "
                 "to give up what it was asked."
             )
-        if response.status == 405 or (response.status == 404 and not FILE_UNKNOWN.search(error_words(response.body)[1])):
+        if response.status == 405 or (
+            response.status == 404 and not FILE_UNKNOWN.search(error_words(response.body)[1])
+        ):
             return ProviderError(f"{host} has no Batch API (HTTP {response.status}): drop `use_batch_api`.")
         if outcome is Outcome.TRANSIENT:
             return ProviderError(f"{host} fails ({reason}): run the same command later. Submitted jobs continue.")
@@ -4392,7 +4554,11 @@ def read_gold(options: Options, table: Table) -> Gold | None:
             f"The gold labels ({gold.source}) have no 0 or 1 in a column of any label. They have the columns "
             f"{', '.join(map(repr, gold.header))}; the labels are {', '.join(map(repr, options.labels))}."
         )
-    keyed = table if options.gold_key is None else read_table(options.input_filepath, columns._replace(labels=()))
+    keyed = (
+        table
+        if options.gold_key is None
+        else read_table(options.input_filepath, columns._replace(labels=()), options.encoding)
+    )
     index, people = (pd.Index([row.text for row in source.rows()]) for source in (keyed, gold))
     unique = "pass `gold_key` and a column that is unique"
     if people.has_duplicates:

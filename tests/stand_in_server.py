@@ -173,6 +173,10 @@ class StandIn(ThreadingHTTPServer):
         self.redirect_to = "http://127.0.0.1:9/v1/chat/completions"
         self.cached: dict[str, Any] = {}  # a completion that a cache hands to requests that are alike
         self.broken_files: deque[str] = deque()  # what becomes of the next output files: "null", "empty", "html", ...
+        self.context = 0  # tokens of a prompt that it takes in; it drops what is before them, and says nothing of it
+        self.skips_prefix = False  # whether it does not count the system message, as one that it has cached
+        self.odd_reply: dict[str, Any] = {}  # that replaces fields of a completion
+        self.parrots = False  # whether it repeats what the instructions show as an answer
         self.flips = 0.0  # share of the cells that come out wrong where a call has several texts
         self.dense = False  # answer 0 or 1 for each label, as prompts that ask for all of them get
         self.random = random.Random(0)
@@ -358,7 +362,7 @@ class StandIn(ThreadingHTTPServer):
         elif fault in {"500", "503", "429", "reset", "cut", "html", "empty"}:
             status, content = 500, error_body("The server had an error")
         else:
-            answer = self.label(given, labels)
+            answer = self.label(given, labels, prompt)
             content = self.complete(body, spoil(in_form(answer, body, labels), fault), fault, prompt)
         used = content["usage"]["completion_tokens"] if status == 200 else 0
         now = time.monotonic()
@@ -385,7 +389,7 @@ class StandIn(ThreadingHTTPServer):
             "system_fingerprint": "fp_stand_in",
             "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}],
             "usage": {
-                "prompt_tokens": int(prompt * self.bills),
+                "prompt_tokens": int(self.prompt_bill(body, prompt) * self.bills),
                 "completion_tokens": int(used * self.bills),
                 "total_tokens": int((prompt + used) * self.bills),
                 "prompt_tokens_details": {"cached_tokens": 0},
@@ -393,13 +397,27 @@ class StandIn(ThreadingHTTPServer):
             },
         }
 
+    def prompt_bill(self, body: dict[str, Any], prompt: int) -> int:
+        """The tokens of a prompt that it has counted."""
+        if self.context and prompt > self.context:
+            return self.context // 2
+        return prompt - (count_tokens(body["messages"][0]["content"]) if self.skips_prefix else 0)
+
     def scale(self, tokens: int, length: int = 0) -> int:
         """By another tokenizer's count, if one is set."""
         return max(tokens, length // self.bytes_per_token) if self.bytes_per_token else tokens
 
-    def label(self, given: list[dict[str, str]], labels: list[str]) -> dict[str, list[str]]:
+    def unread(self, given: list[dict[str, str]], prompt: int) -> list[dict[str, str]]:
+        """The rows that a context too short for a prompt leaves out: half of it is kept, as llama.cpp does."""
+        if not self.context or prompt <= self.context:
+            return []
+        kept = itertools.accumulate(count_tokens(row["text"]) for row in reversed(given))
+        return given[: len(given) - sum(tokens <= self.context / 2 for tokens in kept)]
+
+    def label(self, given: list[dict[str, str]], labels: list[str], prompt: int) -> dict[str, list[str]]:
         """The answer to a call; the cells that are flipped depend on all its texts, but not on chance."""
         answer = {row["id"]: labels_of(row["text"], labels) for row in given}
+        answer |= {row["id"]: [] for row in self.unread(given, prompt)}
         if self.flips and len(given) > 1:
             dice = random.Random(json.dumps(given))
             for row, label in itertools.product(answer, labels):
@@ -799,15 +817,18 @@ class Handler(BaseHTTPRequestHandler):
             return reply(400, error_body("The response was filtered", code="content_filter"), headers)
         if fault == "400-context":
             return reply(400, error_body("maximum context length", code="context_length_exceeded"), headers)
-        answer = self.server.label(given, labels)
+        answer = self.server.label(given, labels, prompt)
         content = spread(answer, labels) if self.server.dense else spoil(in_form(answer, body, labels), fault)
+        if self.server.parrots:
+            shown = re.findall(r'\{"\d{3}".*\}', body["messages"][0]["content"])
+            content = shown[-1].replace(",...}", "}")
         completion = self.server.complete(body, content, fault, prompt)
         used = completion["usage"]["completion_tokens"]
         latency = self.server.choose_latency(used)
         time.sleep(max(0.0, arrived + latency - time.monotonic()))
         if self.server.charges_later:
             headers = self.server.charge_later(used)
-        return reply(200, completion, headers, used)
+        return reply(200, completion | self.server.odd_reply, headers, used)
 
     def refuse(self, body: Any) -> tuple[int, Any, dict[str, str]] | tuple[int, Any] | None:
         server = self.server

@@ -59,11 +59,20 @@ class TestAfter:
     @pytest.mark.parametrize(
         ("usage", "tokens"),
         [
-            ({"completion_tokens": 9, "total_tokens": 87, "prompt_tokens_details": {"cached_tokens": 158}}, (78, 78, 9)),
-            ({"completion_tokens": 1, "total_tokens": 161, "completion_tokens_details": {"reasoning_tokens": 82}}, (78, 0, 83)),
+            (
+                {"completion_tokens": 9, "total_tokens": 87, "prompt_tokens_details": {"cached_tokens": 158}},
+                (78, 78, 9),
+            ),
+            (
+                {"completion_tokens": 1, "total_tokens": 161, "completion_tokens_details": {"reasoning_tokens": 82}},
+                (78, 0, 83),
+            ),
             ({"completion_tokens": 60, "total_tokens": 1638}, (78, 0, 1560)),
             ({"completion_tokens": -1, "total_tokens": -1, "prompt_tokens_details": {"cached_tokens": -1}}, (78, 0, 0)),
-            ({"completion_tokens": 9, "total_tokens": 9**30, "prompt_tokens_details": {"cached_tokens": "x"}}, (78, 0, 9)),
+            (
+                {"completion_tokens": 9, "total_tokens": 9**30, "prompt_tokens_details": {"cached_tokens": "x"}},
+                (78, 0, 9),
+            ),
         ],
     )
     def test_of_two_readings_of_a_bill_the_dearer_counts(self, job: Job, usage: Any, tokens: tuple[int, ...]) -> None:

@@ -470,7 +470,7 @@ class TestFiles:
     ) -> None:
         monkeypatch.setattr(module, "FILE_SECONDS", 0.3)
         job.server.script.extend([None, *[(404, {}, {"error": {"message": "Cannot find file file-1"}})] * 99])
-        with pytest.raises(module.ProviderError, match="does not find the file of a job .* Cannot find file file-1"):
+        with pytest.raises(module.ProviderError, match=r"does not find the file of a job .* Cannot find file file-1"):
             job.write(make_texts(20)).enrich(**FAST)
         job.server.script.clear()
         job.enrich(**FAST)

@@ -154,8 +154,8 @@ class TestExamples:
         path = write_examples(job, "praise the violence", "tram")
         job.write(["cake"]).enrich(examples=path)
         message = system_message(job)
-        assert '{"660":"praise the violence","149":"tram"}' in message
-        assert message.endswith('Its right answer:\n{"660":["praising_violence"],"149":[]}')
+        assert '{"638":"praise the violence","127":"tram"}' in message
+        assert message.endswith('Its right answer:\n{"638":["praising_violence"],"127":[]}')
 
     def test_rows_equal_to_one_are_answered_from_it_and_not_sent(
         self, job: Job, capsys: pytest.CaptureFixture[str]
@@ -185,7 +185,7 @@ class TestExamples:
             (f"text,{','.join(LABELS)}\n,1,0,0\n", "has a blank for 'text'"),
             ("words\na\n", "The text column 'text' is not in the header of"),
             (f"text,{','.join(LABELS)}\n{'a' * 20_000},1,0,0\n", r"are too many: 20,014 characters \(at most 20,000"),
-            (f"text,{','.join(LABELS)}\n" + "".join(f"{n},1,0,0\n" for n in range(901)), r"rows: 901 \(at most 900\)"),
+            (f"text,{','.join(LABELS)}\n" + "".join(f"{n},1,0,0\n" for n in range(391)), r"rows: 391 \(at most 390\)"),
             (f"text,{','.join(LABELS)}\na,1,0,0\na,0,0,0\n", "have one text with different labels"),
         ],
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
+import pandas as pd
 import pytest
 from conftest import LABELS, Job, make_row, make_texts, prompt_of
 from hypothesis import given
@@ -178,6 +180,75 @@ def test_each_fault_of_content_stays_with_its_row(job: Job, fault: str) -> None:
     if fault in {"missing", "foreign", "doubled", "unknown"}:
         assert list(frame.attrs["enrichment"]["blank_rows"]) == [5]
     job.check(blank_rows=[5])
+
+
+@pytest.mark.parametrize("examples", [0, 2])
+def test_a_model_that_repeats_what_it_was_shown_labels_no_row(job: Job, examples: int) -> None:
+    """As small models do: the first JSON object of the instructions, or the answer of the examples."""
+    job.server.parrots = True
+    shown = pd.DataFrame([[f"example {i}", *[1] * (1 if job.form == "one" else 3), *[0] * (2 * (job.form == "one"))] for i in range(examples)], columns=["text", *LABELS])  # fmt: skip
+    job.write(make_texts(40))
+    with pytest.raises(module.ProviderError, match="its id was missing from the answer"):
+        job.enrich(examples=shown if examples else None)
+    assert job.cells == [[""] * 3] * 40
+
+
+def test_no_row_ever_has_an_id_of_the_instructions_or_of_an_example(job: Job) -> None:
+    most = [[f"example {i}", 1, 0, 0] for i in range(module.MOST_EXAMPLES)]
+    frame = pd.DataFrame(most, columns=["text", *LABELS])
+    job.write(make_texts(500)).enrich(examples=frame, batch_size=500)
+    system, user = (message["content"] for message in job.server.calls[0].body["messages"])
+    assert len(set(re.findall(r'"(\d{3})":', system))) == 390 + (2 if job.form == "list" else 1)
+    assert not set(re.findall(r'"(\d{3})":', system)) & set(json.loads(user))
+
+
+class TestCutPrompts:
+    """A server that cuts a prompt to its context answers all ids under the schema; the bill alone tells."""
+
+    LONG = tuple(f"{text} {'and so on it goes, all day long ' * 12}" for text in make_texts(40))
+
+    @pytest.mark.parametrize("use_batch_api", [False, True])
+    def test_their_answers_are_not_kept_and_their_rows_are_sent_again_fewer_at_a_time(
+        self, job: Job, use_batch_api: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.server.context = 2000
+        job.write(self.LONG).enrich(batch_size=20, use_batch_api=use_batch_api, poll_interval=0.05, quiet=False)
+        job.check()
+        assert "cuts prompts to about 1,000 tokens: " in capsys.readouterr().err
+        assert len([call for call in job.server.calls if call.prompt_tokens > 2000]) == 2
+
+    def test_a_size_that_was_cut_is_not_sent_again(self, job: Job) -> None:
+        job.server.context = 2000
+        job.write([*self.LONG, *(f"{text}!" for text in self.LONG * 4)])
+        job.enrich(batch_size=20, max_workers=1)
+        job.check()
+        # The second one had left when the first one's halves showed that it was a cut.
+        assert len([call for call in job.server.calls if call.prompt_tokens > 2000]) == 2
+
+    @pytest.mark.parametrize("oddity", ["prefix", "tokenizer"])
+    def test_a_server_that_counts_otherwise_loses_no_row_and_little_is_sent_twice(
+        self, job: Job, oddity: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Ollama leaves a cached prefix out, at times."""
+        job.server.skips_prefix, job.server.bills = oddity == "prefix", 0.4 if oddity == "tokenizer" else 1.0
+        instructions = "Be strict with every text, whatever it is about. " * 400
+        job.write(make_texts(200)).enrich(instructions=instructions, max_workers=1, quiet=False)
+        job.check()
+        assert len(job.server.calls) == 20 + 2 * 2  # two had left when the first one's halves showed it
+        assert capsys.readouterr().err.count("taken for its way of counting") == 1
+
+    @pytest.mark.parametrize("usage", [{}, {"usage": None}, {"usage": {"prompt_tokens": 0, "completion_tokens": 0}}])
+    def test_a_server_that_counts_nothing_is_left_alone(self, job: Job, usage: dict[str, Any]) -> None:
+        job.server.odd_reply = {"usage": None} | usage
+        job.write(self.LONG).enrich(batch_size=20)
+        job.check()
+        assert len(job.server.calls) == 2
+
+    def test_a_lone_row_is_never_given_up_on_its_bill_alone(self, job: Job) -> None:
+        job.server.bills = 0.1
+        job.write([text * 20 for text in self.LONG[:3]]).enrich(batch_size=1)
+        job.check()
+        assert len(job.server.calls) == 3
 
 
 def test_a_row_that_failed_is_pending_at_the_next_run(job: Job) -> None:

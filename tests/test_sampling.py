@@ -380,8 +380,8 @@ class TestForms:
     def test_examples_have_the_answers_form(self, job: Job) -> None:
         examples = pd.DataFrame([["praise", 1, 0, 0], ["a person", 0, 1, 0]], columns=["text", *LABELS])
         for form, answer in (
-            ("each", '"660":{"praising_violence":1,"personal_attacks":0,"sexual_harassment":0}'),
-            ("one", '{"660":"praising_violence","149":"personal_attacks"}'),
+            ("each", '"638":{"praising_violence":1,"personal_attacks":0,"sexual_harassment":0}'),
+            ("one", '{"638":"praising_violence","127":"personal_attacks"}'),
         ):
             job.write(["cake"]).enrich(examples=examples, answer_form=form)
             assert answer in job.server.calls[-1].body["messages"][0]["content"]

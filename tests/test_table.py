@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import parse
 from hypothesis import HealthCheck, given, settings
@@ -86,7 +90,7 @@ REFUSED = {
     "bom-alone": (b"\xef\xbb\xbf", "is empty"),
     "binary": (b"PK\x03\x04\x00\x00\xff\xfe\x00text", "is it a binary file"),
     "no-encoding": (b"text\n\x81\x8d\n", "is not text in UTF-8"),
-    "utf-16-cut": (b"\xff\xfet\0e\0x\0t\0\n\0a", "is not text in UTF-8"),
+    "utf-16-cut": (b"\xff\xfet\0e\0x\0t\0\n\0a", "is not text in utf-16-le"),
     "not-a-label-column": (
         b"text,praise\na,1\nb,maybe\n",
         r"row 1 \(line 3\): the column 'praise' holds 'maybe', not 1, 0",
@@ -156,6 +160,120 @@ def test_an_output_behind_a_link_is_written_where_the_link_points(
     enrich_bytes(b"text\npraise\n")
     assert (tmp_path / "out.csv").is_symlink()
     assert (tmp_path / "elsewhere" / "out.csv").read_text() == "text,praise\npraise,1\n"
+
+
+WESTERN = {
+    "fr": "Il était une fois, à l’école, une élève créée pour être fâchée ; ça n’a duré qu’un été. « Noël » à 20 €",
+    "FR": "L'ÉTÉ À L'ÉCOLE ÉTAIT CRÉÉ POUR ÊTRE FÂCHÉ",
+    "de": "Größere Füße für süße Mädchen, Äpfel und Öl. Straße, übel – „so“ sagte er, 25 °C",
+    "es": "¿Cómo estás, señor? ¡Qué año! El niño está aquí mañana, corazón. ¡¡Olé!! güey",
+    "pt": "Não há coração nem ação, avó e avô são irmãos; AÇÃO E NAÇÃO, três às seis",
+    "fi": "Määrä ja hääyöaie, pöytää, kylläpä sää on tänään hyvä, ääääh, öö",
+    "is": "Það er þó ágætt að búa á Íslandi, hvað ætlarðu að gera?",
+    "en": "He said “hello” – it’s fine… 20 € © 2020 ® naïve, ½ of it™",
+}
+OTHERS = {
+    "gbk": "今天天气很好，我去公园",
+    "big5": "今天天氣很好",
+    "euc_kr": "오늘 날씨가 좋다",
+    "shift_jis": "今日は天気がいい",
+    "cp1250": "śnieg i łódź, jaźń",
+    "cp1251": "и я так думаю",
+    "koi8_r": "и я так думаю",
+    "cp1255": "שלום עולם",
+    "cp1256": "مرحبا كيف حالك",
+    "iso8859_7": "Γεια σου κόσμε",
+    "mac_roman": "café, résumé, el niño está aquí",
+}
+
+
+@pytest.mark.parametrize("text", WESTERN.values(), ids=WESTERN)
+def test_what_is_not_utf8_but_plausible_in_cp1252_is_read_as_that(
+    enrich_bytes: Callable[..., bytes], text: str
+) -> None:
+    content = f"text\n{text.replace(',', '')}\n".encode("cp1252")
+    assert enrich_bytes(content) == content.replace(b"text\n", b"text,praise\n")[:-1] + b",0\n"
+
+
+@pytest.mark.parametrize(("encoding", "text"), OTHERS.items(), ids=OTHERS)
+def test_what_is_implausible_in_cp1252_is_refused_until_its_encoding_is_named(
+    enrich_bytes: Callable[..., bytes], encoding: str, text: str
+) -> None:
+    content = f"text\n{text.replace(',', '')}\n".encode(encoding)
+    with pytest.raises(module.InputError, match=r"(as cp1252 its words make no sense|is not text in UTF-8).* encoding"):
+        enrich_bytes(content)
+    assert enrich_bytes(content, encoding=encoding) == content.replace(b"text\n", b"text,praise\n")[:-1] + b",0\n"
+
+
+@pytest.mark.parametrize("bad", [b"caf\xe9", b"a \xff", b"\xe4"])
+def test_one_byte_that_is_not_utf8_is_refused_with_its_line(enrich_bytes: Callable[..., bytes], bad: bytes) -> None:
+    content = "text\ncafé\nà bientôt\n".encode() + bad + b"\n"
+    with pytest.raises(module.InputError, match=r"in\.csv, line 4: a byte that is not UTF-8, as the rest"):
+        enrich_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "words"),
+    [
+        ("klingon", "encoding must be one that Python knows, such as cp1251"),
+        ("base64", "encoding must be one that Python knows"),
+        ("ascii", r"is not text in ascii \(ordinal not in range\(128\)\): pass another encoding"),
+        ("utf-7", "line 3: this record could not be written back byte for byte in utf-7"),
+    ],
+)
+def test_an_encoding_that_cannot_serve_is_refused(
+    enrich_bytes: Callable[..., bytes], encoding: str, words: str
+) -> None:
+    content = "text\na\n\u00e9\n".encode() if encoding != "utf-7" else b"text\na\n+AGE-\n"
+    with pytest.raises(module.InputError, match=words):
+        enrich_bytes(content, encoding=encoding)
+
+
+def test_the_encoding_that_is_named_is_in_the_record(enrich_bytes: Callable[..., bytes], tmp_path: Path) -> None:
+    enrich_bytes("text\nпривет\n".encode("cp1251"), encoding="cp1251")
+    assert json.loads((tmp_path / "out.csv.run.json").read_text())["parameters"]["encoding"] == "cp1251"
+    with pytest.raises(module.InputError, match="encoding is for a file"):
+        module.enrich_dataframe(pd.DataFrame({"text": []}), "text", ["praise"], encoding="cp1251")
+
+
+MERGED = {
+    "a quote escaped by a backslash": b'id,text\n1,"5\\""\n2,"b"\n',
+    "a text that begins with a quote": b'id\ttext\n1\t"hello\n2\tx\n3\t"foo" bar\n4\tz\n',
+    "stray quotes rows apart": b'id,text\n1,"abc\n2,x\n3,de"f\n',
+    "the second of two fields": b'id,text\n"1\n2",x\n3,"abc\r4,de"f\n',
+}
+
+
+@pytest.mark.parametrize("content", MERGED.values(), ids=MERGED)
+def test_quotes_that_merge_rows_are_refused_with_both_cures(enrich_bytes: Callable[..., bytes], content: bytes) -> None:
+    line = 4 if b'de"f' in content and b"\r" in content else 2
+    with pytest.raises(
+        module.InputError, match=rf"line {line}: a field that begins with a quote .*double the .*quote the"
+    ):
+        enrich_bytes(content)
+
+
+def test_stray_quotes_within_a_line_are_read_as_ever(enrich_bytes: Callable[..., bytes]) -> None:
+    content = b'id,text\n1,a "b" c\n"2"x,"b"c\n"3"y,"two\nlines"\n4,5" tall\n'
+    assert enrich_bytes(content).count(b",0\n") == 4
+
+
+@given(body=st.text(st.sampled_from('ab1"",\r\n '), max_size=30))
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_file_that_pandas_and_strict_csv_read_alike_is_refused_for_its_quotes(tmp_path: Path, body: str) -> None:
+    content = f"text,b\n{body}"
+    try:
+        rows = list(csv.reader(io.StringIO(content, newline=""), strict=True))
+        frame = pd.read_csv(io.StringIO(content, newline=""), dtype=str, keep_default_na=False)
+    except (csv.Error, ValueError):
+        return
+    path = tmp_path / "in.csv"
+    path.write_bytes(content.encode())
+    if frame.to_numpy().tolist() == [row for row in rows[1:] if row]:
+        try:
+            module.read_table(path, module.Columns("text", None, []))
+        except module.InputError as error:
+            assert "quote" not in str(error)
 
 
 cell_texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
