@@ -144,6 +144,11 @@ class TestRefused:
         line = refused(job.write(["cake"]), capsys, flag, str(job.output.with_name(name)), "--store", str(job.store))
         assert "File name too long" in line
 
+    def test_an_output_whose_name_is_just_short_enough_is_written(self, job: Job) -> None:
+        job.output = job.output.with_name("o" * 240 + ".csv")
+        job.write(["cake"]).enrich(store_filepath=job.store)
+        job.check()
+
     def test_an_output_in_a_folder_that_takes_no_file(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         line = refused(job.write(["cake"]), capsys, "--plot", "/proc/self/plot.png")
         assert "The plot /proc/self/plot.png could not be written (" in line
