@@ -4,7 +4,7 @@ Your file comes back with every byte as it was, plus one column per label: 1, 0,
 obtained. A blank is never a 0. Every answer is kept in a small SQLite file beside the output, so that nothing is
 paid for twice: kill the program, add rows, add a label, and run it again.
 
-    options -> table -> requests -> attempts -> answers -> store -> table and report
+    options -> table -> attempts -> verdicts -> store -> table and report
 
 The store of answers is the only state. What it does not know is sent; the table and the report are read from it.
 
@@ -41,7 +41,6 @@ import itertools
 import json
 import math
 import numbers
-import operator
 import os
 import queue
 import random
@@ -54,6 +53,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import uuid
 import warnings
 from array import array
@@ -72,7 +72,6 @@ from typing import (
     IO,
     TYPE_CHECKING,
     Any,
-    ClassVar,
     Literal,
     NamedTuple,
     NoReturn,
@@ -112,7 +111,7 @@ Source: TypeAlias = "str | Path | pd.DataFrame"
 class EnrichmentError(Exception):
     """The run could not continue; the message is one line that says what, where, and what to do next.
 
-    In a message options are written as `its_name`: Python users then read the name, command-line users the flag.
+    Messages name options in backticks; they are shown as parameters in Python and as flags on the command line.
     """
 
     exit_code = 1
@@ -130,10 +129,10 @@ class InputError(EnrichmentError):
 
 
 class ProviderError(EnrichmentError):
-    """The server will answer no request of this run: key, model, money, address. Answers so far are kept."""
+    """No request can succeed: bad key, unknown model, no credit, wrong address. Answers so far are kept."""
 
 
-class BudgetExceeded(EnrichmentError):  # noqa: N818 # it is nobody's error
+class BudgetExceeded(EnrichmentError):  # noqa: N818 # a reached budget is not an error
     """The next call could cost more than the user allows. Answers so far are kept."""
 
 
@@ -189,7 +188,7 @@ class Options:
         REQUIRED, "the labels to fill in (in Python also a dict, label -> definition)", flag="--labels", nargs="+"
     )
     api_key: str | None = option(
-        None, "the key, else OPENAI_API_KEY; a command line is visible to other users of the machine",
+        None, "API key (default: $OPENAI_API_KEY; other users can see command lines)",
         heading=SERVER, metavar="KEY",
     )  # fmt: skip
     model: str = option(default_model(date.today()), "the chat model")
@@ -202,29 +201,31 @@ class Options:
     )
     _: KW_ONLY
     timeout: float = option(
-        120.0, "seconds that a call may be silent before it is retried", (0.001, 86_400), metavar="SECONDS"
+        120.0, "seconds to wait for data before a call is retried", (0.001, 86_400), metavar="SECONDS"
     )
     max_retries: int = option(8, "retries of a call that failed; rate-limit waits don't count", (0, 1000))
     limit: int | None = option(
         None, "label at most N rows, counted from the first row to label", (1, math.inf), heading=FILES
     )
-    store_filepath: str | Path | None = option(None, "the file of answers; else OUTPUT.answers.sqlite3", flag="--store")
-    fresh: bool = option(False, "send rows again although they have answers; the newest answer counts")
+    store_filepath: str | Path | None = option(
+        None, "the file of answers (default: OUTPUT.answers.sqlite3)", flag="--store"
+    )
+    fresh: bool = option(False, "ask again even if the store has an answer")
     encoding: str | None = option(
         None, "the input's encoding, by Python's name of it (default: UTF-8, UTF-16 with a mark, or cp1252)",
         metavar="NAME",
     )  # fmt: skip
-    overwrite: bool = option(False, "replace files that are there already and that no run on this store wrote")
+    overwrite: bool = option(False, "overwrite existing files")
     quiet: bool = option(False, "print nothing but errors")
     base_url: str | None = option(
-        None, "another server's address; else OPENAI_BASE_URL, else OpenAI's", heading=SERVER, metavar="URL"
+        None, "another server's address (default: $OPENAI_BASE_URL, or OpenAI's)", heading=SERVER, metavar="URL"
     )
     dry_run: bool = option(
         False, "send and write nothing; print what would be sent, and what it would cost", heading="cost"
     )
     max_cost: float | None = option(None, "US dollars for all runs on this store; stop before exceeding it", ANY_COUNT)
     price: tuple[float, float] | None = option(
-        None, "US dollars per million prompt and completion tokens, not halved for jobs; else the list of genai-prices",
+        None, "US dollars per million prompt and completion tokens, not halved for jobs (default: genai-prices)",
         ANY_COUNT, nargs=2, metavar=("IN", "OUT"),
     )  # fmt: skip
     instructions: str | Path | None = option(
@@ -233,12 +234,17 @@ class Options:
     examples: Source | None = option(
         None, "texts with the right labels, which go into the prompt (a CSV, in Python also a DataFrame)", metavar="CSV"
     )
+    extra_body: Mapping[str, Any] | None = option(
+        None, "parameters that go into each call, over this program's own, as JSON (in Python a dict)", metavar="JSON"
+    )
     answer_form: AnswerForm = option(
         "list", "list: the labels that apply; each: 0 or 1 for every label; one: exactly one label applies",
         choices=("list", "each", "one"),
     )  # fmt: skip
     by: str | None = option(
-        None, "a column by which shares are broken down, never sent; else the label column", heading="checking labels"
+        None,
+        "a column by which shares are broken down, never sent (default: the label column)",
+        heading="checking labels",
     )
     audit: int = option(0, "number of labelled rows to re-query individually, and compare", ANY_COUNT)
     sample: int = option(0, "number of distinct texts to draw for people to code, into OUTPUT.sample.csv", ANY_COUNT)
@@ -247,15 +253,13 @@ class Options:
         None, "labels made by people, to compare with: a coded sample, or any CSV (in Python also a DataFrame)",
         metavar="CSV",
     )  # fmt: skip
-    gold_key: str | None = option(None, "the column by which gold rows are matched; else the text")
+    gold_key: str | None = option(None, "the column by which gold rows are matched (default: the text)")
     plot: str | Path | None = option(None, "an image file: how common the labels are, and which occur together")
     use_batch_api: bool = option(
         False, "send jobs to OpenAI's Batch API: half the price, within a day", flag="--batch-api", heading="Batch API"
     )
     no_wait: bool = option(False, "submit jobs, collect what has ended, and leave; the next run collects the rest")
-    forget_jobs: bool = option(
-        False, "give up all open jobs, so that their rows are sent again (and may be paid twice)"
-    )
+    forget_jobs: bool = option(False, "abandon open jobs and resend their rows (may be billed twice)")
     poll_interval: float = option(60.0, "seconds between checks of the jobs", (0.01, 86_400), metavar="SECONDS")
 
     def __post_init__(self) -> None:
@@ -270,21 +274,22 @@ class Options:
             if not isinstance(table, (str, Path, type(None))) and not hasattr(table, "to_csv"):
                 raise InputError(f"`{name}` must be a path or a pandas DataFrame: {how_to_convert(table)}.")
         self._check_encoding()
+        self._check_extra_body()
         if not (self.model or "").strip():
             raise InputError(f"`model` is blank: pass a name, such as {OPTIONS['model'].default}.")
         if self.no_wait and not self.use_batch_api:
             raise InputError("`no_wait` is for Batch API jobs: drop it, or send jobs.")
         if self.no_wait and "store" not in self.written:
-            raise InputError("`no_wait` needs a store, or nobody could collect what was paid: pass `store_filepath`.")
+            raise InputError(
+                "`no_wait` needs a store, or the results could not be collected later: pass `store_filepath`."
+            )
         if self.gold_key is not None and self.gold is None:
             raise InputError("`gold_key` needs gold labels: pass `gold`, or drop it.")
         if not isinstance(self.new_labels, (str, Mapping)):  # an array or a generator will do
             object.__setattr__(self, "new_labels", [] if self.new_labels is None else list(self.new_labels))
         check_labels(self.new_labels)
         for column in {self.text_column, self.label_column} & {*self.labels}:
-            raise InputError(
-                f"{column!r} is a column that is read, and cannot be a new label as well: rename the label."
-            )
+            raise InputError(f"{column!r} is already the text or label column; choose another name for the label.")
         if self.plot is not None:
             require_matplotlib(Path(self.plot))
         try:
@@ -303,6 +308,20 @@ class Options:
             raise InputError(
                 f"`encoding` must be one that Python knows, such as cp1251, gbk or mac_roman, not {self.encoding!r}."
             ) from None
+
+    def _check_extra_body(self) -> None:
+        if self.extra_body is None:
+            return
+        try:
+            given = json.loads(self.extra_body) if isinstance(self.extra_body, str) else dict(self.extra_body)
+            json.dumps(given, allow_nan=False)
+        except (TypeError, ValueError):
+            given = None
+        if not isinstance(given, dict):
+            raise InputError('`extra_body` must be a JSON object, such as {"enable_thinking": false}.')
+        for name in OWN_PARAMETERS & given.keys():
+            raise InputError(f"`extra_body` cannot hold {name!r}, which this program sets itself: remove it.")
+        object.__setattr__(self, "extra_body", given)
 
     def _check_paths(self) -> None:
         named = self.instructions if isinstance(self.instructions, Path) else None  # else it is a text
@@ -357,6 +376,7 @@ class Options:
         return self.label_column if self.by is None else self.by
 
 
+OWN_PARAMETERS = {"model", "messages", "stream", "n", "response_format"}
 NOT_CSV = {".xlsx": "excel", ".xls": "excel", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 
 
@@ -365,9 +385,7 @@ def check_kind(what: str, path: Path) -> None:
     kind = NOT_CSV.get(path.suffix.lower())
     lines = ", lines=True" if path.suffix.lower() == ".jsonl" else ""
     if kind and what == "output":
-        raise InputError(
-            f"The output {path} would hold a CSV: end it in .csv, and convert that with pandas afterwards."
-        )
+        raise InputError(f"The output {path} is always CSV: use a name that ends in .csv.")
     if kind:
         raise InputError(
             f"The {what} {path} is not a CSV: convert it with "
@@ -382,7 +400,7 @@ def check_apart(written: Mapping[str, Path], others: Mapping[str, Path]) -> None
         is_same |= path.exists() and its_path.exists() and path.samefile(its_path)
         # A sample that has been coded is read as gold, and may grow at the same time.
         if is_same and what != other and (what, other) != ("sample", "gold"):
-            raise InputError(f"The {what} is the {other} itself ({path}): choose another file for one of them.")
+            raise InputError(f"The {what} and the {other} are the same file ({path}): choose another one.")
 
 
 OPTIONS = {declared.name: declared for declared in dataclasses.fields(Options)}
@@ -510,15 +528,7 @@ def enrich_dataset(options: Options) -> pd.DataFrame:
         EnrichmentError: a file could not be written; what came back before is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM; calls in flight were waited for and kept, and the CSV was written.
     """
-    return label_frame(options)
-
-
-def label_frame(options: Options) -> pd.DataFrame:
-    """The frame is made before the first call: one that cannot be made would be found out after all is paid."""
-    run = Run(options, Console(options.quiet))
-    run.frame = run.table.to_frame()
-    run.fill_frame()
-    return run.label().fill_frame()
+    return run(options, Console(options.quiet), returns_frame=True)[1]
 
 
 def frame_options(
@@ -548,9 +558,10 @@ def enrich_dataframe(options: Options) -> pd.DataFrame:
         {options}
 
     Returns and raises what `enrich_dataset` does. Without `store_filepath` the answers live in memory only. An empty
-    DataFrame makes no call, so that on Dask `meta=enrich_dataframe(ddf._meta, ...)` is what `map_partitions` wants.
+    DataFrame makes no call, so that on Dask `enrich_dataframe(ddf._meta, ...)` can be passed to `map_partitions` as
+    `meta`.
     """
-    return label_frame(options)
+    return run(options, Console(options.quiet), returns_frame=True)[1]
 
 
 def how_to_convert(table: Any) -> str:
@@ -560,330 +571,111 @@ def how_to_convert(table: Any) -> str:
     return "call .to_pandas() on it" if hasattr(table, "to_pandas") else "convert it with pandas.DataFrame(...)"
 
 
-class Run:
-    """One run on one table; start reading at `label`. Only this section uses it: the steps take what they need.
+@dataclass(frozen=True)
+class Task:
+    """What all steps of a run share. The store is the only part of it that changes."""
 
-    `store`, `files` and `budget` are there while `label` runs.
-    """
+    options: Options
+    table: Table
+    requested: BoolArray  # of the table's rows
+    preset: Cells  # known without asking: the table's own cells and those of examples
+    prompt: Prompt
+    gold: Gold | None
+    server: Server
+    store: Store
+    files: Files
+    console: Console
+    started_at: datetime
 
-    def __init__(self, options: Options, console: Console) -> None:
-        import numpy as np
+    def cells(self, answers: bool = True) -> Cells:
+        """All that is known: preset, else the newest answer, else pending in an open job, else blank."""
+        known = self.store.cells(self.prompt, self.table, answers)
+        return merge(known[self.table.key_indexes], self.preset)
 
-        server = Server(options, console.warn)
-        is_file = isinstance(options.input_filepath, (str, Path))
-        if is_file:
-            console.say(f"Loading dataset from {options.input_filepath}...")
-        table = read_table(options.input_filepath, options.columns, options.encoding)
-        if is_file:
-            console.say(f"Dataset loaded: {len(table)} rows")
-        if table.encoding == "cp1252":
-            console.say("Encoding: cp1252, since the file is not UTF-8")
-        self.requested = np.zeros(len(table), bool)
-        self.requested[options.start_index : options.start_index + (options.limit or len(table))] = True
-        self.options = options = fit_to_table(options, table, self.requested)
-        self.table, self.server, self.console = table, server, console
-        self.sender_class: type[Sender] = JobSender if options.use_batch_api else ThreadSender
-        self.prompt = read_prompt(options, server.address)
-        self.gold = read_gold(options, table)
-        self.report = Report(options, server.host, server.knows_price, server.is_local, len(table))
-        from_examples = example_cells(table, self.prompt.examples, options.labels)
-        self.report.example_rows = int((self.requested & complete(from_examples)).sum())
-        self.held = merge(from_examples, table.given)  # cells that no model is asked for
-        self.save_at = time.monotonic() + SAVE_SECONDS
-        self.frame: pd.DataFrame | None = None  # what callers in Python get back
-        self.cells = self.held
-
-    def label(self) -> Run:
-        options, report, say = self.options, self.report, self.console.say
-        say(*opening_lines(options, self.sender_class))
-        with open_store(options, self.server if self.sender_class.calls_server else None) as self.store:
-            self.files = Files(self.store, options.written, options.overwrite)
-            self.files.check(tries_to_write=not options.dry_run)
-            sample = options.written.get("sample")
-            if sample and sample.exists():
-                read_sample(sample, self.table, options.labels)  # so that an unreadable one is told now
-            if options.forget_jobs and not options.dry_run:
-                for job in self.store.open_jobs():
-                    self.console.warn(f"Job {job.batch_id} is given up: {len(job.attempts)} requests.")
-                self.store.give_up_jobs()
-            self.budget = Budget(options.max_cost, self.store)
-            report.spent_before, report.keeps_answers = self.budget.spent, self.store.path is not None
-
-            # 1. What is not known yet, in batches of rows that lack the same labels.
-            self.read_store(fresh=options.fresh)
-            lacking = (self.cells == BLANK) & self.requested[:, None]
-            if options.answer_form == "one":  # a choice is asked for as a whole
-                lacking[:] = lacking.any(axis=1, keepdims=True)
-            batches = make_batches(self.table, lacking, int(options.batch_size))
-            report.note_plan(self.table, self.cells, self.requested, batches)
-            stale = [] if options.fresh else self.store.stale(self.prompt, self.table, batches)
-            say(*plan_lines(report, stale, self.sender_class))
-            if options.dry_run:
-                for first in itertools.islice(self.requests(batches), 1):
-                    one_row = replace(first, rows=first.rows[:1])
-                    say(*request_lines(one_row, self.server.parameters, self.server.address), verbatim=True)
-                say(*self.dry_run_lines(batches))
-                self.read_store()
-                self.finish()
-                return self
-
-            # 2. Send it.
-            if batches or (self.sender_class.collects_jobs and self.store.open_jobs()):
-                self.send(self.requests(batches), len(batches))
-
-            # 3. The table, from what the store knows by then.
-            self.save()
-
-            # 4. How good are the labels?
-            if options.audit:
-                report.figures["audit"] = self.audit()
-            if self.gold:
-                report.figures |= self.compare(self.gold)
-            self.finish()
-            say(*closing_lines(report))
-            if sample:
-                say(*self.extend_sample(sample))
-            self.write_record()
-            if options.plot is not None:
-                with self.files.replacing("plot") as file:
-                    corrected = report.figures.get("corrected_shares")
-                    figure = plot_labels(self.plotted(), options.labels, options.by_column, corrected)
-                    figure.savefig(file, format=Path(options.plot).suffix[1:])
-        return self
-
-    def fill_frame(self) -> pd.DataFrame:
-        """The table's frame with the labels, and with the run's figures in `attrs`."""
-        frame = self.table.to_frame() if self.frame is None else self.frame
-        for label, column in label_columns(self.cells, self.options.labels).items():
-            frame[label] = column
-        frame.attrs["enrichment"] = self.report.attributes()
-        return frame
-
-    def read_store(self, fresh: bool = False) -> None:
-        """All that is known: what the table holds, else its example, else the newest answer, else an open job."""
-        known, self.answered_by = self.store.known(self.prompt, self.table, answers=not fresh)
-        self.cells = merge(known[self.table.key_indexes], self.held)
-
-    def requests(self, batches: Iterable[Batch]) -> Iterator[Request]:
-        """The batches with their texts, which are read only when they are sent."""
-        prompt = functools.cache(self.prompt.about)
-        for batch in batches:
-            yield Request(tuple(self.table.rows(batch.numbers)), prompt(batch.lacks))
-
-    def send(self, requests: Iterable[Request], count: int) -> None:
-        """Have the requests answered; if that ends early, write the CSV with what there is."""
-        with (
-            stop_on_signals() as stop,  # first: what follows imports, and a Ctrl-C within an import may be lost
-            self.server.connect() if self.sender_class.calls_server else contextlib.nullcontext(),
-            self.console.progress(count) as progress,
-        ):
-            sender = self.sender_class(
-                self.options, self.server, self.budget, self.store, self.restore, stop, self.console.warn, progress
-            )
-            started = time.monotonic()
-            try:
-                self.answer(Queue(requests, self.server.is_too_long, progress.expect), sender, progress)
-            except (Exception, Stopped) as error:
-                self.report.seconds += time.monotonic() - started
-                with contextlib.suppress(EnrichmentError):  # from a disk or a store that fails, as has been told
-                    self.save_if_possible()
-                    self.finish()
-                    self.console.warn(unfinished_line(self.report))
-                    self.hand_over(error)
-                    self.write_record()
-                raise
-            finally:
-                self.budget.close()
-            self.report.seconds += time.monotonic() - started
-
-    def hand_over(self, error: BaseException) -> None:
-        """Let an exception carry what was labelled, for callers in Python."""
-        line = unfinished_line(self.report)
-        if isinstance(error, Stopped):
-            error.args = (name_options(line, as_flags=False),)
-        elif isinstance(error, EnrichmentError) and not self.report.keeps_answers:
-            error.message += f" {line}"
-            error.args = (name_options(error.message, as_flags=False),)
-        if isinstance(error, (EnrichmentError, Stopped)) and self.table.frame is not None:
-            error.frame = self.fill_frame()
-
-    def answer(self, requests: Queue, sender: Sender, progress: Progress) -> None:
-        """The one loop that decides."""
-        with contextlib.closing(sender.send(requests)) as attempts:
-            for attempt in attempts:
-                answers, problems = read_answers(attempt)
-                self.report.add(attempt, answers, problems)
-                sender.is_proven |= bool(answers)
-                self.end_if_useless()
-                policy = None if self.report.hardly_any_useful else sender.policy
-                again, given_up = next_requests(attempt, problems, policy)
-                self.store.record(attempt, answers)
-                requests.put_first(again)
-                self.report.give_up(attempt, given_up)
-                progress.landed(self.report, len(answers), len(again))
-                self.save_now_and_then()
-
-    def end_if_useless(self) -> None:
-        """End the run if no call has given an answer that can be used."""
-        report = self.report
-        if len(report.recent) >= MOST_USELESS_REPLIES and not report.answered:
-            kinds = ", ".join(f"{reason} ({count})" for reason, count in report.problems.most_common(3))
-            self.server.fail(
-                f"No call of this run has given an answer that can be used; rows by what came: {kinds}. Try another "
-                "`model`, another server, or fewer rows per call (`batch_size`)."
-            )
-
-    def restore(self, request: Request) -> Request:
-        """An earlier run's request with the texts that are still here, if this run asks the same of them."""
-        if not {*self.prompt.questions, *self.prompt.for_audit().questions}.issuperset(request.prompt.questions):
-            return request
-        places = self.table.find(b"".join(row.key for row in request.rows))
-        found = self.table.rows(self.table.first_rows[places[places >= 0]])
-        rows = tuple(row if place < 0 else next(found) for row, place in zip(request.rows, places, strict=True))
-        return replace(request, rows=rows, prompt=replace(request.prompt, examples=self.prompt.examples))
-
-    def save(self) -> None:
-        """Write the CSV from the store."""
-        self.read_store()
-        if self.options.output_filepath is not None:
-            with self.files.replacing("output") as file:
-                self.table.write(self.cells, self.options.labels, file)
-
-    def save_if_possible(self) -> None:
-        """Save; if that fails, only say so: the answers are in the store, and the file may be free later."""
-        try:
-            self.save()
-        except EnrichmentError as error:
-            self.console.warn(f"Not saved yet: {error.message}")
-
-    def save_now_and_then(self) -> None:
-        """Save once a minute, and less often if that would take more than a twentieth of the time."""
-        started = time.monotonic()
-        if started < self.save_at:
-            return
-        self.save_if_possible()
-        finished = time.monotonic()
-        self.save_at = finished + max(SAVE_SECONDS, 20 * (finished - started))
-
-    def audit(self) -> dict[str, Any]:
-        """Re-query labelled rows individually. Those answers are compared with the labels and never become labels."""
-        prompt = self.prompt.for_audit()
-        numbers, pending = self.draw_audit(prompt, complete(self.cells))
-        if len(pending):
-            self.console.say("", f"Auditing {len(numbers)} rows, each alone in its call: {len(pending)} API calls...")
-            self.report.audited = len(pending)
-            self.send((Request((row,), prompt) for row in self.table.rows(pending)), len(pending))
-        audited = self.store.known(prompt, self.table)[0][self.table.key_indexes[numbers]]
-        figures = measure_audit(self.options.labels, numbers, self.cells[numbers], audited)
-        for measured in figures.values():
-            measured["lines_that_differ"] = list(self.table.line_numbers(measured["rows_that_differ"]))
-        return figures
-
-    def draw_audit(self, prompt: Prompt, labelled: BoolArray) -> tuple[IntArray, IntArray]:
-        """The rows to audit, drawn from those that the model labelled, and which of them have to be sent."""
-        numbers, _ = self.population(labelled)
-        keys = map(self.table.key, numbers) if self.options.audit else ()  # a million digests take seconds
-        order = permanent_numbers(keys, self.options.seed).argsort()
-        numbers = numbers[order[: self.options.audit]]
-        known = self.store.known(prompt, self.table)[0][self.table.key_indexes[numbers]]
-        return numbers, numbers[(known == BLANK).any(axis=1)]
-
-    def population(self, labelled: BoolArray) -> tuple[IntArray, IntArray]:
+    def by_model(self, labelled: BoolArray) -> tuple[IntArray, IntArray]:
         """The first rows of the requested distinct texts that the model labelled, and how often each occurs."""
-        return self.table.distinct_rows(self.requested & labelled & (self.held < 0).all(axis=1))
-
-    def compare(self, gold: Gold) -> dict[str, Any]:
-        """Compare the requested rows with people's labels, and list where they differ beside the output."""
-        requested = self.cells.copy()
-        requested[~self.requested] = BLANK
-        figures, disagreements = compare_with_gold(gold, requested, self.options.labels)
-        if gold.probabilities is not None:
-            labels, population = self.options.labels, self.population(complete(self.cells))
-            figures["corrected_shares"] = correct_by_sample(gold, self.table, self.cells, population, labels)
-        if self.options.output_filepath is not None:
-            numbers = list(dict.fromkeys(row for row, *_ in disagreements))
-            lines = dict(zip(numbers, self.table.line_numbers(numbers), strict=True))
-            is_named = self.options.gold_key is not None or gold.probabilities is not None  # else the key is a text
-            rows = ([row, lines[row], key if is_named else "", *rest] for row, key, *rest in disagreements)
-            with self.files.replacing("disagreements") as file:
-                file.write(csv_bytes(["row", "line", "key", "label", "model", "people"], rows))
-        return figures
-
-    def extend_sample(self, path: Path) -> list[str]:
-        """Draw texts for people to code, and keep what they have filled in already."""
-        numbers, _ = self.population(complete(self.cells))
-        keys, predicted = [self.table.key(number) for number in numbers], self.cells[numbers] == 1
-        before = read_sample(path, self.table, self.options.labels) if path.exists() else None
-        count = max(self.options.sample, len(before.keys) if before else 0)
-        drawn, probabilities = draw_sample(keys, predicted, count, self.options.seed)
-        state = digest(self.options.seed, [key.hex() for key in keys], predicted.tobytes().hex()).hex()
-        if before and state != self.store.noted(f"draw of {self.files.name(path)}", ""):
-            line = (
-                f"✗ The labels have changed since {path} was drawn, so it is left as it is: move it away to draw anew"
-            )
-            return ["", line]
-        filled = dict(zip(before.keys, before.cells.tolist(), strict=True)) if before else {}
-        rows = zip(self.table.rows(numbers[drawn]), probabilities[drawn].tolist(), strict=True)
-        self.store.note(f"draw of {self.files.name(path)}", state)
-        with self.files.replacing("sample") as file:
-            file.write(sample_content(rows, filled, self.options, self.table.delimiter))
-        return [
-            "",
-            f"✓ Sample: {len(drawn)} of {len(numbers)} distinct texts that the model labelled, in {path}",
-            "  Fill in 1 or 0 for each label without looking at the model's labels, then pass the file as `gold`",
-        ]
-
-    def dry_run_lines(self, batches: Sequence[Batch]) -> list[str]:
-        """How much would be sent, and last what it would cost."""
-        prompt = self.prompt.for_audit()
-        _, audited = self.draw_audit(prompt, self.table.lengths > 0)
-        alone = (Request((row,), prompt) for row in self.table.rows(audited))
-        requests = itertools.chain(self.requests(batches), alone)
-        estimate = estimate_lines(requests, self.store.experience(self.options.model), self.server)
-        audit = [f"Rows that the audit would send, each alone: {len(audited)}"] if self.options.audit else []
-        return [f"Distinct rows to send: {self.report.distinct}", *audit, *estimate]
-
-    def plotted(self) -> pd.DataFrame:
-        """The requested rows' labels, and what they are broken down by."""
-        import pandas as pd
-
-        by, values = self.options.by_column, self.table.by_values
-        groups = {} if by is None else {by: values}
-        return pd.DataFrame(label_columns(self.cells, self.options.labels) | groups)[self.requested]
-
-    def finish(self) -> None:
-        """Bring the report up to date with the table and the store."""
-        by_model = (self.held < 0) & (self.cells >= 0)
-        indexes, origins = self.store.origins()
-        self.report.note_cells(self.table, self.cells, self.requested)
-        self.report.note_origins(indexes[self.answered_by[self.table.key_indexes]] * by_model, origins)
-        self.report.totals, self.report.set_aside = self.store.totals(), self.budget.for_jobs
-        self.report.rest_cost = self.rest_cost()
-
-    def rest_cost(self) -> float:
-        """What the requested rows that are still blank would cost, at what a row has cost so far; 0: not known."""
-        lacking = self.requested & (self.table.lengths > 0) & (self.cells == BLANK).any(axis=1)
-        rest, _ = self.table.distinct_rows(lacking)
-        return self.report.cost / self.report.answered * len(rest) if self.report.answered else 0.0
-
-    def write_record(self) -> None:
-        """Write the run's record beside the output."""
-        if self.options.output_filepath is None:
-            return
-        hashes = {"input": self.table.content} | ({"gold": self.gold.content} if self.gold else {})
-        record = {f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in hashes.items()}
-        with self.files.replacing("record") as file:
-            # There and back, since JSON has no NaN: undefined figures become null.
-            record |= json.loads(json.dumps(run_record(self.report)), parse_constant=lambda _: None)
-            file.write(json.dumps(record, ensure_ascii=False, indent=2).encode() + b"\n")
+        return self.table.distinct_rows(self.requested & labelled & (self.preset < 0).all(axis=1))
 
 
-SAVE_SECONDS = 60.0
-MOST_USELESS_REPLIES = 40  # after which the run ends if none has had an answer that can be used
+def run(options: Options, console: Console, returns_frame: bool = False) -> tuple[Report, pd.DataFrame]:
+    """One run: the report, and the labelled frame, which is empty unless it is to be returned."""
+    import pandas as pd
+
+    started_at, say = datetime.now(UTC), console.say
+    table = load_table(options, console)
+    options, requested = fit_to_table(options, table)
+    server = Server(options)
+    prompt, gold = read_prompt(options, server.address), read_gold(options, table)
+    preset = merge(example_cells(table, prompt.examples, options.labels), table.given)
+    # Made before the first call: a frame that cannot be made would be found out after all is paid.
+    frame = table.to_frame() if returns_frame else pd.DataFrame()
+    fill_frame(frame, preset, options.labels)
+    say(*opening_lines(options))
+    with open_store(options, server) as store:
+        files = Files(store, options)
+        task = Task(options, table, requested, preset, prompt, gold, server, store, files, console, started_at)
+        files.check()
+        if options.sample and files.paths["sample"].exists():
+            read_sample(files.paths["sample"], table, options.labels)  # so that an unreadable one is reported now
+        if options.forget_jobs and not options.dry_run:
+            console.warn(*(f"Job {name} is abandoned: {count} requests." for name, count in store.abandon_jobs()))
+
+        # 1. What is not known yet, in batches of rows that lack the same labels.
+        cells = task.cells(answers=not options.fresh)
+        batches = plan_batches(task, cells)
+        plan = make_plan(task, cells, batches)
+        say(*plan_lines(plan, options, store.other_answers(prompt)))
+        if options.dry_run:
+            say(*request_lines(task, batches), verbatim=True)
+            say(*dry_run_lines(task, plan, batches))
+            return deliver(make_report(task, plan), frame)
+        asked_at = time.monotonic()
+        try:
+            # 2. Ask, and keep each answer as it comes.
+            ask(task, make_attempts(task, batches), len(batches))
+            # 3. The file and the report are views of the store.
+            save(task)
+            # 4. How good are the labels?
+            audited = audit(task) if options.audit else {}
+            seconds = time.monotonic() - asked_at
+        except (Exception, Stopped) as error:
+            with contextlib.suppress(EnrichmentError):  # from a disk or a store that fails: already reported
+                leave_early(task, plan, time.monotonic() - asked_at, frame, error)
+            raise
+        figures = audited | (compare_with_people(task, gold) if gold else {})
+        report = make_report(task, plan, seconds, figures)
+        say(*closing_lines(report))
+        if options.sample:
+            say(*extend_sample(task))
+        write_record(task, report)
+        if options.plot is not None:
+            draw_plot(task, report)
+    return deliver(report, frame)
 
 
-def fit_to_table(options: Options, table: Table, requested: BoolArray) -> Options:
-    """The options, checked against the table, with "auto" resolved by the length of texts and the number of rows."""
+def deliver(report: Report, frame: pd.DataFrame) -> tuple[Report, pd.DataFrame]:
+    """The report, and the frame with its labels and the run's figures."""
+    fill_frame(frame, report.cells, report.options.labels)
+    frame.attrs["enrichment"] = report.attributes()
+    return report, frame
+
+
+def load_table(options: Options, console: Console) -> Table:
+    is_file = isinstance(options.input_filepath, (str, Path))
+    if is_file:
+        console.say(f"Loading dataset from {options.input_filepath}...")
+    table = read_table(options.input_filepath, options.columns, options.encoding)
+    if is_file:
+        console.say(f"Dataset loaded: {len(table)} rows")
+    if table.encoding not in {"utf-8", "utf-16-le", "utf-16-be"}:
+        console.say(f"Encoding: {table.encoding}" + (", since the file is not UTF-8" if not options.encoding else ""))
+    return table
+
+
+def fit_to_table(options: Options, table: Table) -> tuple[Options, BoolArray]:
+    """The options, checked against the table, with "auto" resolved; and which of its rows are requested."""
+    import numpy as np
+
     if options.start_index >= max(1, len(table)):
         raise InputError(
             f"`start_index` {options.start_index} is past the last row: {table.source} has {len(table)} rows, "
@@ -896,13 +688,15 @@ def fit_to_table(options: Options, table: Table, requested: BoolArray) -> Option
             f"A label cannot be written in the encoding of {table.source} ({table.encoding}): rename it, or save the "
             "file as UTF-8."
         ) from None
+    requested = np.zeros(len(table), bool)
+    requested[options.start_index : options.start_index + (options.limit or len(table))] = True
     rows = int(requested.sum())
     if options.batch_size == "auto":
         middle = median(table.lengths[requested].tolist()) if rows else 0
         options = replace(options, batch_size=25 if middle < 100 else 12 if middle <= 500 else 7)
     if options.max_workers == "auto":
         options = replace(options, max_workers=3 if rows < 100 else 5 if rows <= 1000 else 10)
-    return options
+    return options, requested
 
 
 def example_cells(table: Table, examples: Sequence[Example], labels: Sequence[str]) -> Cells:
@@ -916,6 +710,224 @@ def example_cells(table: Table, examples: Sequence[Example], labels: Sequence[st
         if row.text in known:
             cells[number] = known[row.text]
     return cells
+
+
+def lacking(cells: Cells, requested: BoolArray, options: Options) -> BoolArray:
+    """Which cells are to be asked for; where one label is chosen, that is a row's cells as a whole."""
+    import numpy as np
+
+    blank = (cells == BLANK) & requested[:, None]
+    return np.broadcast_to(blank.any(axis=1, keepdims=True), blank.shape) if options.answer_form == "one" else blank
+
+
+def plan_batches(task: Task, cells: Cells) -> list[Batch]:
+    """Batches of rows that lack the same labels.
+
+    Rows that an earlier run had to give up because of their texts come last, each alone, and have one try.
+    """
+    import numpy as np
+
+    options, table = task.options, task.table
+    wanted = lacking(cells, task.requested, options)
+    given_up = {} if options.fresh else task.store.given_up(task.prompt)
+    is_last = np.isin(table.key_indexes, table.find(b"".join(given_up)))[:, None]
+    last = make_batches(table, wanted & is_last, 1)
+    return make_batches(table, wanted & ~is_last, int(options.batch_size)) + [
+        batch._replace(has_one_try=True) for batch in last
+    ]
+
+
+def make_attempts(task: Task, batches: Iterable[Batch]) -> Iterator[Attempt]:
+    """An attempt for each batch, whose texts are read only then."""
+    prompt = functools.cache(task.prompt.for_labels)
+    for batch in batches:
+        rows = tuple(task.table.rows(batch.numbers))
+        yield Attempt(rows, prompt(batch.lacks), has_one_try=batch.has_one_try)
+
+
+def ask(task: Task, attempts: Iterable[Attempt], count: int) -> None:
+    """Have attempts made, and keep what comes of each; the CSV is saved about once a minute."""
+    options, server = task.options, task.server
+    if not count and not (options.use_batch_api and task.store.has_jobs()):
+        return
+    with (
+        stop_on_signals() as stop,  # first: a Ctrl-C during the imports that follow would be lost
+        server.connect(),
+        task.console.progress(count, server.knows_price) as progress,
+    ):
+        budget = Budget(options.max_cost, *task.store.money())
+        evidence = Evidence(task.store.last_parameters(task.prompt) or server.first_parameters)
+        sender = (JobSender if options.use_batch_api else LiveSender)(task, evidence, budget, stop, progress)
+        save_at = time.monotonic() + SAVE_SECONDS
+        with contextlib.closing(sender.send(attempts)) as landed:
+            for attempt, verdict in landed:
+                task.store.record(attempt, verdict)
+                progress.landed(attempt, verdict)
+                save_at = autosave(task, save_at)
+
+
+SAVE_SECONDS = 60.0
+
+
+def autosave(task: Task, save_at: float) -> float:
+    """Save if it is time to, and return when to save next: after at least 20 times as long as that takes."""
+    started = time.monotonic()
+    if started < save_at:
+        return save_at
+    try:
+        save(task)
+    except EnrichmentError as error:  # the answers are in the store, and the file may be free later
+        task.console.warn(f"Not saved yet: {error.message}")
+    finished = time.monotonic()
+    return finished + max(SAVE_SECONDS, 20 * (finished - started))
+
+
+def save(task: Task) -> None:
+    """Write the CSV from the store."""
+    if task.options.output_filepath is not None:
+        with task.files.replacing("output") as file:
+            task.table.write(task.cells(), task.options.labels, file)
+
+
+def leave_early(task: Task, plan: Plan, seconds: float, frame: pd.DataFrame, error: BaseException) -> None:
+    """Save what there is, say how to continue, and let the exception carry the frame for callers in Python."""
+    try:
+        save(task)
+    except EnrichmentError as failure:
+        task.console.warn(f"Not saved yet: {failure.message}")
+    report = make_report(task, plan, seconds)
+    line = unfinished_line(report)
+    task.console.warn(line)
+    if isinstance(error, Stopped):
+        error.args = (name_options(line, as_flags=False),)
+    elif isinstance(error, EnrichmentError) and task.store.path is None:
+        error.message += f" {line}"
+        error.args = (name_options(error.message, as_flags=False),)
+    if isinstance(error, (EnrichmentError, Stopped)) and task.table.frame is not None:
+        error.frame = deliver(report, frame)[1]
+    write_record(task, report)
+
+
+def fill_frame(frame: pd.DataFrame, cells: Cells, labels: Sequence[str]) -> pd.DataFrame:
+    """The frame with its labels; an empty one, which nobody asked for, stays so."""
+    for label, column in label_columns(cells, labels).items() if len(frame.columns) else ():
+        frame[label] = column
+    return frame
+
+
+def audit(task: Task) -> dict[str, Any]:
+    """Re-query labelled rows individually. Those answers are compared with the labels and never become labels."""
+    prompt, cells = task.prompt.for_audit(), task.cells()
+    numbers, pending = draw_audit(task, complete(cells))
+    if len(pending):
+        task.console.say("", f"Auditing {len(numbers)} rows, each alone in its call: {len(pending)} API calls...")
+        ask(task, (Attempt((row,), prompt) for row in task.table.rows(pending)), len(pending))
+    audited = task.store.cells(prompt, task.table)[task.table.key_indexes[numbers]]
+    figures = measure_audit(task.options.labels, numbers, cells[numbers], audited)
+    for measured in figures.values():
+        measured["lines_that_differ"] = list(task.table.line_numbers(measured["rows_that_differ"]))
+    return {"audit": figures}
+
+
+def draw_audit(task: Task, labelled: BoolArray) -> tuple[IntArray, IntArray]:
+    """The rows to audit, drawn from those that the model labelled, and which of them have to be sent."""
+    numbers, _ = task.by_model(labelled)
+    keys = map(task.table.key, numbers) if task.options.audit else ()  # a million digests take seconds
+    order = permanent_numbers(keys, task.options.seed).argsort()
+    numbers = numbers[order[: task.options.audit]]
+    known = task.store.cells(task.prompt.for_audit(), task.table)[task.table.key_indexes[numbers]]
+    return numbers, numbers[(known == BLANK).any(axis=1)]
+
+
+def compare_with_people(task: Task, gold: Gold) -> dict[str, Any]:
+    """Compare the requested rows with people's labels, and list where they differ beside the output."""
+    labels, table, cells = task.options.labels, task.table, task.cells()
+    requested = cells.copy()
+    requested[~task.requested] = BLANK
+    figures, disagreements = compare_with_gold(gold, requested, labels)
+    if gold.probabilities is not None:
+        population = task.by_model(complete(cells))
+        figures["corrected_shares"] = correct_by_sample(gold, table, cells, population, labels)
+    if task.options.output_filepath is not None:
+        numbers = list(dict.fromkeys(row for row, *_ in disagreements))
+        lines = dict(zip(numbers, table.line_numbers(numbers), strict=True))
+        is_named = task.options.gold_key is not None or gold.probabilities is not None  # else the key is a text
+        rows = ([row, lines[row], key if is_named else "", *rest] for row, key, *rest in disagreements)
+        with task.files.replacing("disagreements") as file:
+            file.write(csv_bytes(["row", "line", "key", "label", "model", "people"], rows))
+    return figures
+
+
+def extend_sample(task: Task) -> list[str]:
+    """Draw texts for people to code, and keep what they have filled in already."""
+    options, table, cells, path = task.options, task.table, task.cells(), task.files.paths["sample"]
+    numbers, _ = task.by_model(complete(cells))
+    keys, predicted = [table.key(number) for number in numbers], cells[numbers] == 1
+    before = read_sample(path, table, options.labels) if path.exists() else None
+    count = max(options.sample, len(before.keys) if before else 0)
+    drawn, probabilities = draw_sample(keys, predicted, count, options.seed)
+    state = digest(options.seed, [key.hex() for key in keys], predicted.tobytes().hex()).hex()
+    note = f"draw of {task.files.name(path)}"
+    if before and state != task.store.noted(note):
+        return [
+            "",
+            f"✗ The labels have changed since {path} was drawn, so it was not changed; move or delete it to draw a "
+            "new sample",
+        ]
+    filled = dict(zip(before.keys, before.cells.tolist(), strict=True)) if before else {}
+    rows = zip(table.rows(numbers[drawn]), probabilities[drawn].tolist(), strict=True)
+    task.store.note(note, state)
+    with task.files.replacing("sample") as file:
+        file.write(sample_content(rows, filled, options, table.delimiter))
+    return [
+        "",
+        f"✓ Sample: {len(drawn)} of {len(numbers)} distinct texts that the model labelled, in {path}",
+        "  Fill in 1 or 0 for each label without looking at the model's labels, then pass the file as `gold`",
+    ]
+
+
+def dry_run_lines(task: Task, plan: Plan, batches: Sequence[Batch]) -> list[str]:
+    """How much would be sent, and last what it would cost."""
+    _, audited = draw_audit(task, task.table.lengths > 0)
+    alone = (Attempt((row,), task.prompt.for_audit()) for row in task.table.rows(audited))
+    attempts = itertools.chain(make_attempts(task, batches), alone)
+    estimate = estimate_lines(attempts, task.store.experience(task.options.model), task.server)
+    audit_line = [f"Rows that the audit would send, each alone: {len(audited)}"] if task.options.audit else []
+    return [f"Distinct rows to send: {plan.distinct}", *audit_line, *estimate]
+
+
+def request_lines(task: Task, batches: Sequence[Batch]) -> list[str]:
+    """The first request, with one row of it, as it would be sent."""
+    for attempt in itertools.islice(make_attempts(task, batches), 1):
+        body = build_body(replace(attempt, rows=attempt.rows[:1]), task.server.first_parameters)
+        system, user = (message["content"] for message in body.pop("messages"))
+        rest = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()]
+        sent_with = [f"=== Sent with it, to {task.server.address} ===", *rest, ""]
+        return ["=== System message ===", system, "", "=== One row ===", user, "", *sent_with]
+    return []
+
+
+def draw_plot(task: Task, report: Report) -> None:
+    import pandas as pd
+
+    options = task.options
+    groups = {} if options.by_column is None else {options.by_column: task.table.by_values}
+    shown = pd.DataFrame(label_columns(report.cells, options.labels) | groups)[task.requested]
+    with task.files.replacing("plot") as file:
+        figure = plot_labels(shown, options.labels, options.by_column, report.figures.get("corrected_shares"))
+        figure.savefig(file, format=task.files.paths["plot"].suffix[1:])
+
+
+def write_record(task: Task, report: Report) -> None:
+    """Write the run's record beside the output."""
+    if task.options.output_filepath is None:
+        return
+    hashes = {"input": task.table.content} | ({"gold": task.gold.content} if task.gold else {})
+    record = {f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in hashes.items()}
+    with task.files.replacing("record") as file:
+        # There and back, since JSON has no NaN: undefined figures become null.
+        record |= json.loads(json.dumps(run_record(report)), parse_constant=lambda _: None)
+        file.write(json.dumps(record, ensure_ascii=False, indent=2).encode() + b"\n")
 
 
 # --- Labels -----------------------------------------------------------------------------------------------
@@ -1416,95 +1428,77 @@ def csv_fields(values: Iterable[str], delimiter: str, quoted: bool) -> str:
 
 # --- Files ------------------------------------------------------------------------------------------------
 #
-# In: paths, and what the store knows of them. Out: files, each written whole or not at all, and none in place of a file
-# that this program did not write.
+# In: paths, and what the store knows of them. Out: files, each written whole or not at all. A file that this program
+# did not write is never replaced.
 
 
 class Files:
     """The files that a run writes, by what they are."""
 
-    def __init__(self, store: Store, paths: Mapping[str, Path], overwrite: bool) -> None:
-        self.store, self.paths, self.overwrite = store, paths, overwrite
+    def __init__(self, store: Store, options: Options) -> None:
+        self.store, self.paths, self.options = store, options.written, options
         self.folder = None if store.path is None else store.path.resolve().parent  # None: the working directory
-        self.replaceable: set[str] = set()  # digests of what this run wrote, or replaces at the user's wish
 
-    def check(self, tries_to_write: bool = True) -> None:
+    def check(self) -> None:
         """Refuse to replace a file, unless it is unchanged since this program wrote it, or one that cannot be written.
 
-        `tries_to_write`: by a draft, since permissions, disks and the length of names have no other common sign.
+        Whether it can is tried with a draft: permissions, disks and the length of names have no other common sign.
         """
         for what, path in self.paths.items():
-            if what in {"store", "sample"}:  # one is never replaced, the other is edited by people
+            if what == "store":  # which has been opened
                 continue
-            found, name = file_digest(path), self.name(path)
-            known = self._known(name)
+            draft = draft_of(path)
             try:
-                self._draft(path).unlink(missing_ok=True)  # left by a run that was killed
-                if tries_to_write:
-                    self._draft(path).touch()
-                    self._draft(path).unlink()
+                draft.unlink(missing_ok=True)  # left by a run that was killed
+                if not self.options.dry_run:
+                    draft.touch()
+                    draft.unlink()
             except OSError as error:
                 raise InputError(
                     f"The {what} {path} could not be written ({error.strerror}): choose another folder or shorter name."
                 ) from None
+            found, known = file_digest(path), self.store.noted(f"digests of {self.name(path)}")
             if found and not path.stat().st_mode & stat.S_IWUSR:
                 raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
-            if self.overwrite:
-                self.replaceable.add(found)
-            elif found and found not in known:
+            if found and what != "sample" and not self.options.overwrite and found not in known.split():
                 why = "was changed since it was written" if known else "was not written by a run on this store"
+                advice = (
+                    " To keep corrections of cells, make it the input of a run with another output: existing 0 and 1 "
+                    "cells are kept."
+                )
                 raise InputError(
                     f"The {what} {path} {why}, and would be lost: choose another file, or pass `overwrite`."
-                    + " To keep corrections of cells, make it the input of a run with another output: its cells that "
-                    "are 0 or 1 stand." * (what == "output")
+                    + (advice if what == "output" else "")
                 )
 
     @contextlib.contextmanager
     def replacing(self, what: str) -> Iterator[IO[bytes]]:
         """A draft that takes the file's place when it is whole, and not before."""
         path = self.paths[what]
-        target, name = path.resolve(), self.name(path)  # behind a link, the file that it points to
-        draft = self._draft(path)
+        target, draft = path.resolve(), draft_of(path)  # behind a link, the file that it points to
         try:
-            found = file_digest(target)
-            is_edited = what == "sample"  # as people are meant to
-            if found and not is_edited and found not in {*self._known(name), *self.replaceable}:
-                raise EnrichmentError(
-                    f"{path} was changed during this run, and is left as it is: move it away, then run the same "
-                    "command; no answer is lost."
-                )
-            draft.unlink(missing_ok=True)  # left by a run that was killed
-            with open_draft(draft, target) as file:
+            draft.unlink(missing_ok=True)  # also a link that somebody laid there
+            with draft.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            with contextlib.suppress(OSError):  # network drives may allow neither
+                before = target.stat()
+                draft.chmod(stat.S_IMODE(before.st_mode))
+                os.chown(draft, before.st_uid, before.st_gid)
             # Noted before the move, so that a kill between the two leaves a file that is known.
-            written = file_digest(draft)
-            self.replaceable.add(written)
-            # If the store fails, at least the output is written, though the next run will not know it.
-            with contextlib.suppress(EnrichmentError) if what == "output" else contextlib.nullcontext():
-                self.store.note(f"digests of {name}", f"{found} {written}")
+            note = f"digests of {self.name(path)}"
+            last = self.store.noted(note).split()[-1:]
+            self.store.note(note, " ".join([*last, file_digest(draft)]))
             draft.replace(target)
         except OSError as error:
             raise EnrichmentError(
                 f"{path} cannot be written ({error.strerror}): close the program that has it open, or free some space, "
-                "then run the same command; no answer is lost."
+                "then run the same command; no answers are lost."
             ) from None
         finally:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
-
-    def _known(self, name: str) -> list[str]:
-        """Digests of the file that the last write replaced, if it did, and of what it wrote."""
-        return self.store.noted(f"digests of {name}", "").split()
-
-    def _draft(self, path: Path) -> Path:
-        """The same in each run on this store, so that the next one finds what a killed one has left."""
-        target, store = path.resolve(), self.store.path
-        mark = digest(store.name if store else os.getpid(), self.name(path)).hex()
-        return target.with_name(
-            f".{mark}.tmp"
-        )  # no longer than any name, so that the target's may be as long as it can
 
     def name(self, path: Path) -> str:
         """The name under which the store knows it: relative to its own folder, so that both can be moved together."""
@@ -1513,25 +1507,18 @@ class Files:
         return str(path.resolve())
 
 
+def draft_of(path: Path) -> Path:
+    """Beside the file, always the same, so that the next run finds what a killed one has left; short enough for any."""
+    target = path.resolve()
+    return target.with_name(f".{digest(target.name).hex()}.tmp")
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes; "" if there is no file."""
     if not path.exists():
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def open_draft(draft: Path, target: Path) -> IO[bytes]:
-    """A new file, with the target's owner and mode where that is allowed: network drives may allow neither."""
-    if not target.exists():
-        return draft.open("xb")
-    before = target.stat()
-    draft.touch(0o600, exist_ok=False)
-    with contextlib.suppress(OSError, AttributeError):
-        os.chown(draft, before.st_uid, before.st_gid)
-    with contextlib.suppress(OSError):
-        draft.chmod(stat.S_IMODE(before.st_mode))
-    return draft.open("r+b")
 
 
 # --- Batches ----------------------------------------------------------------------------------------------
@@ -1546,6 +1533,7 @@ class Batch(NamedTuple):
 
     numbers: IntArray
     lacks: tuple[bool, ...]
+    has_one_try: bool = False
 
 
 def make_batches(table: Table, lacking: BoolArray, batch_size: int) -> list[Batch]:
@@ -1579,8 +1567,8 @@ def make_batches(table: Table, lacking: BoolArray, batch_size: int) -> list[Batc
 
 # --- Prompt -----------------------------------------------------------------------------------------------
 #
-# All words that are sent to a model, what decides an answer, and how an answer is read. In: labels, definitions,
-# instructions, examples. Out: prompts, and what a reply says about each row, or what is wrong with it.
+# All words that are sent to a model, and what decides an answer. In: labels, definitions, instructions, examples. Out:
+# prompts, their messages and schemas.
 
 # Every word here is paid for in each call, so each thing is said once. The labels stay in the message, since servers
 # that turn a schema into a grammar do not show it to the model.
@@ -1632,6 +1620,7 @@ class Question(NamedTuple):
     sends_label: bool  # whether the model is shown the existing label
     answer_form: AnswerForm
     choices: str  # under the form "one" all labels, as JSON; else ""
+    extra_body: str  # the user's own parameters, as JSON; else ""
     wording: int  # the version of our own words
     is_audit: bool = False  # asked of each row alone; its answers are kept apart
 
@@ -1671,6 +1660,28 @@ class Prompt:
             examples=example_words(self.examples, self.labels, self.form),
         ).strip()
 
+    @functools.cached_property
+    def extra_body(self) -> dict[str, Any]:
+        """The user's own parameters."""
+        return dict(json.loads(self.questions[0].extra_body or "{}"))
+
+    @functools.cached_property
+    def spellings(self) -> dict[str, str]:
+        """The labels by how they may nearly be spelled, where that is unambiguous."""
+        return drop_repeated([(near(label), label) for label in self.labels])
+
+    def spelled(self, name: str) -> str | None:
+        """The label that a name stands for."""
+        return name if name in self.labels else self.spellings.get(near(name))
+
+    @property
+    def neutral(self) -> Prompt:
+        """The same form with two labels of our own and nothing else."""
+        labels = ("question", "statement")
+        plain = self.questions[0]._replace(definition="", instructions="", examples=0, examples_digest="")
+        choices = json.dumps(labels) if plain.choices else ""
+        return Prompt(tuple(plain._replace(label=label, choices=choices) for label in labels))
+
     def as_record(self, most_rows: int) -> dict[str, Any]:
         """What is sent, but for the examples, which are texts, and with the strictest schema, for so many rows."""
         first = self.questions[0]
@@ -1681,10 +1692,11 @@ class Prompt:
             "system_message_without_examples": replace(self, examples=()).system_message,
             "examples": first.examples,
             "answer_form": self.form,
+            "extra_body": self.extra_body,
             "response_format": answer_format(self, most_rows, Format.SCHEMA),
         }
 
-    def about(self, wanted: Iterable[bool]) -> Prompt:
+    def for_labels(self, wanted: Iterable[bool]) -> Prompt:
         """The same for some of the labels."""
         return replace(self, questions=tuple(compress(self.questions, wanted)))
 
@@ -1710,31 +1722,13 @@ def read_prompt(options: Options, server: str) -> Prompt:
             Question(
                 label, definitions.get(label, "").strip(), server, options.model, instructions,
                 len(examples), examples_digest(label), options.label_column is not None, options.answer_form,
-                json.dumps(options.labels) if options.answer_form == "one" else "", WORDING_VERSION,
+                json.dumps(options.labels) if options.answer_form == "one" else "",
+                json.dumps(options.extra_body, sort_keys=True) if options.extra_body else "", WORDING_VERSION,
             )
             for label in options.labels
         ),
         examples,
     )  # fmt: skip
-
-
-def explain_difference(stored: Question, asked: Question) -> str:
-    """Why an answer to one question about a label is no answer to another, in a few words."""
-    phrases = {
-        "instructions": "had other instructions" if stored.instructions else "had no instructions",
-        "examples_digest": "had other examples" if stored.examples else "had no examples",
-        "definition": f"had {'another' if stored.definition else 'no'} definition of {asked.label!r}",
-        "sends_label": f"were asked {'with' if stored.sends_label else 'without'} an existing label",
-        "answer_form": f"had the answer form {stored.answer_form}",
-        "choices": "were a choice among other labels" if stored.choices and asked.choices else "",
-        "wording": f"had version {stored.wording} of this program's wording, not {asked.wording}",
-    }
-    reasons = [words for name, words in phrases.items() if words and getattr(stored, name) != getattr(asked, name)]
-    changed = [name for name in ("model", "server") if getattr(stored, name) != getattr(asked, name)]
-    places = [" at ".join(getattr(question, name) for name in changed) for question in (stored, asked)]
-    if changed:
-        reasons.append(f"are from {places[0]}; this run asks {places[1]}")
-    return " and ".join(reasons)
 
 
 def read_examples(
@@ -1777,7 +1771,7 @@ def example_words(examples: Sequence[Example], labels: Sequence[str], form: Answ
         return ""
     ids = FREE_IDS[2:][: len(examples)]
     message = compact_json(dict(zip(ids, (example.text for example in examples), strict=True)))
-    answers = (form_answer(form, example.applying, labels) for example in examples)
+    answers = (expected_answer(form, example.applying, labels) for example in examples)
     answer = compact_json(dict(zip(ids, answers, strict=True)))
     return encodable(f"An example of a message:\n{message}\nIts right answer:\n{answer}")
 
@@ -1816,38 +1810,7 @@ FREE_IDS = row_ids(900)[int(OPTIONS["batch_size"].metadata["limits"][1]) :]
 MOST_EXAMPLES = 390
 
 
-FENCED = re.compile(r"\s*```\w*\s*(.*?)\s*```\s*", re.DOTALL)
-MISSING = object()  # stands for a row that the reply does not name, or names more than once
-
-
-def read_message(body: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What is wrong with a completion as a whole, or "", and its JSON object."""
-    choice = body["choices"][0]
-    message = choice["message"]
-    if choice.get("finish_reason") == "content_filter":
-        return "stopped by the provider's content filter", {}
-    if choice.get("finish_reason") == "length":
-        return "the answer was cut off at its maximum length", {}
-    if message.get("refusal"):
-        return "the model refused to answer", {}
-    content = message.get("content")
-    if not isinstance(content, str):
-        return "the answer was not text", {}
-    fenced = FENCED.fullmatch(content)
-    try:
-        chosen = json.loads(fenced[1] if fenced else content, object_pairs_hook=drop_repeated)
-    except (ValueError, RecursionError):
-        return "the answer was not valid JSON", {}
-    return ("", chosen) if isinstance(chosen, dict) else ("the answer was not a JSON object", {})
-
-
-def drop_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without the keys that appear in it more than once: none of their values can be trusted."""
-    counts = Counter(key for key, _ in pairs)
-    return {key: value for key, value in pairs if counts[key] == 1}
-
-
-def form_answer(form: AnswerForm, applying: frozenset[str], labels: Sequence[str]) -> Any:
+def expected_answer(form: AnswerForm, applying: frozenset[str], labels: Sequence[str]) -> Any:
     """A row's answer, as the model is to give it."""
     if form == "each":
         return {label: int(label in applying) for label in labels}
@@ -1855,56 +1818,65 @@ def form_answer(form: AnswerForm, applying: frozenset[str], labels: Sequence[str
     return named if form == "list" else named[0]
 
 
-def form_schema(form: AnswerForm, labels: Sequence[str], has_max_items: bool) -> dict[str, Any]:
-    """The JSON schema of a row's answer."""
+def answer_schema(form: AnswerForm, labels: Sequence[str], kind: Format) -> dict[str, Any]:
+    """The JSON schema of a row's answer; a plain one has 0 and 1 as strings, since some servers take no other enums."""
     name = {"type": "string", "enum": list(labels)}
     if form == "one":
         return name
     if form == "each":
         value = {"type": "integer", "enum": [0, 1]}
+        if kind is Format.PLAIN_SCHEMA:
+            value = {"type": "string", "enum": ["0", "1"]}
         properties = dict.fromkeys(labels, value)
         return {"type": "object", "properties": properties, "required": list(labels), "additionalProperties": False}
-    return {"type": "array", "items": name} | ({"maxItems": len(labels)} if has_max_items else {})
+    return {"type": "array", "items": name} | ({"maxItems": len(labels)} if kind is Format.SCHEMA else {})
 
 
-def read_answer(form: AnswerForm, answer: Any, labels: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """What is wrong with a row's answer, or "", and the labels that apply; a label named twice is harmless."""
-    if answer is MISSING:
-        return "its id was missing from the answer, or repeated", []
-    if form == "each":
-        is_whole = isinstance(answer, dict) and all(answer.get(label) in (0, 1) for label in labels)
-        applying = [label for label in labels if is_whole and answer[label]]
-        return "" if is_whole else "its answer had no 0 or 1 for some label", applying
-    applying = [answer] if form == "one" else answer
-    if not isinstance(applying, list):
-        return "its answer was not a list", []
-    unknown = [label for label in applying if label not in labels]
-    return "its answer had an unknown label" if unknown else "", applying
-
-
-# --- Requests ---------------------------------------------------------------------------------------------
+# --- Attempts ---------------------------------------------------------------------------------------------
 #
-# In: rows, a prompt, and the parameters that a server supports. Out: the JSON body of a call. Requests wait in a queue
-# until they are sent.
+# The one thing in flight. In: rows, a prompt, and the parameters that a server supports. Out: the JSON body of a call.
+# What waits, flies, is in a job and is recorded is an attempt.
 
 
-@dataclass(frozen=True)
-class Request:
-    """A batch's rows and what is asked of them.
+@dataclass(eq=False)
+class Attempt:
+    """One request on its way, over as many calls as that takes.
 
     One of an earlier run's job may have rows without a text, enough to read a reply by; only `with_texts` may be sent.
     """
 
     rows: tuple[Row, ...]
     prompt: Prompt
-    failures: tuple[str, ...] = ()  # why it has failed so far, since it was split into single rows
     id_set: int = 0  # 1: under the second set of row ids, after a reply to it that looked like another request's
+    has_one_try: bool = False  # its row was given up by an earlier run
+    reasons: tuple[str, ...] = ()  # why its lone row has failed so far
+    tries: int = 0  # calls that failed on their way or in the server
+    failing_since: float = math.inf
+    jobs: int = 0  # that it has been in
+    is_probe: bool = False  # about a text of ours, of which nothing is kept but what it cost
+    # Of its calls:
+    parameters: Parameters = field(default_factory=lambda: Parameters())
+    tier: str = "standard"  # at which it is billed; genai-prices calls it "processing"
+    calls: int = 0
+    seconds: float = 0.0  # summed
+    cost: float | None = None  # US dollars, of the calls whose cost is known; None: of none
+    unconfirmed_cost: float = 0.0  # at most, of calls that returned no usage and may have been billed
+    unconfirmed_calls: int = 0
+    usage: Usage | None = None  # None: no reply has reported any
+    reply: Reply | None = None  # the last one
+    # Of the call in flight, or the next one:
+    due: float = 0.0  # when it may leave
+    departure: Departure = field(default_factory=lambda: Departure(0.0, {"requests": 0.0, "tokens": 0.0}))
+    bound: float = 0.0  # US dollars that it may cost at most
+
+    def __lt__(self, other: Attempt) -> bool:
+        """In a heap, the one that is due first comes first."""
+        return self.due < other.due
 
     @property
     def custom_id(self) -> str:
         """Its name in a Batch API job, however often it is sent."""
-        asked = compact_json(self.prompt.questions)  # not repr: numpy's strings have another one than the store's
-        return digest(asked, [row.key.hex() for row in self.rows]).hex()
+        return digest(compact_json(self.prompt.questions), [row.key.hex() for row in self.rows]).hex()
 
     @functools.cached_property
     def message(self) -> str:
@@ -1918,71 +1890,44 @@ class Request:
         return round(count_tokens(beginning) * len(self.message) / len(beginning))
 
     @property
-    def with_texts(self) -> Request | None:
-        """The same without the rows whose text this run does not have: they come from an earlier run's job."""
-        rows = tuple(row for row in self.rows if row.text)
-        return replace(self, rows=rows) if rows else None
+    def with_texts(self) -> tuple[Row, ...]:
+        """Its rows whose text this run has: those of an earlier run's job may have left the table."""
+        return tuple(row for row in self.rows if row.text)
+
+    def again(self, rows: Sequence[Row], **changes: Any) -> Attempt:
+        """A new attempt about some of its rows."""
+        kept = replace(self, rows=tuple(rows), calls=0, seconds=0.0, usage=None, reply=None)
+        return replace(kept, cost=None, unconfirmed_cost=0.0, unconfirmed_calls=0, **changes)
+
+    def halves(self, rows: Sequence[Row], **changes: Any) -> list[Attempt]:
+        middle = (len(rows) + 1) // 2
+        return [self.again(half, **changes) for half in (rows[:middle], rows[middle:]) if half]
+
+    def take_in(self, reply: Reply, cost: float | None, unconfirmed_cost: float) -> None:
+        """Add a call that has come back."""
+        self.reply = reply
+        self.calls += 1
+        self.seconds += reply.seconds
+        self.cost = self.cost if cost is None else (self.cost or 0.0) + cost
+        self.unconfirmed_cost += unconfirmed_cost
+        self.unconfirmed_calls += unconfirmed_cost > 0
+        usages = [usage for usage in (self.usage, reply.usage) if usage]
+        self.usage = Usage(*map(sum, zip(*usages, strict=True))) if usages else None
 
 
-class Queue:
-    """Requests still to be sent, made as they are needed; those to be sent again come first.
-
-    One of a size that has proved to be too long is split before it is sent; `expect` is told of each one more.
-    """
-
-    def __init__(
-        self, requests: Iterable[Request], is_too_long: Callable[[Request], bool], expect: Callable[[int], None]
-    ) -> None:
-        self.requests, self.is_too_long, self.expect = iter(requests), is_too_long, expect
-        self.front: deque[Request] = deque()
-
-    def peek(self) -> Request | None:
-        """The next request, which stays."""
-        if not self.front:
-            self.front.extend(itertools.islice(self.requests, 1))
-        while self.front and self.is_too_long(self.front[0]):
-            self.put_first(halves(self.front.popleft()))
-            self.expect(1)
-        return self.front[0] if self.front else None
-
-    def pop(self) -> Request:
-        self.peek()
-        return self.front.popleft()
-
-    def put_first(self, requests: Sequence[Request]) -> None:
-        self.front.extendleft(reversed(requests))
-
-
-def halves(request: Request) -> list[Request]:
-    middle = (len(request.rows) + 1) // 2
-    return [replace(request, rows=rows) for rows in (request.rows[:middle], request.rows[middle:]) if rows]
-
-
-def build_body(request: Request, parameters: Parameters) -> dict[str, Any]:
-    """The request's JSON body."""
-    body: dict[str, Any] = {
-        "model": request.prompt.model,
-        "messages": [
-            {"role": "system", "content": request.prompt.system_message},
-            {"role": "user", "content": request.message},
-        ],
-    }
+def build_body(attempt: Attempt, parameters: Parameters) -> dict[str, Any]:
+    """The JSON body of a call; what the user adds goes over our own parameters."""
+    prompt, message = attempt.prompt, attempt.message
+    messages = [{"role": "system", "content": prompt.system_message}, {"role": "user", "content": message}]
+    if not parameters.has_system_role:
+        messages = [{"role": "user", "content": f"{prompt.system_message}\n\n{message}"}]
+    body: dict[str, Any] = {"model": prompt.model, "messages": messages, "stream": False}
     if parameters.format is not Format.TEXT:
-        count = len(request.rows)
-        body["response_format"] = answer_format(request.prompt, count, parameters.format, request.id_set)
+        body["response_format"] = answer_format(prompt, len(attempt.rows), parameters.format, attempt.id_set)
     body |= parameters.extras
     if parameters.completion_bound is not None:
-        body[parameters.completion_bound] = most_completion_tokens(request, parameters)
-    return body
-
-
-def request_lines(request: Request, parameters: Parameters, address: str) -> list[str]:
-    """A request of one row as it is sent, as lines to be shown."""
-    body = build_body(request, parameters)
-    system, user = (message["content"] for message in body.pop("messages"))
-    rest = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()]
-    sent_with = [f"=== Sent with it, to {address} ===", *rest, ""]
-    return ["=== System message ===", system, "", "=== One row ===", user, "", *sent_with]
+        body[parameters.completion_bound] = max_completion_tokens(attempt, parameters)
+    return body | prompt.extra_body
 
 
 @lru_cache(maxsize=1024)
@@ -1991,14 +1936,17 @@ def answer_format(prompt: Prompt, row_count: int, kind: Format, id_set: int = 0)
     if kind is Format.JSON:
         return {"type": "json_object"}
     ids = list(row_ids(row_count, id_set))
+    answer = answer_schema(prompt.form, prompt.labels, kind)
     schema = {
         "type": "object",
-        "properties": {row: {"$ref": "#/$defs/a"} for row in ids},
+        # Defined once, since all enums of a strict schema may have 1,000 values together.
+        "properties": dict.fromkeys(ids, answer if kind is Format.PLAIN_SCHEMA else {"$ref": "#/$defs/a"}),
         "required": ids,
         "additionalProperties": False,
-        # Defined once, since all enums of a schema may have 1,000 values together.
-        "$defs": {"a": form_schema(prompt.form, prompt.labels, kind is Format.SCHEMA)},
     }
+    if kind is Format.PLAIN_SCHEMA:
+        return {"type": "json_schema", "json_schema": {"name": "labels", "schema": schema}}
+    schema["$defs"] = {"a": answer}
     return {"type": "json_schema", "json_schema": {"name": "labels", "strict": True, "schema": schema}}
 
 
@@ -2013,6 +1961,7 @@ class Format(StrEnum):
 
     SCHEMA = "a strict schema"
     BARE_SCHEMA = "a strict schema without maxItems"
+    PLAIN_SCHEMA = "a schema"
     JSON = "JSON"
     TEXT = "no response format"
 
@@ -2024,8 +1973,8 @@ class Parameters:
     format: Format = Format.SCHEMA
     extras: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})  # sent as they are
     completion_bound: str | None = None  # the name of the parameter that bounds the completion
-    reasoning_room: int = 0  # tokens that the bound leaves for reasoning, which counts as completion
-    answer_factor: int = 1  # on the bound of the answer itself, raised when a tokenizer needs more
+    room: int = 0  # tokens that the bound leaves besides the answer's: for reasoning, or another tokenizer
+    has_system_role: bool = True
 
     @property
     def shown(self) -> dict[str, Any]:
@@ -2037,56 +1986,76 @@ class Parameters:
         """As the store keeps it."""
         return json.dumps(dataclasses.asdict(self))
 
+    @functools.cached_property
+    def form(self) -> str:
+        """What a server has to accept: all but the room."""
+        return replace(self, room=0).as_json
+
     @classmethod
     def from_json(cls, text: str) -> Parameters:
         found = json.loads(text)
         return cls(**{**found, "format": Format(found["format"])})
 
 
-REASONING_ROOM = 8192  # to begin with; the Server raises it to twice what calls are seen to need
-EFFORTS = ("none", "minimal", "low")
+REASONING_ROOM = 8192  # to begin with, for a model that cannot be asked not to reason
+EFFORTS = ("none", "minimal", "low", "medium")
 BOUND_TOO_LARGE = "_tokens is too large"
 FORM_WORDS = re.compile(r"response_format|schema|maxitems|structured output|json_object")
 
 
-def first_parameters(model: str, must_be_bounded: bool) -> Parameters:
+def first_parameters(model: str, is_capped: bool, extra_body: Mapping[str, Any]) -> Parameters:
     """What a model of this name is known to support; a cost cap needs a bound on any model's completion."""
     is_reasoning = re.match(r"(ft:)?(gpt-[5-9]|o\d)", model)
-    is_bounded = is_reasoning or re.match(r"(ft:)?(gpt-4|chatgpt-4)", model) or must_be_bounded  # others may refuse it
+    is_bounded = is_reasoning or re.match(r"(ft:)?(gpt-4|chatgpt-4)", model) or is_capped  # others may refuse it
     extras = {"temperature": 0.0} | ({"reasoning_effort": "none"} if is_reasoning else {})
-    return Parameters(extras=extras, completion_bound="max_completion_tokens" if is_bounded else None)
+    bound = "max_completion_tokens" if is_bounded and not {*BOUNDS} & extra_body.keys() else None
+    return Parameters(extras={k: v for k, v in extras.items() if k not in extra_body}, completion_bound=bound)
 
 
-def fall_back(parameters: Parameters, message: str) -> tuple[Parameters, str] | None:
-    """The parameters without what a 400 or 422 refused, and a name for the change; None if it refused none of them."""
-    message, extras = message.lower(), parameters.extras
+BOUNDS = ("max_completion_tokens", "max_tokens")
+
+
+def fall_back(parameters: Parameters, message: str) -> Parameters | None:
+    """The parameters without what a server's words point at; None if they point at nothing that is sent."""
+    message, extras, bound = message.lower(), parameters.extras, parameters.completion_bound
     refused = next((name for name in extras if re.search(name.replace("_", "[._]"), message)), "")
     kept = {name: value for name, value in extras.items() if name != refused}
     if refused == "reasoning_effort":
         # The least effort that the message offers. A model that reasons takes no temperature, and needs room.
-        offered = message.partition("supported values")[2]
         lower_efforts = EFFORTS[EFFORTS.index(extras[refused]) + 1 :]
-        effort = next((each for each in lower_efforts if f"'{each}'" in offered), None)
+        effort = next((each for each in lower_efforts if f"'{each}'" in message), None)
         kept = {name: value for name, value in kept.items() if name != "temperature"}
         kept |= {refused: effort} if effort else {}
-        lower = replace(parameters, extras=kept, reasoning_room=REASONING_ROOM)
-        return lower, f"reasoning effort {effort!r}" if effort else "no reasoning effort"
+        return replace(parameters, extras=kept, room=max(parameters.room, REASONING_ROOM))
     if refused:
-        return replace(parameters, extras=kept), f"no {refused}"
-    if parameters.completion_bound and BOUND_TOO_LARGE in message:
-        return replace(parameters, completion_bound=None), "no bound on completions"
-    if parameters.completion_bound and parameters.completion_bound in message:
-        other = "max_tokens" if parameters.completion_bound == "max_completion_tokens" else None
-        return replace(parameters, completion_bound=other), other or "no bound on completions"
+        return replace(parameters, extras=kept)
+    if bound and BOUND_TOO_LARGE in message:
+        return replace(parameters, completion_bound=None)
+    if bound and bound in message:
+        return replace(parameters, completion_bound="max_tokens" if bound == BOUNDS[0] else None)
     if parameters.format is not Format.TEXT and FORM_WORDS.search(message):
-        lower_format = list(Format)[list(Format).index(parameters.format) + 1]
-        return replace(parameters, format=lower_format), lower_format
+        return replace(parameters, format=list(Format)[list(Format).index(parameters.format) + 1])
+    if parameters.has_system_role and re.search(r"\bsystem\b.*\b(role|message)|\brole\b.*\bsystem\b", message):
+        return replace(parameters, has_system_role=False)
     return None
+
+
+def differences(before: Parameters, after: Parameters) -> str:
+    """What a server takes instead of what it was sent, in words."""
+    words = [] if after.format is before.format else [str(after.format)]
+    for name, value in before.extras.items():
+        if after.extras.get(name) != value:
+            words.append(f"{name} {after.extras[name]!r}" if name in after.extras else f"no {name}")
+    if after.completion_bound != before.completion_bound:
+        words.append(after.completion_bound or "no bound on completions")
+    if after.has_system_role != before.has_system_role:
+        words.append("no system role")
+    return ", ".join(words)
 
 
 # --- Tokens -----------------------------------------------------------------------------------------------
 #
-# In: requests. Out: about how many tokens these and their answers have, without a tokenizer, and at most.
+# In: attempts. Out: about how many tokens these and their answers have, without a tokenizer, and at most.
 
 # How a text falls into tokens, by OpenAI's o200k_base, within a few per cent: words with a blank before them, digits by
 # three, signs, blanks. The weights were fitted to that tokenizer on English tweets, comments and test sentences; other
@@ -2139,45 +2108,43 @@ def fixed_tokens(prompt: Prompt, row_count: int, kind: Format) -> int:
     return MESSAGE_TOKENS + count_tokens(prompt.system_message) + schema
 
 
-def prompt_tokens(request: Request, parameters: Parameters) -> int:
+def prompt_tokens(attempt: Attempt, parameters: Parameters) -> int:
     """About how many tokens a call's prompt has: the messages, and the schema, which is billed like them."""
-    return fixed_tokens(request.prompt, len(request.rows), parameters.format) + request.message_tokens
+    return fixed_tokens(attempt.prompt, len(attempt.rows), parameters.format) + attempt.message_tokens
 
 
-def most_answer_tokens(request: Request) -> int:
+def max_answer_tokens(attempt: Attempt) -> int:
     """The tokens of the longest answer, at 3 bytes per token.
 
     A row's answer is `"660":[...],`, 12 bytes with a margin for spaces, and besides its name each label has two quotes,
     a colon, a digit, a comma and a space; 50 tokens more are for what a model may write around the object.
     """
-    row = sum(len(label.encode()) + 6 for label in request.prompt.labels) + 12
-    return 50 + len(request.rows) * row // 3
+    row = sum(len(label.encode()) + 6 for label in attempt.prompt.labels) + 12
+    return 50 + len(attempt.rows) * row // 3
 
 
-def most_completion_tokens(request: Request, parameters: Parameters) -> int:
+def max_completion_tokens(attempt: Attempt, parameters: Parameters) -> int:
     """The bound of a call's completion."""
-    return most_answer_tokens(request) * parameters.answer_factor + parameters.reasoning_room
+    return max_answer_tokens(attempt) + parameters.room
 
 
 USUAL_PREVALENCE = 0.05  # the share of texts that a label is assumed to have, until there are answers
 
 
-def usual_answer_tokens(request: Request, prevalence: float) -> float:
+def usual_answer_tokens(attempt: Attempt, prevalence: float) -> float:
     """The tokens of an answer if each label applies to this share of the texts: `"660":[],` has 3."""
-    names = list(map(count_tokens, request.prompt.labels))
+    names = list(map(count_tokens, attempt.prompt.labels))
     row = {
         "list": 3 + prevalence * sum(name + 2 for name in names),
         "each": 3 + sum(name + 3.5 for name in names),
         "one": 4 + sum(names) / len(names),
     }
-    return 1 + len(request.rows) * row[request.prompt.form]
+    return 1 + len(attempt.rows) * row[attempt.prompt.form]
 
 
 # --- Server -----------------------------------------------------------------------------------------------
 #
-# In: JSON bodies. Out: responses, what they mean, what they cost, and how they are explained: the same for all senders,
-# so that a response is judged in one place. Refusals and cut-off answers change the parameters that requests are sent
-# with. When to send again, and how often, is the senders' business.
+# In: JSON bodies. Out: replies, what they cost, and the lines that quote them. What a reply means is judged below.
 
 
 class Usage(NamedTuple):
@@ -2190,30 +2157,15 @@ class Usage(NamedTuple):
     reasoning: int = 0
 
 
-class Outcome(Enum):
-    """What a response means for the attempt."""
-
-    ANSWERED = auto()  # a completion, to be read
-    REFUSED = auto()  # it is about the texts, or may be: send fewer at a time
-    UNKNOWN = auto()  # a refusal for an unknown reason: of a parameter, of these texts, or of everything?
-    RESEND = auto()  # the parameters have changed since it was sent: send it again at once
-    FAILED = auto()  # the server works, but sending it again would not help: its rows are given up
-    SUSPECT = auto()  # it may be the answer to another request: send it again at once under other row ids
-    LIMITED = auto()  # wait, then send it again
-    TRANSIENT = auto()  # send it again, a number of times
-    FATAL = auto()  # no request will succeed
-
-
 @dataclass(frozen=True)
-class Response:
-    """What came back over HTTP. Status 0: no whole reply did; `reason` says why. Body None: it was not JSON."""
+class Reply:
+    """What came back over HTTP. Status 0: no whole reply did; `reason` says why."""
 
     status: int
     headers: Mapping[str, str]
-    body: Any
+    body: Any  # JSON, or the text if it was none
     seconds: float
     reason: str = ""
-    outcome: Outcome = Outcome.TRANSIENT  # what the reason means
     was_sent: bool = True
 
     @functools.cached_property
@@ -2221,7 +2173,7 @@ class Response:
         """The tokens that a completion reports."""
 
         def tokens(*names: str) -> int | None:
-            found = look_up(self.body, "usage", *names)
+            found = get_nested(self.body, "usage", *names)
             return found if isinstance(found, int) else None
 
         prompt, completion, total = (tokens(f"{name}_tokens") for name in ("prompt", "completion", "total"))
@@ -2237,8 +2189,8 @@ class Response:
 
     @property
     def prompt_billed(self) -> int:
-        """The prompt's tokens, with the cached ones where these are counted apart; 0: not told."""
-        cached = look_up(self.body, "usage", "prompt_tokens_details", "cached_tokens")
+        """The prompt's tokens, with the cached ones where these are counted apart; 0: not reported."""
+        cached = get_nested(self.body, "usage", "prompt_tokens_details", "cached_tokens")
         return max(self.usage.prompt, cached if isinstance(cached, int) else 0) if self.usage else 0
 
     @property
@@ -2257,27 +2209,93 @@ class Response:
         """Whether a model may have worked for it, seen or unseen."""
         return self.was_sent and (self.status // 100 in {0, 2, 5} or self.status in {408, 409})
 
+    @functools.cached_property
+    def error(self) -> ReplyError:
+        return find_error(self.body)
 
-class Unacceptable(Exception):  # noqa: N818
-    """A reply that is rejected: why, in our own words, and what that means."""
+    @property
+    def error_status(self) -> int:
+        """The HTTP status, or that of an error which a 2xx holds; 0: no reply."""
+        return self.error.status if self.status // 100 == 2 and self.error.status >= 400 else self.status
 
-    def __init__(self, reason: str, outcome: Outcome) -> None:
-        super().__init__(reason)
-        self.reason, self.outcome = reason, outcome
+
+class ReplyError(NamedTuple):
+    """An error's own status (0: none), its code, type and param, and its message, with an upstream server's."""
+
+    status: int
+    names: frozenset[str]
+    message: str
+
+
+def find_error(body: Any) -> ReplyError:
+    """The error in a reply's body, wherever it stands: in a list, a completion, a text, or metadata."""
+    body = body[0] if isinstance(body, list) and body else body
+    if isinstance(body, str):
+        text = re.sub(r"<(script|style|head)\b.*?</\1>|<[^>]*>", " ", body, flags=re.DOTALL | re.IGNORECASE)
+        return ReplyError(0, frozenset(), " ".join(text.split()))
+    if not isinstance(body, dict):
+        return ReplyError(0, frozenset(), "")
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    error = body.get("error") or choice.get("error")
+    if error is None and (choices or "usage" in body):  # a completion
+        return ReplyError(0, frozenset(), "")
+    fields = error if isinstance(error, dict) else {**body, "message": error or body.get("message")}
+    codes = [fields.get(name) for name in ("code", "type", "param", "status")]
+    names = frozenset(str(code) for code in codes if re.fullmatch(r"[\w.\[\]-]{1,60}", str(code))) - {"None"}
+    statuses = [int(str(code)) for code in codes if re.fullmatch(r"[3-5]\d\d", str(code))]
+    upstream = get_nested(fields, "metadata", "raw")
+    said = [fields.get("message"), fields.get("detail"), upstream if isinstance(upstream, str) else None]
+    words = " ".join(text if isinstance(text, str) else compact_json(text) for text in said if text)
+    return ReplyError(statuses[0] if statuses else 0, names, " ".join(words.split()))
+
+
+def get_nested(body: Any, *names: str) -> str | int | None:
+    """A value deep in a reply, of which servers may leave out or misshape any part."""
+    for name in names:
+        body = body.get(name) if isinstance(body, dict) else None
+    return body if isinstance(body, str) or (isinstance(body, int) and abs(body) < 2**63) else None
+
+
+def parse_body(content: bytes) -> Any:
+    """A reply's JSON, also with the end of a stream behind it, or the completion that a stream of events is."""
+    text = content.decode("utf-8", "replace").lstrip("\ufeff \r\n\t")
+    with contextlib.suppress(ValueError, RecursionError):
+        value, end = json.JSONDecoder().raw_decode(text)
+        if re.fullmatch(r"\s*(data:\s*\[DONE\]\s*)?", text[end:]):
+            return value
+    events = re.findall(r"^data:(.*)$", text, re.MULTILINE)
+    chunks = []
+    for event in events:
+        with contextlib.suppress(ValueError, RecursionError):
+            chunks.append(json.loads(event))
+    chunks = [chunk for chunk in chunks if isinstance(chunk, dict)]
+    return join_chunks(chunks) if chunks else text
+
+
+def join_chunks(chunks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The completion that was sent in chunks, or the error among them."""
+    whole: dict[str, Any] = {}
+    content, reasoning, finish = "", "", None
+    for chunk in chunks:
+        whole |= {name: value for name, value in chunk.items() if value is not None and name != "choices"}
+        for choice in chunk.get("choices") or []:
+            part = choice.get("delta") or choice.get("message") or {} if isinstance(choice, dict) else {}
+            if choice.get("index") in {0, None} and isinstance(part, dict):
+                content += part.get("content") or ""
+                reasoning += part.get("reasoning_content") or ""
+                finish = choice.get("finish_reason") or finish
+    message = {"content": content} | ({"reasoning_content": reasoning} if reasoning else {})
+    has_choices = any(chunk.get("choices") for chunk in chunks)
+    return whole | ({"choices": [{"message": message, "finish_reason": finish}]} if has_choices else {})
+
+
+class ReplyRejected(Exception):  # noqa: N818
+    """A reply that is not read to its end: why, in our own words."""
 
 
 REPLY_BYTES = 8_000_000  # decoded; the longest answer, 500 rows with all of many labels, has some 500,000
-MOST_REDIRECTS = 5
-
-
-def check_origin(request: Any) -> None:
-    """Let nothing be sent to another origin, or round in circles."""
-    there = f"{request.url.scheme}://{request.url.netloc.decode()}"
-    # A redirect's request has the extensions of the one that was redirected.
-    here = request.extensions.setdefault("first_origin", there)
-    hops = request.extensions["hops"] = request.extensions.get("hops", -1) + 1
-    if here != there or hops > MOST_REDIRECTS:
-        raise Unacceptable(f"{here} redirects to {there if here != there else 'itself without end'}", Outcome.FATAL)
+TOO_LARGE = "reply too large"
 
 
 def read_reply(response: Any) -> None:
@@ -2296,101 +2314,23 @@ def bounded(chunks: Iterable[bytes]) -> Iterator[bytes]:
     for chunk in chunks:
         size += len(chunk)
         if size > REPLY_BYTES:
-            raise Unacceptable("reply too large", Outcome.REFUSED)
+            raise ReplyRejected(TOO_LARGE)
         yield chunk
 
 
-# OpenAI, guides/error-codes; the last three are other servers' and older words.
-MONEY_CODES = {
-    "insufficient_quota",
-    "credit_balance_exhausted",
-    "organization_spend_limit_exceeded",
-    "project_spend_limit_exceeded",
-    "organization_usage_limit_exceeded",
-    "billing_hard_limit_reached",
-    "billing_not_active",
-    "budget_exceeded",
-}
-TOO_LONG = re.compile(
-    rf"context.?(length|size|window)|request too large|too many tokens|prompt is too long|{BOUND_TOO_LARGE}"
-)
-FILTERED = re.compile(r"content.?(filter|policy|management)|responsibleai|invalid_prompt|safety system")
 CLIENT_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 PLACEHOLDER_KEY = "none"  # the SDK wants a key even if the server does not
-UNREACHABLE_SECONDS = 10.0  # give up on a server that has never answered after this long
-MOST_REASONING = 32_768  # tokens; a model that needs more will never finish
-MOST_ANSWER_FACTOR = 8  # times the usual bound of an answer; one that is longer will never finish
-FALSE_ALARMS = 2  # after which replies that look like another's are believed
-LONG_PROMPT = 1500  # estimated tokens, below which a prompt is taken to fit into any context
-LEAST_BILLED = 0.6  # of the tokens that are estimated; estimates for texts of any script are closer than that
-UNKNOWN_LIMIT = 10  # refusals for unknown reasons in a row, after which every request is taken to be refused
-
-
-def first_message(body: Any) -> Any:
-    """The message of a completion, of which servers may leave out or misshape any part; None if it has none."""
-    match body:
-        case {"choices": [{"message": {**message}}, *_]}:
-            return message
-    return None
-
-
-def classify(response: Response, expected: Callable[[Any], Any] = first_message) -> tuple[Outcome, str]:
-    """What a response means, and a reason in our own words, which contain no part of a text.
-
-    `expected`: gives None for a body that is not what was asked for.
-    """
-    if response.status == 0:
-        return response.outcome, response.reason
-    if response.status // 100 == 2:
-        is_answer = expected(response.body) is not None
-        return (Outcome.ANSWERED, "") if is_answer else (Outcome.TRANSIENT, "no completion in the reply")
-    names, message = error_words(response.body)
-    words = " ".join([*names, message]).lower()
-    status = f"HTTP {response.status}"
-    if response.status in {401, 402} or names & MONEY_CODES:
-        return Outcome.FATAL, status
-    # A 429's "too many tokens" is a rate; its "too large" is about this request alone.
-    is_rate_limit = response.status == 429 and "too large" not in words
-    if (TOO_LONG.search(words) and not is_rate_limit) or response.status == 413:
-        return Outcome.REFUSED, "too long for the model or the rate limit"
-    if FILTERED.search(words):
-        return Outcome.REFUSED, "stopped by the provider's content filter"
-    if response.status == 429:
-        return Outcome.LIMITED, status
-    if response.status in {408, 409, 425} or response.status >= 500:
-        return Outcome.TRANSIENT, status
-    if response.status == 404 or (response.status == 403 and message):  # without one it may be a firewall's, of a text
-        return Outcome.FATAL, status
-    return Outcome.UNKNOWN, f"{status} {' '.join(sorted(names))}".strip()
-
-
-def error_words(body: Any) -> tuple[set[str], str]:
-    """An error's code, type and param, and its message: servers send `error` as an object, a text, or not at all."""
-    error = body.get("error", body) if isinstance(body, dict) else ""
-    if not isinstance(error, dict):
-        return set(), str(error)
-    names = {str(error.get(name)) for name in ("code", "type", "param")} - {"None"}
-    message = str(error.get("message") or error.get("detail") or "")
-    return {name for name in names if re.fullmatch(r"[\w.\[\]-]{1,60}", name)}, message
-
-
-def look_up(body: Any, *names: str) -> str | int | None:
-    """A value deep in a reply, of which servers may leave out or misshape any part."""
-    for name in names:
-        body = body.get(name) if isinstance(body, dict) else None
-    return body if isinstance(body, str) or (isinstance(body, int) and abs(body) < 2**63) else None
 
 
 class Server:
-    """Where calls go: its address and key, what it supports, and every judgement about a response."""
+    """Where calls go: its address and key, the client, and what its replies cost and say."""
 
-    def __init__(self, options: Options, warn: Callable[[str], None]) -> None:
+    def __init__(self, options: Options) -> None:
         """Take the address and key from the options or the environment, and check them before anything is sent."""
         self.base_url = (options.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").strip()
         self.api_key = (options.api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
-        self.model, self.timeout, self.prices = options.model, options.timeout, Prices(options.price, options.model)
-        self.is_capped = options.max_cost is not None
-        self.warn = warn
+        self.model, self.timeout, self.user_price = options.model, options.timeout, options.price
+        self.is_capped, self.max_retries = options.max_cost is not None, options.max_retries
         try:
             parts = urlsplit(self.base_url)
             is_url = parts.scheme in {"http", "https"} and bool(parts.hostname) and " " not in self.base_url
@@ -2410,24 +2350,10 @@ class Server:
         self.is_local = parts.hostname in {"localhost", "127.0.0.1", "::1"}
         if not self.api_key and not f".{parts.hostname}".endswith(".openai.com"):
             self.api_key = PLACEHOLDER_KEY
-        self.parameters = first_parameters(options.model, self.is_capped)
-        self.knows_price = self.prices.of(Usage(), "standard") is not None
+        self.first_parameters = first_parameters(options.model, self.is_capped, options.extra_body or {})
+        self.knows_price = self.cost(Usage(), "standard") is not None
         if self.is_capped and not self.knows_price:
             raise InputError(f"No price of {self.model!r} is known, so its cost cannot be capped: pass `price`.")
-        self.fatal_error: EnrichmentError | None = None  # the first one after which no call is made
-        self.reached = False  # whether anything has come back
-        self.unknown_refusals = 0  # in a row
-        self.served: dict[str, str | int | None] = {}  # model asked for -> model that answered first
-        self.told_of_model = False
-        self.answered: dict[int, int] = {}  # hash of a reply -> hash of the request that it came to first
-        self.false_alarms = 0  # replies that were suspect and were right
-        # Of replies that billed well under what was sent: by each of their rows, the tokens sent and billed.
-        self.underbilled: dict[bytes, tuple[int, int]] = {}
-        self.most_prompt = math.inf  # tokens, above which this server has proved to cut prompts
-        self.least_billed = 1.0  # the share of a prompt that it bills, though it read all of it
-        self.most_unbilled = 0  # the tokens that it did not bill then
-
-    # Calls, which may be made in any thread.
 
     @functools.cached_property
     def client(self) -> Any:
@@ -2446,8 +2372,8 @@ class Server:
                 http_client=openai.DefaultHttpxClient(
                     trust_env=not self.is_local,  # a proxy cannot reach this machine's own servers
                     headers={"accept-encoding": "identity"},  # a compressed reply could be of any size
-                    max_redirects=MOST_REDIRECTS + 1,  # which `check_origin` ends first
-                    event_hooks={"request": [check_origin], "response": [read_reply]},
+                    follow_redirects=False,  # texts go to no other address than the user's
+                    event_hooks={"response": [read_reply]},
                 ),
             )
         except Exception as error:  # the errors that the environment's settings cause have no common class
@@ -2458,30 +2384,22 @@ class Server:
                 f"environment: {', '.join(set_here) or 'none'}: {hint}."
             ) from None
 
+    def check(self) -> None:
+        """Raise what would keep any call from being made."""
+        _ = self.client
+
     @contextlib.contextmanager
     def connect(self) -> Iterator[None]:
-        """Keep the client for calls; look up the model's shutdown date, and report it when the calls are done."""
+        """Keep the client while calls are made; a closed one cannot be used again."""
         client = self.client
-        dates: list[str] = []
-
-        def ask() -> None:
-            """Servers without the endpoint, and models without a date, are ignored."""
-            with contextlib.suppress(Exception):
-                reply = self.call(f"/models/{self.model}", options={"timeout": 10})
-                dates.extend(re.findall(r"^\d{4}-\d\d-\d\d$", str(look_up(reply.body, "shutdown_date"))))
-
-        if not self.reached:  # else it was asked before
-            threading.Thread(target=ask, daemon=True).start()
         try:
             yield
         finally:
-            del self.client  # a closed one cannot be used again
+            del self.client
             client.close()
-            for date in dates:
-                self.warn(f"{self.model} will be shut down on {date}: finish with it by then, or pass another `model`.")
 
-    def call(self, path: str, body: Any = None, **settings: Any) -> Response:
-        """A call of any kind: POST with a body, else GET. The body of a file's content is the open file.
+    def call(self, path: str, body: Any = None, **settings: Any) -> Reply:
+        """A call of any kind, in any thread: POST with a body, else GET. A file's content is read into an open file.
 
         `client.post` rather than `chat.completions.create`, which takes twice the processor time.
         """
@@ -2496,227 +2414,96 @@ class Server:
                 response = self.client.post(path, cast_to=raw, body=body, **settings).response
         except openai.APIStatusError as error:
             response = error.response
-        except Unacceptable as error:
-            seconds, was_sent = time.perf_counter() - started, error.outcome is not Outcome.FATAL
-            return Response(0, {}, None, seconds, error.reason, error.outcome, was_sent)
+        except ReplyRejected as error:
+            return Reply(0, {}, None, time.perf_counter() - started, str(error))
         except openai.APIConnectionError as error:
             name = type(error.__cause__).__name__  # its own text may hold the key
             reason = "no answer in time" if isinstance(error, openai.APITimeoutError) else f"no connection ({name})"
             was_sent = name not in {"ConnectError", "ConnectTimeout"}
-            return Response(0, {}, None, time.perf_counter() - started, reason, was_sent=was_sent)
+            return Reply(0, {}, None, time.perf_counter() - started, reason, was_sent)
         content = response.extensions.get("file")
-        with contextlib.suppress(ValueError, RecursionError):
-            content = json.loads(response.content) if content is None else content
-        return Response(response.status_code, response.headers, content, time.perf_counter() - started)
+        content = parse_body(response.content) if content is None else content
+        return Reply(response.status_code, response.headers, content, time.perf_counter() - started)
 
-    # Judgements, which are made in the main thread.
+    # What calls cost, in US dollars: by the user's price, else by genai-prices, else by the reply's own bill.
 
-    def fail(self, line: str) -> None:
-        """Have no call made any more; the first reason counts."""
-        self.fatal_error = self.fatal_error or ProviderError(line)
+    def billed(self, reply: Reply, tier: str, user_price: tuple[float, float] | None, model: str) -> float | None:
+        """What a reply cost; None: nothing tells."""
+        # The tier is the sender's, because what a job replies calls its own tier "default".
+        served = str(get_nested(reply.body, "model") or "")
+        listed = None if reply.usage is None else price_of(reply.usage, tier, user_price, served, model)
+        return reply.dollars if listed is None else listed
 
-    def judge(self, response: Response, request: Request, sent_with: Parameters) -> tuple[Outcome, str]:
-        """What a response means after all that came before it, and why. FATAL leaves its line in `fatal_error`."""
-        outcome, reason = classify(response)
-        words = error_words(response.body)[1].lower() if outcome is Outcome.REFUSED else ""
-        if len(request.rows) == 1 and BOUND_TOO_LARGE in words:
-            outcome, reason = Outcome.UNKNOWN, f"HTTP {response.status}"  # fewer rows do not help: go without the bound
-        self.reached |= response.status > 0
-        if outcome is Outcome.ANSWERED:
-            outcome, reason = self._judge_completion(response, request, sent_with)
-        if outcome in {Outcome.ANSWERED, Outcome.REFUSED}:
-            self.unknown_refusals = 0
-        elif outcome is Outcome.UNKNOWN:
-            outcome, reason = self._judge_unknown(response, reason, sent_with)
-        if outcome is Outcome.FATAL and not self.fatal_error:
-            self.fatal_error = self.explain(response, request.rows)
-        return outcome, reason
+    def cost(self, usage: Usage, tier: str) -> float | None:
+        return price_of(usage, tier, self.user_price, self.model)
 
-    def _judge_completion(self, response: Response, request: Request, sent_with: Parameters) -> tuple[Outcome, str]:
-        """A completion may be another request's, or cut off at our own bound, which is raised before rows are split."""
-        if request.id_set and self._has_first_ids(response, request):
-            return Outcome.FATAL, ""
-        if not request.id_set and self._is_suspect(response, request):
-            return Outcome.SUSPECT, ""
-        if self._is_cut(response, request, sent_with):
-            return Outcome.REFUSED, "the prompt was cut to the length that the server takes in"
-        # Room for twice the reasoning seen, so that an answer which it crowded out fits at the next try.
-        reasoning = (response.usage or Usage()).reasoning
-        room = min(MOST_REASONING, 2 * reasoning)
-        if room > self.parameters.reasoning_room:
-            self.parameters = replace(self.parameters, reasoning_room=room)
-        is_cut_off = look_up(response.body["choices"][0], "finish_reason") == "length"
-        if is_cut_off and sent_with.completion_bound is not None:
-            if reasoning and sent_with.reasoning_room >= MOST_REASONING:
-                return Outcome.FAILED, f"the model reasoned for {reasoning:,} tokens and came to no answer"
-            is_ours = sent_with == self.parameters and not reasoning
-            if is_ours and self.parameters.answer_factor < MOST_ANSWER_FACTOR:
-                self.parameters = replace(self.parameters, answer_factor=2 * self.parameters.answer_factor)
-            if sent_with != self.parameters:
-                return Outcome.RESEND, ""
-        self._note_model(request.prompt.model, look_up(response.body, "model"))
-        return Outcome.ANSWERED, ""
+    def worst_cost(self, attempt: Attempt, parameters: Parameters, tier: str) -> float:
+        """What a call may cost at most: a token has at least one byte, and the completion its bound."""
+        body = build_body(attempt, parameters)
+        prompt = len(json.dumps(body, ensure_ascii=False).encode())
+        bounds = [body[name] for name in BOUNDS if isinstance(body.get(name), int)]
+        completion = bounds[0] if bounds else max_completion_tokens(attempt, parameters)
+        return self.cost(Usage(prompt=prompt, written=prompt, completion=completion), tier) or 0.0
 
-    def _is_suspect(self, response: Response, request: Request) -> bool:
-        """Whether this may be the reply to another request, from a cache that takes similar requests for the same.
+    # What it says.
 
-        An id alone proves nothing, since some servers derive it from the clock; so such a request is sent again, under
-        other row ids, and an answer with the first ones is another's.
-        """
-        message = response.body["choices"][0]["message"]
-        name = look_up(response.body, "id")
-        mark = hash((name, look_up(response.body, "created"), look_up(message, "content")))
-        asked = hash((request.prompt.labels, *[row.key for row in request.rows]))
-        is_other = self.answered.setdefault(mark, asked) != asked
-        return is_other and name is not None and self.false_alarms < FALSE_ALARMS
-
-    def _has_first_ids(self, response: Response, request: Request) -> bool:
-        """Whether a suspect request that was sent again, under the second ids, got a reply with the first ones."""
-        chosen = set(read_message(response.body)[1])
-        first, second = (set(row_ids(len(request.rows), id_set)) for id_set in (0, 1))
-        is_other = bool(chosen & first) and not chosen & second
-        self.false_alarms += not is_other
-        if is_other:
-            self.fatal_error = ProviderError(
-                f"{self.host} answers from a cache of other requests, so that rows would get other rows' labels: "
-                "turn that off, then run the same command; nothing of it was kept."
-            )
-        return is_other
-
-    def _is_cut(self, response: Response, request: Request, sent_with: Parameters) -> bool:
-        """Whether a prompt of several rows may have been cut to the model's context, and answered all the same.
-
-        The sign of it is a bill well under what was sent. It was a cut if fewer rows are then billed at a larger share;
-        if not, the server counts in another way, which is learned: a tokenizer of its own, or a cached prefix left out.
-        """
-        sent, billed = prompt_tokens(request, sent_with), response.prompt_billed
-        before = self.underbilled.get(request.rows[0].key)
-        for row in request.rows:
-            self.underbilled.pop(row.key, None)
-        if not billed:  # some servers count nothing
-            return False
-        if before and billed / sent > 1.1 * before[1] / before[0]:
-            if self.most_prompt == math.inf:
-                self.warn(
-                    f"{self.host} cuts prompts to about {before[1]:,} tokens: their answers are not kept, and their "
-                    "rows are sent again, fewer at a time. Let the model take in more (with Ollama num_ctx), or pass a "
-                    "smaller `batch_size`."
-                )
-            self.most_prompt = min(self.most_prompt, before[1])
-        elif before:
-            if self.least_billed == 1.0:
-                self.warn(f"{self.host} bills {billed / sent:.0%} of the tokens sent: taken for its way of counting.")
-            self.least_billed = min(self.least_billed, billed / sent, before[1] / before[0])
-            self.most_unbilled = max(self.most_unbilled, sent - billed, before[0] - before[1])
-        is_under = billed < LEAST_BILLED * self.least_billed * sent and sent - billed > 1.25 * self.most_unbilled
-        if len(request.rows) == 1 or sent < LONG_PROMPT or not is_under:
-            return False
-        self.underbilled |= dict.fromkeys((row.key for row in request.rows), (sent, billed))
-        return True
-
-    def is_too_long(self, request: Request) -> bool:
-        """Whether it can be split, and has a size that this server cuts."""
-        return len(request.rows) > 1 and prompt_tokens(request, self.parameters) > self.most_prompt
-
-    def _note_model(self, asked: str, served: str | int | None) -> None:
-        """Warn once when another model begins to answer: the name that was asked for has moved."""
-        before = self.served.setdefault(asked, served) if served else None
-        if before and served != before and not self.told_of_model:
-            self.told_of_model = True
-            self.warn(
-                f"{asked} was answered by {before}, and now by {served}: the run's record counts the rows of each."
-            )
-
-    def _judge_unknown(self, response: Response, reason: str, sent_with: Parameters) -> tuple[Outcome, str]:
-        """A refusal for an unknown reason: of a parameter, of these texts, or of everything?"""
-        names, message = error_words(response.body)
-        may_be_parameter = sent_with == self.parameters and response.status in {400, 422}
-        lower = fall_back(self.parameters, " ".join([*names, message])) if may_be_parameter else None
-        if lower:
-            self.parameters, name = lower
-            self.warn(f"{self.host} refuses a parameter of the request: continuing with {name}.")
-        if self.is_capped and self.parameters.completion_bound is None:
-            self.fatal_error = ProviderError(
-                f"{self.host} cannot limit the length of completions, so the cost cannot be capped: drop `max_cost`."
-            )
-        if self.fatal_error:
-            return Outcome.FATAL, reason
-        if sent_with != self.parameters:
-            return Outcome.RESEND, reason
-        self.unknown_refusals += 1
-        everything = self.unknown_refusals >= UNKNOWN_LIMIT
-        return (Outcome.FATAL if everything else Outcome.REFUSED), f"refused by the server ({reason})"
-
-    def explain(self, response: Response, rows: Iterable[Row] = ()) -> ProviderError:
-        """The line for a response after which no request will succeed; `rows` are what was sent."""
-        (names, message), rows = error_words(response.body), list(rows)
-        told = " ".join(sorted(names))
-        told = f"{self.quote(told, rows)}: " if told else ""
-        quoted = f" It says: {told}{self.quote(message, rows)}" if told or message else ""
-        where = f"{self.host} (HTTP {response.status})"
-        line = f"Every request is refused by {where}: fix what it reports.{quoted}"
-        if response.status == 0:
-            line = f"{response.reason}; texts go nowhere but to `base_url`: pass the address that you mean."
-        if response.status == 404:
-            line = f"Nothing answers chat calls at {where}: does `base_url` end in /v1?"
-        if response.status == 404 and response.body:
-            line = (
-                f"The model {self.model!r} or the address was not found at {where}: pass another `model` (at OpenAI "
-                f"gpt-6-luna), or a `base_url` that ends as the server expects (usually /v1).{quoted}"
-            )
-        if response.status in {401, 403}:
-            line = f"The API key was refused by {where}: check the key and its permissions.{quoted}"
-        if names & MONEY_CODES or response.status == 402:
-            line = f"No money or budget is left at {where}: add credit or raise the limit, then continue.{quoted}"
-        return ProviderError(line)
-
-    def quote(self, words: str, rows: Iterable[Row]) -> str:
+    def quote(self, words: str, rows: Iterable[Row] = ()) -> str:
         """A server's words on one line, without the key; left out as a whole where they may quote a text."""
-        words = " ".join(words.replace("`", "'").split())  # in backquotes it could name one of our options
-        said = letters(words)
-        sent = "\n".join(letters(text) for row in rows for text in (row.text, row.label or ""))
+        words = " ".join(words.replace("`", "'").split())  # in backticks it could name one of our options
+        said = normalized(words)
+        sent = "\n".join(normalized(text) for row in rows for text in (row.text, row.label or ""))
         if any(said[at : at + QUOTED] in sent for at in range(len(said) - QUOTED + 1)):
             return "(left out, since it repeats a part of what was sent)"
         if self.api_key != PLACEHOLDER_KEY:
             words = words.replace(self.api_key, "[key]")
-        return re.sub(r"\b(sk|key)-[\w*.-]+", "[key]", words)[:200]
+        return re.sub(r"\b(sk|key)-[\w*.-]+", "[key]", words)[:300]
 
-    def worst_cost(self, request: Request, tier: str) -> float:
-        """What a call may cost at most: a token has at least one byte, and the completion its bound."""
-        prompt = len(json.dumps(build_body(request, self.parameters), ensure_ascii=False).encode())
-        completion = most_completion_tokens(request, self.parameters)
-        return self.prices.of(Usage(prompt=prompt, written=prompt, completion=completion), tier) or 0.0
+    def server_message(self, reply: Reply, rows: Iterable[Row]) -> str:
+        """The server's own words as a sentence that ends a line; "" if it said nothing."""
+        _, names, message = reply.error
+        rows, codes = list(rows), " ".join(sorted(names))
+        parts = [self.quote(part, rows) for part in (codes, message) if part]
+        return f" Server message: {': '.join(parts)}" if parts else ""
+
+    def explain(self, reply: Reply, rows: Iterable[Row] = ()) -> str:
+        """The line for a reply after which no request will succeed; `rows` are what was sent."""
+        where, said, status = f"{self.host} (HTTP {reply.status})", self.server_message(reply, rows), reply.error_status
+        if status // 100 == 3:
+            to = urlsplit(reply.headers.get("location", ""))
+            there = f"{to.scheme}://{to.netloc.rpartition('@')[2]}" if to.netloc else f"{to.path!r}"
+            return f"{self.host} redirects to {there}; texts are only sent to `base_url`: pass the final address."
+        if is_out_of_money(reply):
+            return f"Out of credit or over budget at {where}: add credit or raise the limit, then continue.{said}"
+        if status == 404 and not isinstance(reply.body, dict):
+            return f"Nothing answers chat calls at {where}: does `base_url` end in /v1?{said}"
+        if status == 404:
+            return (
+                f"The model {self.model!r} or the address was not found at {where}: pass another `model` (at OpenAI "
+                f"gpt-6-luna), or a `base_url` that ends as the server expects (usually /v1).{said}"
+            )
+        if status == 401:
+            return f"The API key was refused by {where}: check the key and its permissions.{said}"
+        return f"Every request is refused by {where}: fix what it reports.{said}"
 
 
 QUOTED = 12  # letters or digits in a row by which a message is taken to repeat a text
 
 
-def letters(text: str) -> str:
-    """A text's letters and digits alone, without case and JSON's escapes: letters("It\\u0027s\\n") == "its"."""
+def normalized(text: str) -> str:
+    """A text's letters and digits alone, without case and JSON's escapes: normalized("It\\u0027s\\n") == "its"."""
     plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text)
     return "".join(filter(str.isalnum, re.sub(r"\\[bfnrt]", "", plain))).casefold()
 
 
-@dataclass(frozen=True)
-class Prices:
-    """What tokens cost, in US dollars: by the user's price, else by genai-prices."""
+def price_of(usage: Usage, tier: str, user_price: tuple[float, float] | None, *models: str) -> float | None:
+    """The cost of one call, by the first of these models that the list has; None: not known.
 
-    user: tuple[float, float] | None  # per million prompt and completion tokens
-    model: str  # that is asked; its price also holds where the list does not have the served name
-
-    def billed(self, response: Response, tier: str) -> float | None:
-        """What a response cost, by its tokens or else by its own bill; None: neither tells."""
-        # The tier is the sender's, because what a job replies calls its own tier "default".
-        served = str(look_up(response.body, "model") or "")
-        listed = None if response.usage is None else self.of(response.usage, tier, served)
-        return response.dollars if listed is None else listed
-
-    def of(self, usage: Usage, tier: str, served: str = "") -> float | None:
-        """The cost of one call; None: not known. Per call, since a long one may cost more per token."""
-        if self.user is not None:
-            return (usage.prompt * self.user[0] + usage.completion * self.user[1]) / 1e6
-        listed = list_price(served, tier, usage) if served else None
-        return list_price(self.model, tier, usage) if listed is None else listed
+    Per call, since a long one may cost more per token.
+    """
+    if user_price is not None:  # per million prompt and completion tokens
+        return (usage.prompt * user_price[0] + usage.completion * user_price[1]) / 1e6
+    listed = (list_price(model, tier, usage) for model in models if model)
+    return next((price for price in listed if price is not None), None)
 
 
 @lru_cache(maxsize=1024)
@@ -2735,18 +2522,494 @@ def list_price(model: str, tier: str, usage: Usage) -> float | None:
     return float(priced.total_price)
 
 
+# --- Verdict ----------------------------------------------------------------------------------------------
+#
+# What a reply means: for live calls and for the lines of jobs, in one place and by evidence. In: a reply, the attempt
+# that it came to, and what this run has seen. Out: a verdict. Nothing is sent, changed or printed here.
+
+
+class Action(Enum):
+    DONE = auto()  # there are answers; rows that still lack one are sent again
+    SPLIT = auto()  # fewer rows at a time
+    GIVE_UP = auto()  # the row stays blank
+    RETRY = auto()  # the same again, after so many seconds
+    ADAPT = auto()  # under other parameters, which the probe finds unless they are known
+    STOP = auto()  # no request of this run can succeed
+
+
+@dataclass(frozen=True)
+class Verdict:
+    action: Action
+    reason: str = ""  # in our words, without any part of a text; for STOP the line for the user
+    answers: Mapping[Row, str] = field(default_factory=dict)  # a 0 or 1 per label
+    problems: Mapping[Row, str] = field(default_factory=dict)  # why the other rows have none
+    seconds: float | None = None  # of waiting before a retry; None: as a server's failure or rate limit is waited for
+    is_rate: bool = False
+    is_refusal: bool = False  # a reply that would come again: it counts towards the probe
+    is_too_long: bool = False  # no prompt as long as this one is sent again
+    parameters: Parameters | None = None  # to be sent with from now on
+    id_set: int = 0  # 1: under the second row ids
+
+
+@dataclass
+class Evidence:
+    """What this run has seen: `judge` reads it, and `note` adds to it what a verdict has made of a reply."""
+
+    parameters: Parameters  # in force now
+    forms: set[str] = field(default_factory=set)  # of parameters that have been answered
+    answered_at: float = -math.inf
+    reached: bool = False  # whether anything has come back
+    refusals: int = 0  # in a row, without an answer between
+    server_errors: int = 0  # replies with 5xx before anything was answered
+    failing_since: float = math.inf  # since when nothing but failures has come
+    replies: dict[int, int] = field(default_factory=dict)  # hash of a reply -> hash of the request it came to first
+    false_alarms: int = 0  # replies that looked like another request's and were not
+    # Of replies that billed well under what was sent: by each of their rows, the tokens sent and billed.
+    underbilled: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    max_prompt: float = math.inf  # tokens, above which this server has proved to cut prompts or to refuse them
+    least_billed: float = 1.0  # the share of a prompt that it bills, though it read all of it
+    most_unbilled: int = 0  # the tokens that it did not bill then
+
+    @property
+    def works(self) -> bool:
+        """Whether something was answered under the parameters in force."""
+        return self.parameters.form in self.forms
+
+    def is_too_long(self, attempt: Attempt) -> bool:
+        """Whether an attempt can be split, and has a size that this server cuts or refuses."""
+        return len(attempt.rows) > 1 and prompt_tokens(attempt, self.parameters) > self.max_prompt
+
+    def note(self, reply: Reply, attempt: Attempt, verdict: Verdict, now: float) -> str:
+        """Take in what came of a call; return what the user should be told, if anything."""
+        self.reached |= reply.status > 0
+        if verdict.action is Action.DONE:
+            self.forms.add(attempt.parameters.form)
+            self.answered_at, self.refusals, self.failing_since = now, 0, math.inf
+            self.false_alarms += attempt.id_set
+        elif verdict.is_refusal:
+            self.refusals += 1
+            self.failing_since = math.inf
+        elif not verdict.is_rate:
+            self.server_errors += reply.error_status >= 500
+            self.failing_since = min(self.failing_since, now)
+        self.replies.setdefault(*reply_marks(reply, attempt))
+        if verdict.is_too_long:
+            self.max_prompt = min(self.max_prompt, prompt_tokens(attempt, attempt.parameters) - 1)
+        return self._note_bill(reply, attempt)
+
+    def _note_bill(self, reply: Reply, attempt: Attempt) -> str:
+        """Learn whether prompts are cut: then fewer rows are billed at a larger share of what was sent.
+
+        If they are not, the server counts in another way: a tokenizer of its own, or a cached prefix left out.
+        """
+        if not reply.prompt_billed:  # some servers count nothing
+            return ""
+        sent, billed = prompt_tokens(attempt, attempt.parameters), reply.prompt_billed
+        before, is_under = self.underbilled.get(attempt.rows[0].key), is_cut(reply, attempt, self)
+        for row in attempt.rows:
+            self.underbilled.pop(row.key, None)
+        if is_under:
+            self.underbilled |= dict.fromkeys((row.key for row in attempt.rows), (sent, billed))
+        if not before:
+            return ""
+        if billed / sent > 1.1 * before[1] / before[0]:
+            is_news, self.max_prompt = self.max_prompt == math.inf, min(self.max_prompt, before[1])
+            return f"cuts prompts to about {before[1]:,} tokens: {CUT_ADVICE}" if is_news else ""
+        is_news = self.least_billed == 1.0
+        self.least_billed = min(self.least_billed, billed / sent, before[1] / before[0])
+        self.most_unbilled = max(self.most_unbilled, sent - billed, before[0] - before[1])
+        return f"bills {billed / sent:.0%} of the tokens sent: taken for its way of counting." if is_news else ""
+
+
+CUT_ADVICE = (
+    "their answers are not kept, and their rows are sent again, fewer at a time. Let the model take in more (with "
+    "Ollama num_ctx), or pass a smaller `batch_size`."
+)
+LONG_PROMPT = 1500  # estimated tokens, below which a prompt is taken to fit into any context
+LEAST_BILLED = 0.6  # of the tokens that are estimated; estimates for texts of any script are closer than that
+MAX_FALSE_ALARMS = 2  # after which replies that look like another's are believed
+MAX_REFUSALS = 20  # in a row, after which a harmless text is asked whether everything is refused
+MAX_WAIT = 3600.0  # seconds that a server may ask for
+UNREACHABLE_SECONDS = 10.0  # give up on a server that has never answered after this long
+MAX_LONE_FAILURES = 4  # of a lone row; two that are alike suffice, since a good row fails now this way, now that
+MAX_LONE_ALIKE = 2
+MAX_TRIES_ALONE = 3  # calls that fail for one request while others are answered
+MAX_ROOM = 32_768  # tokens; a model that needs more will never finish
+MIN_ROOM = 2048
+# OpenAI, guides/error-codes; the last three are other servers' and older words.
+MONEY_CODES = {
+    "insufficient_quota",
+    "credit_balance_exhausted",
+    "organization_spend_limit_exceeded",
+    "project_spend_limit_exceeded",
+    "organization_usage_limit_exceeded",
+    "billing_hard_limit_reached",
+    "billing_not_active",
+    "budget_exceeded",
+}
+MONEY_WORDS = re.compile(r"insufficient.(balance|funds|credit|quota)|credit balance|out of credits|recharge|top up")
+# Of a quota that no waiting of ours cures: a day's, or one of 0.
+QUOTA_WORDS = re.compile(r"per.?day|daily|limit['\"]?: ?0\b(?!\.)")
+LENGTH_WORDS = re.compile(
+    r"context.?(length|size|window)|request too large|too many (prompt.?)?tokens|prompt.?tokens|prompt is too long|"
+    rf"too long|(reduce|exceed).{{0,40}}(length|tokens)|{BOUND_TOO_LARGE}"
+)
+FILTER_WORDS = re.compile(r"content.?(filter|policy|management)|responsibleai|invalid_prompt|safety system")
+
+
+def judge(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, now: float) -> Verdict:
+    """The first rule that fits decides."""
+    status, words = reply.error_status, " ".join([*reply.error.names, reply.error.message]).lower()
+    wait, is_limit = requested_wait(reply), status == 429 or "rate_limit_exceeded" in reply.error.names
+    is_failure = status in {0, 408, 409, 425} or status >= 500
+    by_id = find_answers(reply, attempt)
+
+    # 1. Evidence against the reply.
+    if attempt.id_set and has_first_ids(reply, attempt):
+        return Verdict(Action.STOP, f"{server.host} {CACHED}")
+    if is_from_cache(reply, attempt, evidence):
+        return Verdict(Action.RETRY, "the same reply came to another request", seconds=0.0, id_set=1)
+    if is_cut(reply, attempt, evidence):
+        return Verdict(Action.SPLIT, "the prompt was cut to the length that the server takes in")
+
+    # 2. An answer that passes the check is one, whatever its envelope.
+    answers, problems = check_answers(by_id, attempt)
+    if answers:
+        return Verdict(Action.DONE, answers=answers, problems=problems)
+
+    # 3. Refused, but sent under other parameters than those in force.
+    if not is_failure and not is_limit and attempt.parameters != evidence.parameters:
+        return Verdict(Action.RETRY, "sent under parameters that have changed", seconds=0.0)
+
+    # 4. No request can succeed, whatever is asked.
+    if wait > MAX_WAIT:
+        return Verdict(Action.STOP, long_wait_line(server.host, wait) + server.server_message(reply, attempt.rows))
+    if status in {401, 402, 404} or status // 100 == 3 or is_out_of_money(reply):
+        return Verdict(Action.STOP, server.explain(reply, attempt.rows))
+    if is_limit and not wait and QUOTA_WORDS.search(words):
+        said = server.server_message(reply, attempt.rows)
+        return Verdict(Action.STOP, f"{server.host} has a limit that no short wait lifts: continue later.{said}")
+
+    # 5. A rate. Its "too many tokens" are those of a minute; its "too large" is about this request alone.
+    is_too_large = status == 413 or reply.reason == TOO_LARGE
+    if is_limit and "too large" not in words:
+        return Verdict(Action.RETRY, f"HTTP {status}", seconds=wait or None, is_rate=True)
+
+    # 6. Too long, or cut off at our own bound, which gets room before rows are split.
+    if is_too_large or is_limit or (status >= 400 and not is_failure and LENGTH_WORDS.search(words)):
+        if BOUND_TOO_LARGE in words and len(attempt.rows) == 1:  # fewer rows do not help: go without the bound
+            lower = fall_back(evidence.parameters, words)
+            return Verdict(Action.ADAPT, f"HTTP {status}", parameters=lower, is_refusal=lower is None)
+        reason = reply.reason or "too long for the model or the rate limit"
+        if len(attempt.rows) == 1 and not evidence.works:
+            return Verdict(Action.ADAPT, reason, is_refusal=True)
+        return replace(split(attempt, reason), is_too_long=not reply.reason and len(attempt.rows) > 1)
+    if roomier := with_room(reply, attempt, evidence.parameters):
+        return Verdict(Action.ADAPT, "the answer was cut off at its maximum length", parameters=roomier)
+
+    # 7. The network or the server failed.
+    if is_failure:
+        return judge_failure(reply, attempt, evidence, server, now)
+
+    # 8. All else would come again: it is about the texts, if anything was answered under these parameters.
+    reason = refusal_reason(reply, problems)
+    if not evidence.works or evidence.refusals + 1 >= MAX_REFUSALS:
+        return Verdict(Action.ADAPT, reason, is_refusal=True)
+    if len(attempt.rows) > 1:
+        return Verdict(Action.SPLIT, reason, problems=problems, is_refusal=True)
+    failures = (*attempt.reasons, reason)
+    is_hopeless = failures.count(reason) >= MAX_LONE_ALIKE or len(failures) >= MAX_LONE_FAILURES
+    action = Action.GIVE_UP if is_hopeless or attempt.has_one_try else Action.RETRY
+    return Verdict(action, reason, seconds=0.0, is_refusal=True)
+
+
+def split(attempt: Attempt, reason: str) -> Verdict:
+    return Verdict(Action.SPLIT if len(attempt.rows) > 1 else Action.GIVE_UP, reason)
+
+
+def judge_failure(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, now: float) -> Verdict:
+    """Rule 7: by whether others are answered meanwhile; `attempt.tries` has this failure already."""
+    reason = reply.reason if reply.status == 0 else f"HTTP {reply.error_status}"
+    since = min(evidence.failing_since, now)
+    if not evidence.reached and reply.status == 0 and now - since > UNREACHABLE_SECONDS:
+        return Verdict(
+            Action.STOP,
+            f"No answer from {server.host}: {reason}. Check the address and the network, then run the same command: "
+            "what came back is kept.",
+        )
+    if evidence.answered_at > attempt.failing_since:
+        if attempt.has_one_try or attempt.tries >= min(MAX_TRIES_ALONE, server.max_retries + 1):
+            return split(attempt, f"the server failed {attempt.tries} times on this request ({reason})")
+    elif attempt.tries > server.max_retries or (reply.status and not evidence.forms and evidence.server_errors >= 2):
+        return Verdict(Action.ADAPT, reason)
+    return Verdict(Action.RETRY, reason, seconds=requested_wait(reply) or None)
+
+
+def refusal_reason(reply: Reply, problems: Mapping[Row, str]) -> str:
+    """Why a reply has no answer, in our own words."""
+    error, status = reply.error, reply.error_status
+    if FILTER_WORDS.search(" ".join([*error.names, error.message]).lower()):
+        return "stopped by the provider's content filter"
+    if status // 100 == 2 and (not error.message or isinstance(reply.body, str)):
+        return next(iter(problems.values()), "no completion in the reply")
+    return f"refused by the server (HTTP {status}{''.join(f' {name}' for name in sorted(error.names))})"
+
+
+def is_out_of_money(reply: Reply) -> bool:
+    error, words = reply.error, reply.error.message.lower()
+    is_refused = reply.error_status >= 400
+    by_words = reply.error_status in {402, 429} and MONEY_WORDS.search(words) and not requested_wait(reply)
+    return is_refused and (reply.error_status == 402 or bool(error.names & MONEY_CODES) or bool(by_words))
+
+
+def with_room(reply: Reply, attempt: Attempt, parameters: Parameters) -> Parameters | None:
+    """Parameters with room for an answer that was cut off at our own bound; None if it was not, or has had enough."""
+    choice = first_choice(reply.body)
+    if choice.get("finish_reason") != "length" or attempt.parameters.completion_bound is None:
+        return None
+    bound, usage = max_completion_tokens(attempt, attempt.parameters), reply.usage
+    if usage and 0 < usage.completion < 0.9 * bound:  # by the model's own limit
+        return None
+    is_thinking = bool(usage and usage.reasoning) or not str(get_nested(choice, "message", "content") or "").strip()
+    # Room for twice the reasoning seen; for what is no reasoning, eight times the longest answer.
+    room = max(MIN_ROOM, 2 * bound, 2 * usage.reasoning if usage else 0) if is_thinking else bound
+    limit = MAX_ROOM if is_thinking else 7 * max_answer_tokens(attempt)
+    return replace(parameters, room=min(room, limit)) if parameters.room < limit else None
+
+
+def requested_wait(reply: Reply) -> float:
+    """The seconds that a reply asks to wait, by its headers or words; 0 if nothing does."""
+    headers = reply.headers
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        with contextlib.suppress(KeyError, ValueError):
+            wait = float(headers[name]) * unit
+            if wait > 0 and math.isfinite(wait):
+                return wait
+    with contextlib.suppress(KeyError, ValueError, TypeError, OverflowError):
+        until, now = (parsedate_to_datetime(headers[name]) for name in ("retry-after", "date"))  # both by its clock
+        return max(0.0, (until - now).total_seconds())
+    asked = re.search(r"(?:try again|retry)\w* in ((?:[\d.]+ ?(?:ms|s|m|h|d)[a-z]*\s?)+)", reply.error.message.lower())
+    return seconds_of(asked[1].replace(" ", "")) if asked and reply.error_status >= 400 else 0.0
+
+
+def long_wait_line(host: str, wait: float) -> str:
+    """For a wait, in seconds, that is too long, or a shorter one after an hour of nothing but HTTP 429."""
+    if wait <= MAX_WAIT:
+        return (
+            f"{host} has answered nothing but HTTP 429 for an hour; what came back is kept: run the same command later."
+        )
+    minutes = math.ceil(wait / 60)
+    length = f"{minutes // 60} h {minutes % 60} min" if minutes < 6000 else f"{minutes // 1440:,} days"
+    until = ""
+    with contextlib.suppress(OverflowError):
+        until = f" until {datetime.now() + timedelta(seconds=wait):{'%H:%M' if minutes < 1440 else '%Y-%m-%d'}}"
+    return f"{host} asks to wait{until} ({length}); answers so far are kept: run the same command then."
+
+
+CACHED = (
+    "returned a cached reply to a different request: disable the gateway's cache, then run the same command. Nothing "
+    "from it was stored."
+)
+
+
+def is_from_cache(reply: Reply, attempt: Attempt, evidence: Evidence) -> bool:
+    """Whether this may be the reply to another request, from a cache that takes similar requests for the same.
+
+    An id alone proves nothing, since some servers derive it from the clock; so such a request is sent again, under
+    other row ids, and an answer with the first ones is another's.
+    """
+    mark, asked = reply_marks(reply, attempt)
+    is_other = evidence.replies.get(mark, asked) != asked and get_nested(reply.body, "id") is not None
+    is_believed = attempt.id_set or evidence.false_alarms >= MAX_FALSE_ALARMS
+    return is_other and not is_believed and reply.status // 100 == 2
+
+
+def reply_marks(reply: Reply, attempt: Attempt) -> tuple[int, int]:
+    """What identifies a reply, and what identifies the request that it came to."""
+    said = first_choice(reply.body).get("message")
+    mark = hash((get_nested(reply.body, "id"), get_nested(reply.body, "created"), repr(said)))
+    return mark, hash((attempt.prompt.labels, *[row.key for row in attempt.rows]))
+
+
+def has_first_ids(reply: Reply, attempt: Attempt) -> bool:
+    """Whether an attempt under the second row ids got a reply with the first ones."""
+    first, second = (find_answers(reply, replace(attempt, id_set=id_set)) for id_set in (0, 1))
+    return isinstance(first, dict) and not isinstance(second, dict)
+
+
+def is_cut(reply: Reply, attempt: Attempt, evidence: Evidence) -> bool:
+    """Whether a prompt of several rows may have been cut to the model's context, and answered all the same."""
+    if len(attempt.rows) == 1 or not reply.prompt_billed or reply.status // 100 != 2:
+        return False
+    sent, before = prompt_tokens(attempt, attempt.parameters), evidence.underbilled.get(attempt.rows[0].key)
+    if before and reply.prompt_billed / sent <= 1.1 * before[1] / before[0]:
+        return False  # no larger a share with fewer rows: the server counts in another way
+    is_under = reply.prompt_billed < LEAST_BILLED * evidence.least_billed * sent
+    return sent >= LONG_PROMPT and is_under and sent - reply.prompt_billed > 1.25 * evidence.most_unbilled
+
+
+# How an answer is found and read: the envelope tolerantly, the content strictly.
+
+
+MISSING = object()  # stands for a row that no reply names, or that two answers differ about
+NO_ANSWER = "the answer was not valid JSON"
+THINKING = re.compile(r"[<\[◁](think|thinking|thought|reasoning|analysis)[>\]▷]", re.IGNORECASE)
+THOUGHT = re.compile(r"[<\[◁]/(think|thinking|thought|reasoning|analysis)[>\]▷]", re.IGNORECASE)
+CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>")
+
+
+def first_choice(body: Any) -> Mapping[str, Any]:
+    match body:
+        case {"choices": [{**choice}, *_]}:
+            return {str(name): value for name, value in choice.items()}
+    return {}
+
+
+def find_answers(reply: Reply, attempt: Attempt) -> dict[str, Any] | str:
+    """Each row id's answer as the reply has it, or what is wrong with the reply as a whole."""
+    if reply.status // 100 != 2:
+        return ""
+    choice = first_choice(reply.body)
+    message = choice.get("message")
+    if choice.get("finish_reason") == "content_filter":
+        return "stopped by the provider's content filter"
+    if not isinstance(message, dict):
+        return "no completion in the reply"
+    if message.get("refusal"):
+        return "the model refused to answer"
+    is_cut_off = choice.get("finish_reason") == "length"
+    ids = frozenset(row_ids(len(attempt.rows), attempt.id_set))
+    for source in sources(message, is_cut_off):
+        candidates = [as_answers(value, ids) for value in json_values(source, is_cut_off)]
+        readable = [by_id for by_id in candidates if any(not read_answer(attempt.prompt, x)[0] for x in by_id.values())]
+        found: dict[str, Any] = {}
+        for by_id in readable or candidates[:1]:  # an echoed request has the ids, but no answer
+            found |= {row: MISSING if found.get(row, answer) != answer else answer for row, answer in by_id.items()}
+        if found:
+            return found
+    if is_cut_off:
+        return "the answer was cut off at its maximum length"
+    return "its id was missing from the answer, or repeated" if "{" in str(message.get("content")) else NO_ANSWER
+
+
+def sources(message: Mapping[str, Any], is_cut_off: bool) -> Iterator[Any]:
+    """Where a message may hold the answer: its content, the one tool call, or, if there is no other, its reasoning."""
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") in {"text", "output_text"}]
+        content = "".join(str(part.get("text") or "") for part in parts)
+    calls = message.get("tool_calls")
+    called = calls[0] if isinstance(calls, list) and len(calls) == 1 and isinstance(calls[0], dict) else message
+    function = called.get("function") or called.get("function_call")
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    plain = [source for source in (content, arguments) if source]
+    yield from plain
+    if not plain and not is_cut_off:
+        yield message.get("reasoning_content") or message.get("reasoning")
+
+
+def without_thinking(text: str) -> str:
+    """A text without what is marked as thinking; an unclosed mark goes to the end."""
+    channels = list(CHANNEL.finditer(text))
+    if channels:
+        text = text[channels[-1].end() :] if channels[-1][1] == "final" else ""
+    while opened := THINKING.search(text):
+        closed = THOUGHT.search(text, opened.end())
+        text = text[: opened.start()] + (text[closed.end() :] if closed else "")
+    *_, last = [0, *(closed.end() for closed in THOUGHT.finditer(text))]  # only the closing mark was sent
+    return text[last:]
+
+
+def json_values(source: Any, is_cut_off: bool) -> Iterator[Any]:
+    """The JSON objects and lists in a text; where it was cut off, only one that is the last thing in it."""
+    if not isinstance(source, str):
+        yield source
+        return
+    text, at, decoder = without_thinking(source), 0, json.JSONDecoder(object_pairs_hook=drop_repeated)
+    starts = re.compile(r'[{\[]|"[{\[\\]')  # also JSON that was encoded twice
+    while found := starts.search(text, at):
+        at = found.end()
+        with contextlib.suppress(ValueError, RecursionError):
+            value, at = decoder.raw_decode(text, found.start())
+            if isinstance(value, str):
+                value = json.loads(value, object_pairs_hook=drop_repeated)
+            if not is_cut_off or not text[at:].strip():
+                yield value
+
+
+def as_answers(value: Any, ids: frozenset[str]) -> dict[str, Any]:
+    """A JSON value as row id -> answer: an object, one that another key wraps, or a list of objects."""
+    if isinstance(value, dict):
+        named = {str(name).strip(): answer for name, answer in value.items()}
+        if ids & named.keys():
+            return {name: answer for name, answer in named.items() if name in ids}
+        return as_answers(next(iter(value.values())), ids) if len(value) == 1 else {}
+    found: list[tuple[str, Any]] = []
+    for item in value if isinstance(value, list) else ():
+        if isinstance(item, dict) and str(item.get("id")) in ids:
+            rest = {name: answer for name, answer in item.items() if name not in {"id", "text"}}
+            found.append((str(item["id"]), next(iter(rest.values())) if len(rest) == 1 else rest))
+        elif isinstance(item, dict):
+            found += as_answers(item, ids).items() if len(item) == 1 else ()
+    return drop_repeated(found)
+
+
+def drop_repeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without the keys that appear in it more than once: none of their values can be trusted."""
+    counts = Counter(key for key, _ in pairs)
+    return {key: value for key, value in pairs if counts[key] == 1}
+
+
+def check_answers(by_id: dict[str, Any] | str, attempt: Attempt) -> tuple[dict[Row, str], dict[Row, str]]:
+    """Each row's answer, a 0 or 1 per label, or what is wrong with it; rows are found by their id, never by order."""
+    answers: dict[Row, str] = {}
+    problems: dict[Row, str] = {}
+    for row, row_id in zip(attempt.rows, row_ids(len(attempt.rows), attempt.id_set), strict=True):
+        answer = MISSING if isinstance(by_id, str) else by_id.get(row_id, MISSING)
+        reason, applying = (by_id, []) if isinstance(by_id, str) else read_answer(attempt.prompt, answer)
+        if reason or isinstance(by_id, str):
+            problems[row] = str(reason)
+        else:
+            answers[row] = "".join(["01"[label in applying] for label in attempt.prompt.labels])
+    return answers, problems
+
+
+def read_answer(prompt: Prompt, answer: Any) -> tuple[str, Sequence[str]]:
+    """What is wrong with a row's answer, or "", and the labels that apply; a label named twice is harmless."""
+    if answer is MISSING:
+        return "its id was missing from the answer, or repeated", []
+    if prompt.form == "each":
+        pairs = answer.items() if isinstance(answer, dict) else ()
+        named = drop_repeated([(prompt.spelled(name) or "", value) for name, value in pairs])
+        values = [CELL_VALUES.get(str(named.get(label)).strip().lower()) for label in prompt.labels]
+        is_whole = all(value in (0, 1) for value in values)
+        return "" if is_whole else "its answer had no 0 or 1 for some label", [
+            label for label, value in zip(prompt.labels, values, strict=True) if value == 1
+        ]
+    given = [] if answer is None and prompt.form == "list" else [answer] if isinstance(answer, str) else answer
+    if not isinstance(given, list) or (prompt.form == "one" and len(given) != 1):
+        return "its answer was not a list" if prompt.form == "list" else "its answer was not one label", []
+    known = [prompt.spelled(label) if isinstance(label, str) else None for label in given]
+    return ("its answer had an unknown label", []) if None in known else ("", [str(label) for label in known])
+
+
+def near(name: Any) -> str:
+    """A label as it may be spelled: near(" Some-Label") == "some label"."""
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", str(name))).strip().casefold()
+
+
 # --- Pace -------------------------------------------------------------------------------------------------
 #
 # In: headers, refusals and a clock's time, all passed in. Out: how long the next call has to wait, and how many calls
 # there may be at once. It sends nothing and sleeps nowhere.
 
-BELIEVED_SECONDS = 60.0  # how long what a server said of a limit may hold up all calls; then one of them probes it
-MARGIN_SECONDS = 0.05  # beyond a wait that a server asks for, whose clock may lag a little behind
-LONGEST_BACKOFF = 60.0
-FADING = 0.98  # of what is known of the charge, with each report
+MAX_LIMIT_AGE = 60.0  # how long what a server said of a limit may hold up all calls; then one of them probes it
+CLOCK_MARGIN = 0.05  # beyond a wait that a server asks for, whose clock may lag a little behind
+MAX_BACKOFF = 60.0
+DECAY = 0.98  # of what is known of the charge, with each report
 RESERVE_STEP = 0.5  # calls, with each refusal
-MOST_RESERVE = 50.0
-MOST_CHARGE = 8.0  # times our guess, or a part of it; beyond that a report is taken to be about something else
+MAX_RESERVE = 50.0
+MAX_CHARGE = 8.0  # times our guess, or a part of it; beyond that a report is taken to be about something else
 
 
 def draw_jitter() -> float:
@@ -2792,7 +3055,7 @@ class Pace:
         # of those that may be in flight, whose completions may still have to be charged.
         self.reserve = max(1.0, max_workers / 8)
         self.charge = 1.0  # what the server takes off its limit of tokens for one of ours
-        self.fallen = self.guessed = 0.0  # over the calls seen lately
+        self.charged_tokens = self.estimated_tokens = 0.0  # over the calls seen lately
         self.buckets: dict[str, Bucket] = {}
 
     def delay(self, tokens: float, now: float) -> float:
@@ -2802,7 +3065,7 @@ class Pace:
             cost = tokens * self.charge if kind_of(name) == "tokens" else 1.0
             needed = min(bucket.capacity, (1 + self.reserve) * cost)
             until_full_enough = (needed - bucket.level_at(now)) / bucket.rate
-            waits.append(min(until_full_enough, bucket.at + BELIEVED_SECONDS - now))
+            waits.append(min(until_full_enough, bucket.at + MAX_LIMIT_AGE - now))
         return max(waits)
 
     def leave(self, tokens: float, now: float) -> Departure:
@@ -2839,10 +3102,12 @@ class Pace:
         (at, spent_before, _), (now, spent, _) = before.departure, departure
         if spent["tokens"] <= spent_before["tokens"]:
             return
-        self.fallen = FADING * self.fallen + before.remaining - remaining + rate * (now - at)
-        self.guessed = FADING * self.guessed + spent["tokens"] - spent_before["tokens"]
-        if self.guessed > 20 * (spent["tokens"] / max(1.0, spent["requests"])):  # the calls that make it reliable
-            self.charge = min(MOST_CHARGE, max(1 / MOST_CHARGE, self.fallen / self.guessed))
+        self.charged_tokens = DECAY * self.charged_tokens + before.remaining - remaining + rate * (now - at)
+        self.estimated_tokens = DECAY * self.estimated_tokens + spent["tokens"] - spent_before["tokens"]
+        if self.estimated_tokens > 20 * (
+            spent["tokens"] / max(1.0, spent["requests"])
+        ):  # the calls that make it reliable
+            self.charge = min(MAX_CHARGE, max(1 / MAX_CHARGE, self.charged_tokens / self.estimated_tokens))
 
     def refuse(self, seconds: float, departure: Departure, now: float) -> None:
         """Make all calls wait: as long as the server asks, else longer with each refusal in a row."""
@@ -2852,10 +3117,10 @@ class Pace:
             if not self.buckets:  # with nothing known of the limit, fewer calls at once are all we have
                 self.slots = max(1.0, self.slots / 2)
         if self.buckets:  # the limit was lower than it looked; what is refused takes nothing off it
-            self.reserve = min(MOST_RESERVE, self.reserve + RESERVE_STEP)
+            self.reserve = min(MAX_RESERVE, self.reserve + RESERVE_STEP)
             self.spent = self.spent | {"tokens": self.spent["tokens"] - departure.tokens}
         if seconds:
-            self.resume_at = max(self.resume_at, now + seconds + MARGIN_SECONDS)
+            self.resume_at = max(self.resume_at, now + seconds + CLOCK_MARGIN)
         else:
             self.resume_at = max(self.resume_at, self.refused_at + backoff(self.refusals, self.jitter()))
 
@@ -2872,7 +3137,7 @@ def kind_of(limit_name: str) -> str:
 
 def backoff(failures: int, jitter: float) -> float:
     """Seconds to wait after so many failures in a row: half a second, doubled each time, a minute at most."""
-    return min(LONGEST_BACKOFF, 0.5 * 2.0 ** (failures - 1)) * jitter
+    return min(MAX_BACKOFF, 0.5 * 2.0 ** (failures - 1)) * jitter
 
 
 def rate_limits(headers: Mapping[str, str]) -> dict[str, tuple[float, float, float]]:
@@ -2893,244 +3158,54 @@ def seconds_of(duration: str) -> float:
     return sum(float(number) * units[unit] for number, unit in re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", duration))
 
 
-def requested_wait(headers: Mapping[str, str]) -> float:
-    """The seconds that `retry-after-ms` or `retry-after` (seconds or a date) asks for; 0 if nothing does."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        with contextlib.suppress(KeyError, ValueError):
-            wait = float(headers[name]) * unit
-            return max(0.0, wait) if math.isfinite(wait) else 0.0
-    with contextlib.suppress(KeyError, ValueError, TypeError, OverflowError):
-        until, now = (parsedate_to_datetime(headers[name]) for name in ("retry-after", "date"))  # both by its clock
-        return max(0.0, (until - now).total_seconds())
-    return 0.0
-
-
-# --- Attempts ---------------------------------------------------------------------------------------------
-#
-# In: a request. Out: what came of sending it, each row's answer, and the requests that follow. Only here is it decided
-# which rows are sent again because of what an answer says, or because there is none. Retrying a call that failed on its
-# way is the sender's business.
-
-SENT_AGAIN = "sent again by another attempt"  # a sender's problem, once it has passed the rows on to that one
-ALIKE_FAILURES = 3  # a good row fails by chance, now this way, now that; a bad row fails the same way each time
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One request on its way, over as many calls as that takes; a sender yields it when no more will follow."""
-
-    request: Request
-    parameters: Parameters = field(default_factory=Parameters)  # it was last sent with these
-    tier: str = "standard"  # at which it is billed; genai-prices calls it "processing"
-    calls: int = 0
-    seconds: float = 0.0  # of its calls, summed
-    cost: float | None = None  # US dollars, of the calls whose cost is known; None: of none
-    unconfirmed_cost: float = 0.0  # at most, of calls that returned no usage and may have been billed
-    unconfirmed_calls: int = 0  # the number of these
-    usage: Usage | None = None  # of all its calls; None: no reply has reported any
-    body: Mapping[str, Any] = field(default_factory=dict)  # of the last reply
-    problem: str = ""  # set by the sender unless the body is a completion
-    is_splittable: bool = True  # whether its rows may be sent again, fewer at a time or alone; else they are given up
-
-    def after_call(self, response: Response, cost: float | None, unconfirmed_cost: float) -> Attempt:
-        """The attempt after one more call."""
-        known = self.cost if cost is None else (self.cost or 0.0) + cost
-        usage = response.usage
-        if usage and self.usage:
-            usage = Usage(*map(operator.add, self.usage, usage))
-        return replace(
-            self,
-            calls=self.calls + 1,
-            seconds=self.seconds + response.seconds,
-            cost=known,
-            unconfirmed_cost=self.unconfirmed_cost + unconfirmed_cost,
-            unconfirmed_calls=self.unconfirmed_calls + (unconfirmed_cost > 0),
-            usage=usage or self.usage,
-            body=response.body if isinstance(response.body, dict) else {},
-        )
-
-
-def read_answers(attempt: Attempt) -> tuple[dict[Row, str], dict[Row, str]]:
-    """Each row's answer, a 0 or 1 per label, or what is wrong with it; rows are found by their id, never by order."""
-    problem, by_id = (attempt.problem, {}) if attempt.problem else read_message(attempt.body)
-    rows, prompt = attempt.request.rows, attempt.request.prompt
-    answers: dict[Row, str] = {}
-    problems: dict[Row, str] = {}
-    for row, row_id in zip(rows, row_ids(len(rows), attempt.request.id_set), strict=True):
-        answer = by_id.get(row_id, MISSING)
-        reason, applying = (problem, []) if problem else read_answer(prompt.form, answer, prompt.labels)
-        if reason:
-            problems[row] = reason
-        else:
-            answers[row] = "".join(["01"[label in applying] for label in prompt.labels])
-    return answers, problems
-
-
-class RetryPolicy(NamedTuple):
-    """How rows without a usable answer are sent again; it depends on what another attempt costs the sender."""
-
-    in_halves: bool  # else each alone at once, for a sender whose attempts take hours
-    most_failures: int  # after which a row is given up, whether these are alike or not
-
-
-def next_requests(
-    attempt: Attempt, problems: Mapping[Row, str], policy: RetryPolicy | None
-) -> tuple[list[Request], dict[Row, str]]:
-    """The requests to send for rows with problems, and the rows that are given up: all of these without a policy."""
-    if attempt.problem == SENT_AGAIN:
-        return [], {}
-    if policy is None or not attempt.is_splittable:
-        return [], dict(problems)
-    request, rows = attempt.request, tuple(row for row in problems if row.text)
-    given_up = {row: reason for row, reason in problems.items() if not row.text}  # an earlier run's, not at hand
-    if policy.in_halves and len(request.rows) > 1:
-        return halves(replace(request, rows=rows)), given_up
-    again = []
-    for row in rows:
-        failures = (*request.failures, problems[row])
-        if failures.count(problems[row]) >= ALIKE_FAILURES or len(failures) >= policy.most_failures:
-            given_up[row] = problems[row]
-        else:
-            again.append(replace(request, rows=(row,), failures=failures))
-    return again, given_up
-
-
 # --- Budget -----------------------------------------------------------------------------------------------
 #
 # In: a cap and amounts of US dollars. Out: whether a call may leave. Earlier runs on the store and open jobs count.
 
 
-class Budget:
-    """What may be spent: the most that a call can cost is set aside before it leaves, and settled when it is back."""
-
-    def __init__(self, cap: float | None, store: Store) -> None:
-        self.cap, self.store = cap, store
-        self.spent, self.for_jobs = store.money()  # by all runs on this store, with what killed ones left unsettled
-        self.reached = store.noted("reached_cap", -1.0)  # the highest cap at which a run has ended
-        self.unsettled = store.noted("unsettled_cost", 0.0)  # by earlier runs
-        self.in_flight = 0.0  # the sum of the calls' bounds
-        self.noted = 0.0  # the most of it that the store has, in case of a kill
-        self.excess = 1.0  # the highest bill, as a multiple of its bound: above 1 if our estimate of tokens is too low
-        self.is_untried = cap is not None  # until a first bill
-
-    @property
-    def is_reached(self) -> bool:
-        """Whether an earlier run has ended at this cap, so that repeating the command spends nothing more."""
-        return self.cap is not None and self.cap <= self.reached
-
-    @property
-    def set_aside(self) -> float:
-        return self.for_jobs + self.in_flight * self.excess
-
-    def fits(self, bound: float) -> bool:
-        amount = self.spent + self.set_aside + bound * self.excess
-        return self.cap is None or not (self.is_reached or amount > self.cap)
-
-    def reserve(self, bound: float) -> bool:
-        """Set a call's bound aside, if it fits; the store is told only of a new high, so that this is rare."""
-        if not self.fits(bound):
-            return False
-        self.in_flight += bound
-        if self.in_flight * self.excess > self.noted:
-            self._note()
-        return True
-
-    def _note(self) -> None:
-        self.noted = self.in_flight * self.excess
-        self.store.note("unsettled_cost", self.unsettled + self.noted)
-
-    def settle(self, bound: float, cost: float | None, unconfirmed: float) -> None:
-        """Put the bill in place of a call's bound, or what it may have cost if no bill came."""
-        self.in_flight = max(0.0, self.in_flight - bound)
-        self.spent += unconfirmed * self.excess if cost is None else cost
-        if cost is not None:
-            self.is_untried = False
-            self.excess = max(self.excess, cost / bound if bound else 0.0)
-
-    def reserve_job(self, bound: float) -> bool:
-        """Set aside what a request of a job may cost; the store has that with the job."""
-        fits = self.fits(bound)
-        self.for_jobs += bound * self.excess if fits else 0.0
-        return fits
-
-    def settle_job(self, set_aside: float, cost: float) -> None:
-        """Release what was set aside for a job, or add the bill of one of its answers."""
-        self.for_jobs = max(0.0, self.for_jobs - set_aside)
-        self.spent += cost
-
-    def close(self) -> None:
-        """Note what is still in flight, now that no call will come back."""
-        if self.noted:
-            self._note()
-
-    def exceeded(self, bound: float) -> BudgetExceeded:
-        """Note that this cap was reached, and make the error for a call with this bound."""
-        spent = f"(spent: {dollars(self.spent)}, set aside: {dollars(self.set_aside)})"
-        most = dollars(bound * self.excess)
-        why = f"The next call may cost up to {most}, which could exceed `max_cost` {self.cap:g} {spent}"
-        if self.is_reached:
-            why = f"An earlier run on this store has ended at `max_cost` {self.cap:g} or a higher one {spent}"
-        self.store.note("reached_cap", max(self.cap or 0.0, self.reached))
-        return BudgetExceeded(f"{why}: raise it and run the same command to continue.")
-
-
-# --- Senders ----------------------------------------------------------------------------------------------
-#
-# In: a queue of requests; a sender takes them from its front and puts none back. Out: attempts, one per request, in any
-# order, each as it lands. A sender retries and waits; the content of an answer is none of its business.
-
-
 @dataclass
-class Sender:
-    """What a sender may use; its class attributes are what others need to know about it.
+class Budget:
+    """The most that a call can cost counts until its bill is there, and stays where none comes.
 
-    A sender makes one attempt per request, adds each call to it with `after_call`, and yields it with a completion as
-    its body, or with a problem. It ends with the server's `fatal_error`, if there is one.
+    So the cap is passed at most by what calls in flight cost beyond their bounds.
     """
 
-    tier: ClassVar[str] = "standard"  # at which its calls are billed
-    policy: ClassVar[RetryPolicy] = RetryPolicy(in_halves=True, most_failures=sys.maxsize)
-    calls_server: ClassVar[bool] = True  # else it needs no key and no connection
-    collects_jobs: ClassVar[bool] = False  # whether open jobs alone, without any request, give it something to do
-    headline: ClassVar[str] = ""  # how it sends; may contain {max_workers}
-    start_line: ClassVar[str] = ""  # what it does first; may contain {at_once}
+    cap: float | None
+    spent: float  # by all runs on this store
+    for_jobs: float  # that open jobs may cost
+    in_flight: float = 0.0  # the sum of the calls' bounds
 
-    options: Options
-    server: Server
-    budget: Budget
-    store: Store
-    restore: Callable[[Request], Request]  # puts texts into an earlier run's request, where this run has them
-    stop: threading.Event
-    warn: Callable[[str], None]
-    progress: Progress
-    is_proven: bool = field(default=False, init=False)  # whether a row has been answered
+    def reserve(self, bound: float) -> bool:
+        """Set a call's bound aside, if it fits."""
+        fits = self.cap is None or self.spent + self.for_jobs + self.in_flight + bound <= self.cap
+        self.in_flight += bound if fits else 0.0
+        return fits
 
-    def send(self, requests: Queue) -> Generator[Attempt, None, None]:
-        """Yield one attempt for each request; once `stop` is set, send no more and raise Stopped."""
-        raise NotImplementedError
+    def settle(self, bound: float, cost: float) -> None:
+        """Put the bill in place of a call's bound, or what it may have cost if no bill came."""
+        self.in_flight = max(0.0, self.in_flight - bound)
+        self.spent += cost
+
+    def exceeded(self, bound: float) -> BudgetExceeded:
+        aside = dollars(self.for_jobs + self.in_flight)
+        return BudgetExceeded(
+            f"The next call may cost up to {dollars(bound)}, which could exceed `max_cost` {self.cap:g} (spent: "
+            f"{dollars(self.spent)}, set aside: {aside}): raise it and run the same command to continue."
+        )
 
 
-@dataclass
-class Flight:
-    """An attempt in flight, or waiting to leave, with what its retries depend on."""
+# --- Sending ----------------------------------------------------------------------------------------------
+#
+# In: attempts. Out: pairs of an attempt and a verdict, each as it lands. A sender waits, retries, splits and probes as
+# the verdicts say; it never looks into an answer.
 
-    attempt: Attempt
-    due: float  # when it may leave
-    failures: int = 0  # calls that failed on their way or in the server
-    failed_since: float = math.inf
-    # Of its last call:
-    departure: Departure = field(init=False, repr=False)
-    bound: float = field(init=False, repr=False)  # US dollars that it may cost at most
-
-    def __lt__(self, other: Flight) -> bool:
-        """In a heap, the one that is due first comes first."""
-        return self.due < other.due
-
+Landed: TypeAlias = Generator[tuple[Attempt, Verdict], None, None]
 
 CALL_SECONDS = 600.0  # after which a call is given up whose reply only trickles in; the timeout, if that is longer
 STOP_SECONDS = 8.0  # how long a stop waits for calls in flight, or as long as the slowest answer has taken
-MOST_UNPROVEN = 20  # calls at once, until a row has been answered
-LONGEST_WAIT = 3600.0  # that a server may ask for
+MAX_UNPROVEN = 20  # calls at once, until a row has been answered
+MAX_PROBE_CALLS = 16
+HARMLESS = "The library is open from nine to five."
 
 
 class Calls:
@@ -3143,8 +3218,8 @@ class Calls:
         self.longest = max(CALL_SECONDS, timeout)
         self.new_pool = partial(ThreadPoolExecutor, workers, thread_name_prefix="enrich")
         self.pool = self.new_pool()
-        self.completed: queue.SimpleQueue[Future[Response]] = queue.SimpleQueue()
-        self.started: dict[Future[Response], float] = {}  # calls that have not come back, the oldest first
+        self.completed: queue.SimpleQueue[Future[Reply]] = queue.SimpleQueue()
+        self.started: dict[Future[Reply], float] = {}  # calls that have not come back, the oldest first
         self.slowest = 0.0  # seconds that an answer has taken
         self.stopped_at = math.inf
 
@@ -3154,15 +3229,15 @@ class Calls:
     def __exit__(self, *exc_info: object) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def start(self, call: Callable[[], Response]) -> Future[Response]:
+    def start(self, call: Callable[[], Reply]) -> Future[Reply]:
         """Start a call, which `wait_for_one` will return."""
         made = self.pool.submit(call)
         self.started[made] = time.monotonic()
         made.add_done_callback(self.completed.put)
         return made
 
-    def wait_for_one(self, pause: float, is_stopping: bool) -> tuple[Future[Response], Response] | None:
-        """A call that came back, and its response; None if none does within `pause` seconds.
+    def wait_for_one(self, pause: float, is_stopping: bool) -> tuple[Future[Reply], Reply] | None:
+        """A call that came back, and its reply; None if none does within `pause` seconds.
 
         The oldest comes back as if it had timed out if it takes too long; its thread is left behind with its pool.
         """
@@ -3174,7 +3249,7 @@ class Calls:
                 self.pool.shutdown(wait=False)
                 self.pool = self.new_pool()
                 del self.started[oldest]
-                return oldest, Response(0, {}, None, age, "no whole answer in time")
+                return oldest, Reply(0, {}, None, age, "no whole answer in time")
         try:
             made = self.completed.get(timeout=pause)
         except queue.Empty:
@@ -3184,154 +3259,394 @@ class Calls:
         return made, made.result()  # a bug in it is raised here, in the main thread
 
 
-@dataclass
-class ThreadSender(Sender):
+class LiveSender:
     """Makes chat calls, at most `max_workers` at once.
 
-    No worker sleeps while a request waits, and what is in flight is all that can still be billed after a stop.
+    No worker sleeps while an attempt waits, and what is in flight is all that can still be billed after a stop.
     """
 
-    headline = "Parallel workers: {max_workers}"
-    start_line = "Processing {at_once} batches simultaneously..."
+    tier = "standard"  # at which its calls are billed
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self, task: Task, evidence: Evidence, budget: Budget, stop: threading.Event, progress: Progress
+    ) -> None:
+        self.options, self.server, self.warn = task.options, task.server, task.console.warn
+        self.evidence, self.budget, self.stop, self.progress = evidence, budget, stop, progress
+        self.prompt = task.prompt
         self.pace = Pace(int(self.options.max_workers))
         self.calls = Calls(int(self.options.max_workers), self.options.timeout)
-        self.in_flight: dict[Future[Response], Flight] = {}
-        self.waiting: list[Flight] = []  # a heap
+        self.in_flight: dict[Future[Reply], Attempt] = {}
+        self.again: deque[Attempt] = deque()  # parts of attempts, which go before new ones
+        self.waiting: list[Attempt] = []  # a heap
+        self.parked: list[Attempt] = []  # until the probe has found what the server takes
         self.limited_since = math.inf  # since when only 429s have come
-        self.failing_since = math.inf  # since when no request has succeeded
-        self.failures = 0  # in a row, over all requests
+        self.error: EnrichmentError | None = None  # the first one after which no call is made
 
-    def send(self, requests: Queue) -> Generator[Attempt, None, None]:
+    def send(self, attempts: Iterable[Attempt]) -> Landed:
+        """Yield each attempt with its verdict; at the end raise what ended the run early, if anything did."""
+        new = iter(attempts)
         with self.calls:
-            while self.in_flight or (self.is_running and (self.waiting or requests.peek())):
-                pause = self._launch(requests)
+            while self.in_flight or (self.is_running and (self.parked or self.waiting or self._fill(new))):
+                if self.parked and not self.in_flight:
+                    yield from self._settle_parked()
+                    continue
+                pause = self._launch(new)
                 if self.stop.is_set() and self.calls.stopped_at == math.inf:
                     self.warn(f"Stopping: calls in flight: {len(self.in_flight)}. Ctrl-C again stops without waiting.")
                 returned = self.calls.wait_for_one(pause, is_stopping=not self.is_running)
-                landed = self._take_in(*returned) if returned else None
-                if landed:
-                    self._launch(requests)  # before the caller spends time on the attempt
-                    yield landed
-            called = [flight.attempt for flight in self.waiting if flight.attempt.calls]
-            for attempt in called:  # recorded, since their calls may have been billed
-                yield replace(attempt, body={}, problem="not answered before the stop", is_splittable=False)
-        if self.server.fatal_error:
-            raise self.server.fatal_error
+                if not returned:
+                    continue
+                attempt = self.in_flight.pop(returned[0])
+                verdict = self._take_in(attempt, returned[1])
+                has_landed = self._follow(attempt, verdict)
+                self._launch(new)  # before the caller spends time on the attempt
+                if has_landed:
+                    yield attempt, verdict
+            for attempt in [*self.waiting, *self.parked]:
+                if attempt.calls:  # recorded, since its calls may have been billed
+                    yield attempt, Verdict(Action.STOP, "not answered before the stop")
+        if self.error:
+            raise self.error
         if self.stop.is_set():
             raise Stopped
 
     @property
     def is_running(self) -> bool:
-        return not self.server.fatal_error and not self.stop.is_set()
+        return not self.error and not self.stop.is_set()
 
-    def _launch(self, requests: Queue) -> float:
+    def _fill(self, new: Iterator[Attempt]) -> bool:
+        """Have the next attempt in `again`, if there is one, in a size that is not known to be too long."""
+        if not self.again:
+            self.again.extend(itertools.islice(new, 1))
+        while self.again and self.evidence.is_too_long(self.again[0]):
+            longest = self.again.popleft()
+            self.again.extendleft(reversed(longest.halves(longest.rows)))
+            self.progress.expect(1)
+        return bool(self.again)
+
+    def _launch(self, new: Iterator[Attempt]) -> float:
         """Start the calls that may start now; return the seconds until another one may, half a second at most."""
-        while self.is_running and len(self.in_flight) < self._most_at_once and (self.waiting or requests.peek()):
+        parameters = self.evidence.parameters
+        while (
+            self.is_running
+            and not self.parked
+            and len(self.in_flight) < self._max_at_once
+            and (self.waiting or self._fill(new))
+        ):
             now = time.monotonic()
-            if not (self.waiting and self.waiting[0].due <= now) and requests.peek():
-                heapq.heappush(self.waiting, Flight(Attempt(requests.pop(), tier=self.tier), due=now))
-            flight = self.waiting[0]
-            request = flight.attempt.request
-            if flight.due > now:
-                return min(0.5, flight.due - now)
+            if not (self.waiting and self.waiting[0].due <= now) and self._fill(new):
+                attempt = self.again.popleft()
+                attempt.due, attempt.tier = now, self.tier
+                heapq.heappush(self.waiting, attempt)
+            attempt = self.waiting[0]
+            if attempt.due > now:
+                return min(0.5, attempt.due - now)
             # OpenAI counts the larger of the two against its limit (guides/rate-limits).
-            tokens = float(max(prompt_tokens(request, self.server.parameters), most_answer_tokens(request)))
+            tokens = float(max(prompt_tokens(attempt, parameters), max_answer_tokens(attempt)))
             wait = self.pace.delay(tokens, now)
             if wait > 0:
                 self.progress.waiting(wait)
                 return min(0.5, wait)
-            bound = 0.0 if self.budget.cap is None else self.server.worst_cost(request, self.tier)
+            bound = 0.0 if self.budget.cap is None else self.server.worst_cost(attempt, parameters, self.tier)
             if not self.budget.reserve(bound):
-                if not self.in_flight:  # else what these leave of their bounds may do
-                    self.server.fatal_error = self.budget.exceeded(bound)
+                if not self.in_flight:  # otherwise what these leave of their bounds may do
+                    self.error = self.budget.exceeded(bound)
                 return 0.5
             heapq.heappop(self.waiting)
-            flight.attempt = replace(flight.attempt, parameters=self.server.parameters)
-            flight.departure, flight.bound = self.pace.leave(tokens, now), bound
-            call = partial(self.server.call, "/chat/completions", build_body(request, self.server.parameters))
-            self.in_flight[self.calls.start(call)] = flight
+            attempt.parameters, attempt.bound = parameters, bound
+            attempt.departure = self.pace.leave(tokens, now)
+            call = partial(self.server.call, "/chat/completions", build_body(attempt, parameters))
+            self.in_flight[self.calls.start(call)] = attempt
         return 0.5
 
     @property
-    def _most_at_once(self) -> int:
-        """Under a cap the first call goes alone, so that a bill beyond its bound shows after one call."""
-        if self.budget.is_untried:
-            return 1
-        return int(self.pace.slots) if self.is_proven else min(int(self.pace.slots), MOST_UNPROVEN)
+    def _max_at_once(self) -> int:
+        return int(self.pace.slots) if self.evidence.works else min(int(self.pace.slots), MAX_UNPROVEN)
 
-    def _take_in(self, made: Future[Response], response: Response) -> Attempt | None:
-        """The attempt if it has landed, or None if it is to be sent again, later."""
-        flight = self.in_flight.pop(made)
-        now, request = time.monotonic(), flight.attempt.request
-        self.pace.observe(response.headers, flight.departure, now)
-        cost = self.server.prices.billed(response, self.tier)
-        unconfirmed = 0.0
-        if cost is None and response.may_be_billed and self.server.knows_price:
-            unconfirmed = flight.bound or self.server.worst_cost(request, self.tier)
-        self.budget.settle(flight.bound, cost, unconfirmed)
-        flight.attempt = flight.attempt.after_call(response, cost, unconfirmed)
-        outcome, reason = self.server.judge(response, request, flight.attempt.parameters)
-        self.limited_since = min(self.limited_since, now) if outcome is Outcome.LIMITED else math.inf
-        if outcome in {Outcome.ANSWERED, Outcome.REFUSED, Outcome.FAILED}:
+    def _take_in(self, attempt: Attempt, reply: Reply) -> Verdict:
+        """Add a reply to its attempt, and to all that is learned from replies."""
+        now = time.monotonic()
+        self._settle(attempt, reply, now)
+        if is_failure(reply):
+            attempt.tries += 1
+            attempt.failing_since = min(attempt.failing_since, now)
+        verdict = judge(reply, attempt, self.evidence, self.server, now)
+        news = self.evidence.note(reply, attempt, verdict, now)
+        if news:
+            self.warn(f"{self.server.host} {news}")
+        if verdict.action is Action.DONE or verdict.is_refusal:
             self.pace.succeed()
-            self.failing_since, self.failures = math.inf, 0
-            self.calls.slowest = max(self.calls.slowest, response.seconds)
-            return replace(flight.attempt, problem=reason, is_splittable=outcome is not Outcome.FAILED)
-        wait, flight.due = requested_wait(response.headers), now
-        if max(wait, now - self.limited_since) > LONGEST_WAIT:
-            outcome = Outcome.FATAL
-            self.server.fail(long_wait_line(self.server.host, wait))
-        if outcome is Outcome.TRANSIENT:
-            problem = self._note_failure(flight, reason, now)
-            if problem:
-                return replace(flight.attempt, problem=problem, is_splittable=False)
-            flight.due = now + (wait or backoff(flight.failures, self.pace.jitter()))
-        if outcome is Outcome.LIMITED:
-            known = self.pace.resume_at
-            self.pace.refuse(wait, flight.departure, now)
-            if self.pace.resume_at > max(now + 30, known + 1):  # short waits, and those reported already, are no news
-                self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.")
-        if outcome is Outcome.SUSPECT:  # which the second ids are never
-            flight.attempt = replace(flight.attempt, request=replace(request, id_set=1))
-        heapq.heappush(self.waiting, flight)  # after a fatal error only to be recorded
+            self.calls.slowest = max(self.calls.slowest, reply.seconds)
+        self.limited_since = min(self.limited_since, now) if verdict.is_rate else math.inf
+        if now - self.limited_since > MAX_WAIT:
+            line = long_wait_line(self.server.host, 0.0) + self.server.server_message(reply, attempt.rows)
+            return Verdict(Action.STOP, line)
+        if verdict.is_rate:
+            self._note_limit(reply, attempt, verdict, now)
+        return verdict
+
+    def _settle(self, attempt: Attempt, reply: Reply, now: float) -> None:
+        """Take in what a live call has cost, and what its reply says of limits."""
+        self.pace.observe(reply.headers, attempt.departure, now)
+        cost, unconfirmed = self.server.billed(reply, LiveSender.tier, self.server.user_price, self.server.model), 0.0
+        if cost is None and reply.may_be_billed and self.server.knows_price:
+            unconfirmed = attempt.bound or self.server.worst_cost(attempt, attempt.parameters, LiveSender.tier)
+        self.budget.settle(attempt.bound, unconfirmed if cost is None else cost)
+        attempt.take_in(reply, cost, unconfirmed)
+
+    def _note_limit(self, reply: Reply, attempt: Attempt, verdict: Verdict, now: float) -> None:
+        """Make all calls wait, and say so where that is long."""
+        known = self.pace.resume_at
+        self.pace.refuse(verdict.seconds or 0.0, attempt.departure, now)
+        if self.pace.resume_at > max(now + 30, known + 1):  # short waits, and those reported already, are no news
+            said = self.server.server_message(reply, attempt.rows)
+            self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.{said}")
+
+    def _follow(self, attempt: Attempt, verdict: Verdict) -> bool:
+        """Do what a verdict says; return whether the attempt has landed."""
+        action = verdict.action
+        if action in {Action.DONE, Action.SPLIT, Action.GIVE_UP}:
+            parts = self._parts(attempt, verdict)
+            self.again.extendleft(reversed(parts))
+            self.progress.expect(len(parts))
+            return True
+        if action is Action.ADAPT and verdict.parameters is None:
+            self.parked.append(attempt)
+            return False
+        if action is Action.STOP:
+            self.error = self.error or ProviderError(verdict.reason)
+        if verdict.parameters:
+            self._adopt(verdict.parameters)
+        if verdict.is_refusal:
+            attempt.reasons += (verdict.reason,)
+        wait = 0.0 if verdict.is_rate or verdict.parameters else verdict.seconds  # a rate makes all calls wait
+        wait = backoff(attempt.tries, self.pace.jitter()) if wait is None else wait
+        due, id_set = time.monotonic() + wait, verdict.id_set or attempt.id_set
+        heapq.heappush(self.waiting, replace(attempt, due=due, id_set=id_set))  # after a stop only to be recorded
+        return False
+
+    def _parts(self, attempt: Attempt, verdict: Verdict) -> list[Attempt]:
+        """What is sent again of an attempt that has landed; one that failed on the server leaves its parts one try."""
+        if verdict.action is Action.GIVE_UP:
+            return []
+        rows = tuple(verdict.problems) if verdict.action is Action.DONE else attempt.rows
+        if verdict.action is Action.SPLIT and attempt.reply and is_failure(attempt.reply):
+            tries = min(MAX_TRIES_ALONE, self.server.max_retries + 1) - 1
+            is_last = len(rows) == 2  # lone rows have two tries: most failures are chance
+            return attempt.halves(rows, tries=max(0, tries - is_last))
+        return attempt.halves(rows, tries=0, failing_since=math.inf)
+
+    def _adopt(self, parameters: Parameters) -> None:
+        """Send all that follows under these parameters, and say what is different."""
+        changed = differences(self.evidence.parameters, parameters)
+        if changed:
+            self.warn(f"{self.server.host} rejects a parameter of the request: continuing with {changed}.")
+        if self.evidence.works:  # more room alone is no other form
+            self.evidence.forms.add(parameters.form)
+        self.evidence.parameters = parameters
+        if self.server.is_capped and parameters.completion_bound is None and not {*BOUNDS} & {*self.prompt.extra_body}:
+            self.error = self.error or ProviderError(
+                f"{self.server.host} cannot limit the length of completions, so the cost cannot be capped: drop "
+                "`max_cost`."
+            )
+
+    # The probe: what this server takes is found out with one harmless text, asked alone.
+
+    def _settle_parked(self) -> Landed:
+        """Judge again what waits for the probe: by what has been answered meanwhile, or else after probing."""
+        for is_probed in (False, True):
+            parked, self.parked = self.parked, []
+            for attempt in parked:
+                now, reply = time.monotonic(), attempt.reply or Reply(0, {}, None, 0.0)
+                verdict = judge(reply, attempt, self.evidence, self.server, now)
+                if is_probed and verdict.action is Action.ADAPT and not verdict.parameters:
+                    verdict = Verdict(Action.RETRY, verdict.reason)
+                if self._follow(attempt, verdict):
+                    yield attempt, verdict
+            if not self.parked or is_probed:
+                return
+            yield from self.probe(self.parked[0].prompt)
+            if not self.is_running:
+                return
+
+    def probe(self, prompt: Prompt) -> Landed:
+        """Ask one harmless text, at most 16 times, and adopt the parameters under which it is answered.
+
+        (a) as it is; (b) without what the server's words point at; (c) at its simplest; (d) from there with one part
+        after the other put back. If it is answered in no way, the run ends with the words of (a).
+        """
+        evidence, current = self.evidence, self.evidence.parameters
+        tried: list[tuple[Attempt, Verdict]] = []
+        room = current.room  # more, where the answer is cut off at our bound
+
+        def ask(parameters: Parameters, about: Prompt = prompt) -> Generator[tuple[Attempt, Verdict], None, bool]:
+            """Whether it is answered; a reply with 2xx and no answer is asked for once more."""
+            nonlocal room
+            left = 2
+            while left and len(tried) < MAX_PROBE_CALLS:
+                attempt = yield from self._ask_alone(replace(parameters, room=max(room, parameters.room)), about)
+                if not attempt or not attempt.reply:
+                    return False
+                roomier = with_room(attempt.reply, attempt, attempt.parameters)
+                room, left = roomier.room if roomier else room, left if roomier else left - 1
+                answers, problems = check_answers(find_answers(attempt.reply, attempt), attempt)
+                tried.append((attempt, Verdict(Action.DONE, answers=answers, problems=problems)))
+                if answers or attempt.reply.error_status // 100 != 2:
+                    return bool(answers)
+            return False
+
+        def last() -> Reply:
+            return tried[-1][0].reply or Reply(0, {}, None, 0.0)
+
+        if (yield from ask(current)):  # (a)
+            return self._works_with(replace(current, room=room))
+        if not tried or not self.is_running:
+            return None
+        first, problems = last(), tried[-1][1].problems
+        is_failing = is_failure(first)
+        if first.status == 0:
+            return self._end_by(self._failing_line(first.reason))
+        if first_choice(first.body).get("finish_reason") == "length" and current.completion_bound:
+            bound = max_completion_tokens(tried[-1][0], tried[-1][0].parameters)
+            return self._end_by(
+                f"{self.server.host} came to no answer in {bound:,} tokens, not even about a harmless text: try "
+                "another `model`, or have it think less (`extra_body`)."
+            )
+        verdict = judge(first, tried[-1][0], replace(evidence, parameters=current), self.server, time.monotonic())
+        if verdict.action is Action.STOP:
+            return self._end_by(verdict.reason)
+        found, lower = None, current
+        while not found and len(tried) < MAX_PROBE_CALLS // 2 and self.is_running:  # (b)
+            words = " ".join([*last().error.names, last().error.message])
+            pointed = fall_back(lower, words) if last().error_status >= 400 else None
+            if pointed is None or not self._is_allowed(pointed):
+                break
+            lower = pointed
+            found = lower if (yield from ask(lower)) else None
+        simplest = Parameters(Format.TEXT, {}, current.completion_bound if self.server.is_capped else None, 0, False)
+        if not found and (yield from ask(simplest)):  # (c)
+            found = simplest
+            for richer in RICHER:  # (d)
+                wanted = richer(found, current)
+                if wanted != found and len(tried) < MAX_PROBE_CALLS and self.is_running and (yield from ask(wanted)):
+                    found = wanted
+        if not self.is_running:
+            return None
+        if found and is_failing:  # a 5xx is no verdict on a form: the form as it is may be answered by now
+            found = current if (yield from ask(current)) else found
+        tries = 0
+        while not found and is_failing and tries < self.server.max_retries and self.is_running:
+            tries += 1
+            self._pause(backoff(tries, self.pace.jitter()))
+            found = current if (yield from ask(current)) else None
+        if not self.is_running:
+            return None
+        if found:
+            return self._works_with(replace(found, room=max(found.room, room)))
+        if is_failing:
+            return self._end_by(self._failing_line(f"HTTP {first.error_status}"))
+        is_ours = yield from ask(simplest, prompt.neutral)
+        useless = next((t for t in tried if t[0].reply and t[0].reply.status // 100 == 2), None)
+        if useless and useless[0].reply and not useless[0].reply.error.message:  # answered, at last, but not usably
+            first, problems = useless[0].reply, useless[1].problems
+        return self._end_by(self._useless_line(first, problems, is_ours))
+
+    def _ask_alone(
+        self, parameters: Parameters, prompt: Prompt
+    ) -> Generator[tuple[Attempt, Verdict], None, Attempt | None]:
+        """An attempt about the harmless text, once its call has come back; a rate limit is waited for."""
+        while self.is_running:
+            attempt = Attempt((Row(digest(HARMLESS), HARMLESS, None),), prompt, is_probe=True)
+            tokens = float(prompt_tokens(attempt, parameters))
+            if self.server.is_capped:
+                attempt.bound = self.server.worst_cost(attempt, parameters, LiveSender.tier)
+            if not self.budget.reserve(attempt.bound):
+                self.error = self.budget.exceeded(attempt.bound)
+                return None
+            self._pause(self.pace.delay(tokens, time.monotonic()))
+            if not self.is_running:
+                return None
+            attempt.parameters, attempt.departure = parameters, self.pace.leave(tokens, time.monotonic())
+            self.calls.start(partial(self.server.call, "/chat/completions", build_body(attempt, parameters)))
+            returned = None
+            while not returned:
+                returned = self.calls.wait_for_one(0.2, is_stopping=not self.is_running)
+            reply, now = returned[1], time.monotonic()
+            self._settle(attempt, reply, now)
+            self.evidence.reached |= reply.status > 0
+            self.progress.expect(1)
+            yield attempt, Verdict(Action.DONE)
+            verdict = judge(reply, attempt, self.evidence, self.server, now)
+            if not verdict.is_rate:
+                return attempt
+            self._note_limit(reply, attempt, verdict, now)
         return None
 
-    def _note_failure(self, flight: Flight, reason: str, now: float) -> str:
-        """Why the request is given up, if its retries are used up; the run ends if the server turns out to be down."""
-        host, retries = self.server.host, self.options.max_retries
-        flight.failures += 1
-        flight.failed_since = min(flight.failed_since, now)
-        self.failures += 1
-        self.failing_since = min(self.failing_since, now)
-        # Nothing has succeeded since this one first failed; a few failures may be chance even without any retries.
-        is_gone = self.failing_since <= flight.failed_since and self.failures >= max(5, retries + 1)
-        if not self.server.reached and now - self.failing_since > UNREACHABLE_SECONDS:
-            line = f"No answer from {host}: {reason}. Check the address and the network"
-        elif flight.failures <= retries:
-            return ""
-        elif is_gone:
-            line = f"{host} fails every request ({reason}, {self.failures} in a row). Try later"
-        else:
-            return f"the server failed on it {flight.failures} times ({reason})"
-        self.server.fail(f"{line}, then run the same command: what came back is kept.")
-        return ""
+    def _pause(self, seconds: float) -> None:
+        """Wait, unless the run is to stop."""
+        until = time.monotonic() + seconds
+        while self.is_running and (left := until - time.monotonic()) > 0:
+            self.progress.waiting(left)
+            self.stop.wait(min(0.5, left))
 
+    def _is_allowed(self, parameters: Parameters) -> bool:
+        return parameters.completion_bound is not None or not self.server.is_capped
 
-def long_wait_line(host: str, wait: float) -> str:
-    """For a wait, in seconds, that is too long, or a shorter one after an hour of nothing but HTTP 429."""
-    if wait <= LONGEST_WAIT:
+    def _works_with(self, parameters: Parameters) -> None:
+        self._adopt(parameters)
+        self.evidence.forms.add(parameters.form)
+        self.evidence.answered_at, self.evidence.refusals = time.monotonic(), 0
+        self.evidence.failing_since = math.inf
+
+    def _end_by(self, line: str) -> None:
+        self.error = self.error or ProviderError(line)
+
+    def _failing_line(self, reason: str) -> str:
         return (
-            f"{host} has answered nothing but HTTP 429 for an hour; what came back is kept: run the same command later."
+            f"{self.server.host} fails every request ({reason}). Try later, then run the same command: what came back "
+            "is kept."
         )
-    minutes = math.ceil(wait / 60)
-    length = f"{minutes // 60} h {minutes % 60} min" if minutes < 6000 else f"{minutes // 1440:,} days"
-    until = ""
-    with contextlib.suppress(OverflowError):
-        until = f" until {datetime.now() + timedelta(seconds=wait):{'%H:%M' if minutes < 1440 else '%Y-%m-%d'}}"
-    return f"{host} asks to wait{until} ({length}); answers so far are kept: run the same command then."
 
+    def _useless_line(self, reply: Reply, problems: Mapping[Row, str], is_ours: bool) -> str:
+        """For a server that answers not even a harmless text; `is_ours`: but it does under two labels of our own."""
+        cause = " It answers without your labels and instructions: look for what it refuses there." if is_ours else ""
+        if self.server.is_capped and str(self.evidence.parameters.completion_bound) in reply.error.message:
+            return (
+                f"{self.server.host} cannot limit the length of completions, so the cost cannot be capped: drop "
+                f"`max_cost`.{self.server.server_message(reply, ())}"
+            )
+        if reply.error_status // 100 == 2 and not reply.error.message:
+            return (
+                f"{self.server.host} gives no answer that can be used, not even about a harmless text: "
+                f"{refusal_reason(reply, problems)}. Try another `model`, or another server.{cause}"
+            )
+        return self.server.explain(reply, [row for attempt in self.parked for row in attempt.rows]) + cause
+
+
+# Parts of a request as they are put back, one after the other; each gives the same parameters where it adds nothing.
+RICHER: tuple[Callable[[Parameters, Parameters], Parameters], ...] = (
+    lambda found, _: replace(found, has_system_role=True),
+    lambda found, _: replace(found, format=Format.PLAIN_SCHEMA),
+    lambda found, _: replace(found, format=Format.JSON) if found.format is Format.TEXT else found,
+    lambda found, wanted: replace(found, completion_bound=wanted.completion_bound),
+    lambda found, wanted: with_extra(found, wanted, "temperature"),
+    lambda found, wanted: with_extra(found, wanted, "reasoning_effort"),
+)
+
+
+def with_extra(found: Parameters, wanted: Parameters, name: str) -> Parameters:
+    return replace(found, extras=found.extras | {k: v for k, v in wanted.extras.items() if k == name})
+
+
+def is_failure(reply: Reply) -> bool:
+    """Whether the network or the server failed, so that the same may succeed later."""
+    return reply.error_status in {0, 408, 409, 425} or reply.error_status >= 500
+
+
+# --- Jobs -------------------------------------------------------------------------------------------------
+#
+# In: attempts. Out: the same pairs as above, by way of OpenAI's Batch API, whose own object is called `remote` here.
+# Collect what has ended, submit the rest, wait or leave.
 
 # OpenAI, guides/batch.
 JOB_REQUESTS = 50_000
@@ -3345,9 +3660,10 @@ FILE_UNKNOWN = re.compile(
 )
 FIND_SECONDS = 60.0  # how long a job is looked for whose creation was not confirmed: lists may lag behind
 FILE_SECONDS = 300.0  # how long an uploaded file may take until a job can be made of it
-MOST_PAGES = 50  # of a list of jobs, which may claim to have no end
-MOST_LOOKS = 5  # at files with fewer lines than the job reports
-MOST_BARREN = 3  # jobs in a row that expire or are cancelled with nothing done
+MAX_PAGES = 50  # of a list of jobs, which may claim to have no end
+MAX_LOOKS = 5  # at files with fewer lines than the job reports
+MAX_EMPTY_JOBS = 3  # in a row, that expire or are cancelled with nothing done
+MAX_JOBS = 3  # that a request goes into: each may take a day
 
 
 @dataclass
@@ -3360,14 +3676,14 @@ class Job:
     user_price: tuple[float, float] | None  # US dollars per million tokens; it is billed as it was ordered
     planned_at: float = field(default_factory=time.time)  # seconds since 1970
     set_aside: float = 0.0  # US dollars
-    batch_id: str | None = None
+    remote_id: str | None = None
     attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
     looks: int = 0  # times that its files were incomplete
     uploaded_at: float = field(default_factory=time.monotonic)  # its file, or when this run took the job up
 
     @property
     def rows(self) -> Iterator[Row]:
-        return (row for attempt in self.attempts.values() for row in attempt.request.rows)
+        return (row for attempt in self.attempts.values() for row in attempt.rows)
 
 
 class CallRefused(ProviderError):  # noqa: N818
@@ -3378,130 +3694,155 @@ class CallRefused(ProviderError):  # noqa: N818
         self.status, self.words = status, words
 
 
-@dataclass
-class JobSender(Sender):
-    """Sends requests as jobs of OpenAI's Batch API, and collects those of earlier runs.
+class JobSender(LiveSender):
+    """Sends attempts as jobs of OpenAI's Batch API, and collects those of earlier runs.
 
     The store has each job before the provider has it, so that whatever ends this program, the next run finds the job
     again, and nothing is submitted twice.
     """
 
     tier = "batch"
-    policy = RetryPolicy(in_halves=False, most_failures=3)  # a job may take a day
-    collects_jobs = True
-    headline = "Sent as Batch API jobs: half the price, answers within a day"
-    start_line = "Submitting them to the Batch API..."
 
-    def __post_init__(self) -> None:
-        self.calls = Calls(1, self.options.timeout)
+    def __init__(
+        self, task: Task, evidence: Evidence, budget: Budget, stop: threading.Event, progress: Progress
+    ) -> None:
+        super().__init__(task, evidence, budget, stop, progress)
+        self.task, self.store = task, task.store
         self.jobs: list[Job] = []
-        self.waiting: deque[Attempt] = deque()  # for the next job, because an earlier one left them undone
-        self.most_requests = JOB_REQUESTS  # per job; fewer once a file or the account's queue has proved to be smaller
+        self.max_requests = JOB_REQUESTS  # per job; fewer once a file or the account's queue has proved to be smaller
         self.queue_is_full = False  # then nothing is submitted until a job ends
-        self.barren = 0  # jobs in a row that did nothing
-        self.completions = 0  # that could be read, usable or not
+        self.empty_jobs = 0  # in a row
+        self.is_tried = self.store.last_parameters(self.prompt) is not None  # whether this server has ever answered
 
-    def send(self, requests: Queue) -> Generator[Attempt, None, None]:
+    def send(self, attempts: Iterable[Attempt]) -> Landed:
+        new = iter(attempts)
         with self.calls:
             self._resume()
-            while self.jobs or self._next(requests):
-                self._submit(requests)
+            while self.jobs or self._fill(new):
+                if self._fill(new) and not self.is_tried:
+                    yield from self._try_live()
+                self._submit(new)
                 ended = self._poll()
-                for job, batch in ended:
-                    yield from self._collect(job, batch)
+                for job, remote in ended:
+                    yield from self._collect(job, remote)
                 has_to_wait = not ended or any(job.looks for job in self.jobs)
                 if has_to_wait and self.options.no_wait:
                     return
                 if has_to_wait:
-                    self._pause(self.options.poll_interval)
+                    self._sleep(self.options.poll_interval)
 
-    def _pause(self, seconds: float) -> None:
+    def _sleep(self, seconds: float) -> None:
         if self.stop.wait(seconds):
+            raise Stopped
+
+    def _try_live(self) -> Landed:
+        """Probe a server before its first job, which may take a day; where live calls are refused, the job goes."""
+        self.is_tried = True
+        reply = Reply(0, {}, None, 0.0)
+        for attempt, verdict in self.probe(self.prompt):
+            reply = attempt.reply or reply
+            yield attempt, verdict
+        if self.error and (reply.error_status // 100 == 4 or not reply.status):  # what is not reached, the upload tells
+            self.error = None
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        if self.error:
+            raise self.error
+        if self.stop.is_set():
             raise Stopped
 
     def _resume(self) -> None:
         """Take up the jobs of earlier runs. What never reached the provider goes into the next one."""
         for job in self.store.open_jobs():
             if job.server != self.server.address:
-                self.warn(f"Job {job.batch_id} is open at {job.server}: pass that as `base_url` to collect it.")
+                self.warn(f"Job {job.remote_id} is open at {job.server}: pass that as `base_url` to collect it.")
                 continue
-            for name, attempt in job.attempts.items():
-                job.attempts[name] = replace(attempt, request=self.restore(attempt.request))
-            if job.batch_id is None:
-                job.batch_id = (self._find(job) or {}).get("id")
+            for attempt in job.attempts.values():
+                self._restore(attempt)
+            if job.remote_id is None:
+                job.remote_id = (self._find(job) or {}).get("id")
                 self.store.note_job(job)
-            ours, learned = self.server.parameters, job.parameters
-            room = max(ours.reasoning_room, learned.reasoning_room)
-            factor = max(ours.answer_factor, learned.answer_factor)
-            self.server.parameters = replace(ours, reasoning_room=room, answer_factor=factor)
+            ours = self.evidence.parameters
+            self.evidence.parameters = replace(ours, room=max(ours.room, job.parameters.room))
             self.progress.expect(len(job.attempts))
-            if job.batch_id is None:
+            if job.remote_id is None:
                 self._release(job)
                 continue
             self.jobs.append(job)
-            self.warn(f"Job {job.batch_id} of an earlier run is resumed: {len(job.attempts)} requests.")
+            self.warn(f"Job {job.remote_id} of an earlier run is resumed: {len(job.attempts)} requests.")
+
+    def _restore(self, attempt: Attempt) -> None:
+        """Put texts into an earlier run's attempt, if this run asks the same of the rows that are still here."""
+        table, prompt = self.task.table, self.prompt
+        if {*prompt.questions, *prompt.for_audit().questions}.issuperset(attempt.prompt.questions):
+            places = table.find(b"".join(row.key for row in attempt.rows))
+            found = table.rows(table.first_rows[places[places >= 0]])
+            pairs = zip(attempt.rows, places, strict=True)
+            attempt.rows = tuple(row if place < 0 else next(found) for row, place in pairs)
+            attempt.prompt = replace(attempt.prompt, examples=prompt.examples)
 
     def _release(self, job: Job) -> list[Attempt]:
         """End a job: what it left undone goes into the next one, as far as this run has the texts; return the rest."""
         self.store.forget_job(job)
-        self.budget.settle_job(job.set_aside, 0.0)
-        left = [(attempt, attempt.request.with_texts) for attempt in job.attempts.values()]
-        undone = [replace(attempt, request=request) for attempt, request in left if request]
-        self.waiting.extendleft(reversed(undone))
-        return [attempt for attempt, request in left if not request]
+        self._free(job.set_aside)
+        undone = [attempt.again(attempt.with_texts) for attempt in job.attempts.values() if attempt.with_texts]
+        self.again.extendleft(reversed(undone))
+        return [attempt for attempt in job.attempts.values() if not attempt.with_texts]
 
-    def _next(self, requests: Queue) -> Request | None:
-        """The next request for a job, which stays where it is."""
-        return self.waiting[0].request if self.waiting else requests.peek()
+    def _free(self, set_aside: float) -> None:
+        self.budget.for_jobs = max(0.0, self.budget.for_jobs - set_aside)
 
-    def _submit(self, requests: Queue) -> None:
-        """Submit as many jobs as the requests need and the queue and the budget allow."""
-        while self._next(requests) and not self.queue_is_full and not self.stop.is_set():
+    def _submit(self, new: Iterator[Attempt]) -> None:
+        """Submit as many jobs as the attempts need and the queue and the budget allow."""
+        while self._fill(new) and not self.queue_is_full and not self.stop.is_set():
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 path = Path(folder) / "requests.jsonl"
                 with path.open("wb") as file:
-                    job = self._pack(requests, file)
+                    job = self._pack(new, file)
                 if not job.attempts:
                     break
                 self._start(job, path)
-        request = self._next(requests)
-        if request and not self.jobs and not self.stop.is_set():
-            raise self.budget.exceeded(self.server.worst_cost(request, self.tier))
+        if self._fill(new) and not self.jobs and not self.stop.is_set():
+            raise self.budget.exceeded(self.server.worst_cost(self.again[0], self.evidence.parameters, self.tier))
 
-    def _pack(self, requests: Queue, file: IO[bytes]) -> Job:
+    def _pack(self, new: Iterator[Attempt], file: IO[bytes]) -> Job:
         """Write requests to a job's file, as many as it may hold, and take them from the queue."""
-        job = Job(uuid.uuid4().hex, self.server.address, self.server.parameters, self.server.prices.user)
-        before = self.budget.for_jobs
-        while len(job.attempts) < self.most_requests and (request := self._next(requests)):
-            body = build_body(request, self.server.parameters)
-            line = {"custom_id": request.custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+        parameters = self.evidence.parameters
+        job = Job(uuid.uuid4().hex, self.server.address, parameters, self.server.user_price)
+        while len(job.attempts) < self.max_requests and self._fill(new):
+            attempt = self.again[0]
+            body = build_body(attempt, parameters)
+            line = {"custom_id": attempt.custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
             encoded = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-            is_full = file.tell() + len(encoded) > JOB_BYTES and job.attempts
-            if is_full or not self.budget.reserve_job(self.server.worst_cost(request, self.tier)):
+            bound = self.server.worst_cost(attempt, parameters, self.tier)
+            if (file.tell() + len(encoded) > JOB_BYTES and job.attempts) or not self.budget.reserve(bound):
                 break
+            self.budget.in_flight -= bound  # the store has it with the job
+            self.budget.for_jobs += bound
+            job.set_aside += bound
             file.write(encoded)
-            attempt = self.waiting.popleft() if self.waiting else Attempt(requests.pop(), tier=self.tier)
-            job.attempts[request.custom_id] = replace(attempt, parameters=job.parameters)
-        job.set_aside = self.budget.for_jobs - before
+            attempt.parameters, attempt.tier = parameters, self.tier
+            job.attempts[attempt.custom_id] = self.again.popleft()
         return job
 
     def _start(self, job: Job, path: Path) -> None:
         """Upload a job's file and create the job; where it is too large, its requests go into smaller ones."""
 
-        def upload() -> Response:
+        def upload() -> Reply:
             with path.open("rb") as file:  # of its own, since an upload that was given up may still be reading
                 files = [("file", (f"{job.tag}.jsonl", file))]
                 form = {"headers": {"Content-Type": "multipart/form-data"}}
                 return self.server.call("/files", {"purpose": "batch"}, files=files, options=form)
 
         try:
-            uploaded = self._call_with_retries(upload, rows=job.rows)
+            uploaded = self._call(upload, rows=job.rows)
             job.uploaded_at = time.monotonic()
             self._await_file(job, uploaded)
             self._create(job, str(uploaded.get("id")))
         except CallRefused as error:
             if error.status == 413 and len(job.attempts) > 1:
-                self.most_requests = len(job.attempts) // 2
+                self.max_requests = len(job.attempts) // 2
                 self._release(job)
             elif not self._has_full_queue(job, error.words):
                 raise
@@ -3512,21 +3853,21 @@ class JobSender(Sender):
             return False
         self.queue_is_full = bool(self.jobs)
         if not self.jobs:
-            self.most_requests = (len(job.attempts) + 1) // 2
+            self.max_requests = (len(job.attempts) + 1) // 2
         self._release(job)
         return True
 
     def _await_file(self, job: Job, file: dict[str, Any]) -> None:
         """Wait until an uploaded file is processed, where the server says how far it is."""
         while file.get("status") in {"uploaded", "pending", "running"} and self._may_wait(job):
-            self._pause(min(self.options.poll_interval, FILE_SECONDS / 60))
+            self._sleep(min(self.options.poll_interval, FILE_SECONDS / 60))
             try:
-                file = self._call_with_retries(partial(self.server.call, f"/files/{file.get('id')}"), "its file")
+                file = self._call(partial(self.server.call, f"/files/{file.get('id')}"), "its file")
             except CallRefused:  # it has no such call; the job's creation will tell
                 return
         if file.get("status") in {"error", "failed"}:
             quoted = self.server.quote(str(file.get("status_details") or "no reason given"), job.rows)
-            raise ProviderError(f"{self.server.host} could not process the file of a job; it says: {quoted}.")
+            raise ProviderError(f"{self.server.host} could not process the file of a job. Server message: {quoted}.")
 
     def _may_wait(self, job: Job) -> bool:
         return time.monotonic() - job.uploaded_at < FILE_SECONDS
@@ -3542,9 +3883,7 @@ class JobSender(Sender):
         while True:
             self.store.plan_job(job)
             try:
-                created = self._call_with_retries(
-                    partial(self.server.call, "/batches", order), rows=job.rows, creates=job
-                )
+                created = self._call(partial(self.server.call, "/batches", order), rows=job.rows, creates=job)
                 break
             except CallRefused as error:
                 if error.status not in {400, 404} or not FILE_UNKNOWN.search(error.words.replace(file_id, "file")):
@@ -3552,11 +3891,12 @@ class JobSender(Sender):
                 if not self._may_wait(job):
                     raise ProviderError(
                         f"{self.server.host} does not find the file of a job {FILE_SECONDS / 60:.0f} minutes after it "
-                        f"took it: run the same command later. It says: {self.server.quote(error.words, job.rows)}"
+                        "took it: run the same command later. Server message: "
+                        f"{self.server.quote(error.words, job.rows)}"
                     ) from None
-            self._pause(min(self.options.poll_interval, FILE_SECONDS / 60))
-        job.batch_id = created.get("id") or (self._find(job) or {}).get("id")
-        if not job.batch_id:
+            self._sleep(min(self.options.poll_interval, FILE_SECONDS / 60))
+        job.remote_id = created.get("id") or (self._find(job) or {}).get("id")
+        if not job.remote_id:
             self.store.forget_job(job)
             raise ProviderError(
                 f"{self.server.host} created a job without an id, so that it could not be collected: its Batch API "
@@ -3565,50 +3905,37 @@ class JobSender(Sender):
         self.store.note_job(job)
         self.jobs.append(job)
         self.warn(
-            f"Job {job.batch_id} submitted: {len(job.attempts)} requests. It continues without this program, which you "
-            "may close; the same command collects the answers."
+            f"Job {job.remote_id} submitted: {len(job.attempts)} requests. It continues without this program, which "
+            "you may close; the same command collects the answers."
         )
 
     def _find(self, job: Job) -> dict[str, Any] | None:
         """The job among the account's, by its tag; looked for until a minute after it was planned, in any order."""
         started = time.monotonic()
         while True:
-            for batch in self._all_batches():
-                if look_up(batch, "metadata", "enrich_dataset") == job.tag:
-                    return batch
+            for remote in self._all_remote():
+                if get_nested(remote, "metadata", "enrich_dataset") == job.tag:
+                    return remote
             # By this machine's clock, which may have been set meanwhile, and by the time that has passed here.
             if max(time.time() - job.planned_at, time.monotonic() - started) >= FIND_SECONDS:
                 return None
-            self._pause(min(self.options.poll_interval, FIND_SECONDS / 12))
+            self._sleep(min(self.options.poll_interval, FIND_SECONDS / 12))
 
-    def _all_batches(self) -> Iterator[dict[str, Any]]:
+    def _all_remote(self) -> Iterator[dict[str, Any]]:
         path, seen = "/batches?limit=100", {""}
-        for _ in range(MOST_PAGES):
-            page = self._call_with_retries(partial(self.server.call, path))
+        for _ in range(MAX_PAGES):
+            page = self._call(partial(self.server.call, path))
             found = page.get("data")
-            batches = [batch for batch in found if isinstance(batch, dict)] if isinstance(found, list) else []
-            yield from batches
-            last = str(batches[-1].get("id")) if batches else ""
+            remotes = [remote for remote in found if isinstance(remote, dict)] if isinstance(found, list) else []
+            yield from remotes
+            last = str(remotes[-1].get("id")) if remotes else ""
             if last in seen or not page.get("has_more"):
                 return
             seen.add(last)
             path = f"/batches?limit=100&after={last}"
 
-    def _call(self, call: Callable[[], Response]) -> Response:
-        self.calls.start(call)
-        while True:
-            returned = self.calls.wait_for_one(0.2, is_stopping=self.stop.is_set())
-            if returned and self.stop.is_set() and not returned[1].status:
-                raise Stopped
-            if returned:
-                return returned[1]
-
-    def _call_with_retries(
-        self,
-        call: Callable[[], Response],
-        thing: str = "",
-        rows: Iterable[Row] = (),
-        creates: Job | None = None,
+    def _call(
+        self, call: Callable[[], Reply], thing: str = "", rows: Iterable[Row] = (), creates: Job | None = None
     ) -> Any:
         """A reply's body, for a call that may be repeated: retried while the network or the server fails.
 
@@ -3617,162 +3944,177 @@ class JobSender(Sender):
         """
         started, failures, limits = time.monotonic(), 0, 0
         while True:
-            response = self._call(call)
-            outcome, reason = classify(
-                response, lambda body: None if isinstance(body, (str, int, float, list)) else body
-            )
-            self.server.reached |= response.status > 0
-            if outcome is Outcome.ANSWERED:
-                return response.body
-            wait, is_limited = requested_wait(response.headers), outcome is Outcome.LIMITED
+            self.calls.start(call)
+            returned = None
+            while not returned:
+                returned = self.calls.wait_for_one(0.2, is_stopping=self.stop.is_set())
+            reply = returned[1]
+            if self.stop.is_set() and not reply.status:
+                raise Stopped
+            self.evidence.reached |= reply.status > 0
+            has_body = not isinstance(reply.body, (str, int, float, list, type(None)))
+            if reply.status // 100 == 2 and has_body:
+                return reply.body
+            is_limited = reply.status == 429 and not is_out_of_money(reply)
+            is_broken = is_failure(reply) or reply.status // 100 == 2
             failures, limits = failures + (not is_limited), limits + is_limited
-            is_refused = outcome not in {Outcome.TRANSIENT, Outcome.LIMITED}
-            passed = time.monotonic() - started
-            if wait > LONGEST_WAIT or (is_limited and passed > LONGEST_WAIT):
+            wait, passed = requested_wait(reply), time.monotonic() - started
+            if wait > MAX_WAIT or (is_limited and passed > MAX_WAIT):
                 raise ProviderError(long_wait_line(self.server.host, wait))
-            if is_refused and creates:
-                self.store.forget_job(creates)
-            if (
-                is_refused
-                or failures > self.options.max_retries
-                or (not self.server.reached and passed > UNREACHABLE_SECONDS)
-            ):
-                error = self._explain(response, outcome, reason, thing, rows)
-                if is_refused:
-                    names, message = error_words(response.body)
-                    raise CallRefused(error.message, response.status, " ".join([*names, message]))
-                raise error
-            self._pause(wait or backoff(failures + limits, draw_jitter()))
+            is_unreachable = not self.evidence.reached and passed > UNREACHABLE_SECONDS
+            if not is_limited and (not is_broken or failures > self.options.max_retries or is_unreachable):
+                if not is_broken and creates:
+                    self.store.forget_job(creates)
+                raise self._refused(reply, is_broken, thing, rows)
+            self._sleep(wait or backoff(failures + limits, draw_jitter()))
             found = self._find(creates) if creates and not is_limited else None
             if found:
                 return found
 
-    def _explain(
-        self, response: Response, outcome: Outcome, reason: str, thing: str, rows: Iterable[Row]
-    ) -> ProviderError:
-        host = self.server.host
-        if response.status == 413:
-            return ProviderError(f"{host} takes no request of this size (HTTP 413): see what limits it there.")
-        if response.status in {404, 405} and thing:
-            return ProviderError(
-                f"{host} does not know {thing}: use the key and the address that submitted it, or pass `forget_jobs` "
-                "to give up what it was asked."
-            )
-        if response.status == 405 or (
-            response.status == 404 and not FILE_UNKNOWN.search(error_words(response.body)[1])
-        ):
-            return ProviderError(f"{host} has no Batch API (HTTP {response.status}): drop `use_batch_api`.")
-        if outcome is Outcome.TRANSIENT:
+    def _refused(self, reply: Reply, is_broken: bool, thing: str, rows: Iterable[Row]) -> ProviderError:
+        host, words = self.server.host, " ".join([*sorted(reply.error.names), reply.error.message])
+        if is_broken:
+            reason = reply.reason or f"HTTP {reply.status}"
             return ProviderError(f"{host} fails ({reason}): run the same command later. Submitted jobs continue.")
-        return self.server.explain(response, rows)
+        line = self.server.explain(reply, rows)
+        if reply.status == 413:
+            line = f"{host} rejects uploads of this size (HTTP 413): check its limit."
+        elif reply.status in {404, 405} and thing:
+            line = (
+                f"{host} does not know {thing}: use the key and address it was submitted with, or abandon it with "
+                "`forget_jobs`."
+            )
+        elif reply.status == 405 or (reply.status == 404 and not FILE_UNKNOWN.search(words)):
+            line = f"{host} has no Batch API (HTTP {reply.status}): drop `use_batch_api`."
+        return CallRefused(line, reply.status, words)
 
     def _poll(self) -> list[tuple[Job, dict[str, Any]]]:
         """Ask for the status of the jobs, and return those that have ended."""
         ended, done = [], 0
         for job in list(self.jobs):
-            name = str(job.batch_id)
-            batch = self._call_with_retries(partial(self.server.call, f"/batches/{name}"), name)
-            done += min(len(job.attempts), sum(count_of(batch, kind) for kind in ("completed", "failed")))
-            if batch.get("status") in ENDED:
+            name = str(job.remote_id)
+            remote = self._call(partial(self.server.call, f"/batches/{name}"), name)
+            done += min(len(job.attempts), sum(count_of(remote, kind) for kind in ("completed", "failed")))
+            if remote.get("status") in ENDED:
                 self.jobs.remove(job)
-                ended.append((job, batch))
+                ended.append((job, remote))
         self.progress.ahead(done)
         return ended
 
-    def _collect(self, job: Job, batch: dict[str, Any]) -> Iterator[Attempt]:
-        """The attempts that an ended job has settled; the others wait for the next one."""
+    def _collect(self, job: Job, remote: dict[str, Any]) -> Landed:
+        """What an ended job has settled; the rest waits for the next one."""
         self.queue_is_full = False
-        status, output = batch.get("status"), batch.get("output_file_id")
+        status, output = remote.get("status"), remote.get("output_file_id")
         if status == "failed" and not output:
-            self._take_back(job, batch)
+            self._take_back(job, remote)
             return
         before = len(job.attempts)
         with contextlib.ExitStack() as opened:
             files = []
             # A file that the job does not have is "" at some servers, and null at others.
-            for file_id in filter(None, (output, batch.get("error_file_id"))):
+            for file_id in filter(None, (output, remote.get("error_file_id"))):
                 with contextlib.suppress(*() if file_id == output else (CallRefused,)):
-                    file = self._call_with_retries(partial(self.server.call, f"/files/{file_id}/content"), file_id)
+                    file = self._call(partial(self.server.call, f"/files/{file_id}/content"), file_id)
                     files.append(opened.enter_context(file))
-            replies = survey(files)
+            replies = index_replies(files)
             for line in itertools.chain.from_iterable(map(read_lines, files)):
                 if replies[str(line["custom_id"])] == reply_mark(line):
-                    yield from self._take_in(job, line)
-        if self.server.fatal_error:
-            raise self.server.fatal_error
-        good, done = sum(mark != b"" for mark in replies.values()), count_of(batch, "completed")
-        if good < done and len(replies) < done + count_of(batch, "failed"):
-            self._keep(job, batch)
+                    yield from self._take_line(job, line)
+        if self.parked and self.is_running:
+            yield from self._settle_parked()
+        self._raise_error()
+        good, done = sum(mark != b"" for mark in replies.values()), count_of(remote, "completed")
+        if good < done and len(replies) < done + count_of(remote, "failed"):
+            self._look_again(job, remote)
             return
         left = len(job.attempts)
         for attempt in self._release(job):
-            yield replace(attempt, problem="its Batch API job ended before it was done", is_splittable=False)
-        is_proven = self.is_proven or self.store.experience(self.options.model).answers > 0
-        if self.completions and not is_proven and not self.waiting:
-            raise ProviderError(f"Job {job.batch_id} has given no answer that can be used: try live calls first.")
-        self.barren = self.barren + 1 if left == before else 0
-        if left and self.barren and (status == "completed" or self.barren >= MOST_BARREN):
-            raise ProviderError(f"Job {job.batch_id} ended as {status} with nothing done: try live calls instead.")
+            yield attempt, Verdict(Action.GIVE_UP, "its Batch API job ended before it was done")
+        self.empty_jobs = self.empty_jobs + 1 if left == before else 0
+        if left and self.empty_jobs and (status == "completed" or self.empty_jobs >= MAX_EMPTY_JOBS):
+            raise ProviderError(f"Job {job.remote_id} {status} before any request was done: try live calls instead.")
 
-    def _keep(self, job: Job, batch: dict[str, Any]) -> None:
+    def _look_again(self, job: Job, remote: dict[str, Any]) -> None:
         """A job whose files lack what it says that it has done is looked at again: it was paid for."""
         job.looks += 1
         self.jobs.append(job)
-        if job.looks > MOST_LOOKS:
+        if job.looks > MAX_LOOKS:
             raise ProviderError(
-                f"Job {job.batch_id} says that it has done {count_of(batch, 'completed')} requests, but its files have "
-                "fewer. It is kept: run the same command later, or pass `forget_jobs` to give up what it was asked."
+                f"Job {job.remote_id} reports {count_of(remote, 'completed')} completed requests, but its files hold "
+                "fewer; keeping it open. Run the same command later, or abandon it with `forget_jobs`."
             )
 
-    def _take_back(self, job: Job, batch: dict[str, Any]) -> None:
+    def _take_back(self, job: Job, remote: dict[str, Any]) -> None:
         """A job that was refused as a whole: the queue is full, its file is not there yet, or for good."""
-        errors = batch["errors"].get("data") if isinstance(batch.get("errors"), dict) else batch.get("errors")
-        told = errors if isinstance(errors, list) else [errors]
-        words = "; ".join(f"{look_up(error, 'message') or error} ({look_up(error, 'code')})" for error in told)
+        errors = remote["errors"].get("data") if isinstance(remote.get("errors"), dict) else remote.get("errors")
+        said = errors if isinstance(errors, list) else [errors]
+        words = "; ".join(f"{get_nested(error, 'message') or error} ({get_nested(error, 'code')})" for error in said)
         if self._has_full_queue(job, words):
             return
-        if FILE_UNKNOWN.search(words) and batch.get("input_file_id") and self._may_wait(job):
-            self._pause(min(self.options.poll_interval, FILE_SECONDS / 60))
+        if FILE_UNKNOWN.search(words) and remote.get("input_file_id") and self._may_wait(job):
+            self._sleep(min(self.options.poll_interval, FILE_SECONDS / 60))
             self.store.forget_job(job)
-            self._create(replace(job, tag=uuid.uuid4().hex, planned_at=time.time()), batch["input_file_id"])
+            self._create(replace(job, tag=uuid.uuid4().hex, planned_at=time.time()), remote["input_file_id"])
             return
         self._release(job)
         quoted = self.server.quote(words, job.rows)
-        raise ProviderError(f"{self.server.host} refused job {job.batch_id}; act on what it says: {quoted}")
+        raise ProviderError(f"{self.server.host} rejected job {job.remote_id}: {quoted}")
 
-    def _take_in(self, job: Job, line: dict[str, Any]) -> Iterator[Attempt]:
-        """The attempt that a line of a job's files settles, if any."""
+    def _take_line(self, job: Job, line: dict[str, Any]) -> Landed:
+        """What a line of a job's files means for its attempt, if it has one."""
         attempt = job.attempts.get(str(line.get("custom_id")))
         if attempt is None or not isinstance(line.get("response"), dict):
             return
-        request = attempt.request
-        del job.attempts[request.custom_id]
-        status = look_up(line, "response", "status_code")
+        del job.attempts[attempt.custom_id]
+        status = get_nested(line, "response", "status_code")
         unsaid = "the job's file holds no answer to it"  # of a line with status 0
-        response = Response(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0, unsaid)
-        cost = Prices(job.user_price, request.prompt.model).billed(response, self.tier)
-        self.budget.settle_job(0.0, cost or 0.0)
-        attempt = attempt.after_call(response, cost, 0.0)
-        outcome, reason = self.server.judge(response, request, job.parameters)
-        self.completions += outcome is Outcome.ANSWERED
-        again = None if outcome is Outcome.FAILED else request.with_texts
-        is_broken = outcome in {Outcome.TRANSIENT, Outcome.LIMITED}
-        if again and is_broken and len(request.failures) + 1 < self.policy.most_failures:
-            again = replace(again, failures=(*request.failures, reason))
-        elif again and outcome in {Outcome.RESEND, Outcome.SUSPECT}:
-            again = replace(again, id_set=1 if outcome is Outcome.SUSPECT else again.id_set)
-        else:
-            is_about_texts = outcome in {Outcome.ANSWERED, Outcome.REFUSED}
-            yield replace(attempt, problem=reason, is_splittable=is_about_texts)
-            return
-        # As an attempt of its own, so that what this one has cost is recorded whatever becomes of the next job.
-        self.waiting.append(Attempt(again, tier=self.tier))
-        self.progress.expect(1)
-        yield replace(attempt, body={}, problem=SENT_AGAIN)
+        reply = Reply(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0, unsaid)
+        cost = self.server.billed(reply, self.tier, job.user_price, attempt.prompt.model)
+        self.budget.settle(0.0, cost or 0.0)
+        attempt.take_in(reply, cost, 0.0)
+        attempt.jobs += 1
+        now = time.monotonic()
+        verdict = judge(reply, attempt, self.evidence, self.server, now)
+        if is_failure(reply):  # by the jobs that it has been in
+            reason = reply.reason if status == 0 else f"HTTP {status}"
+            verdict = Verdict(Action.SPLIT if attempt.jobs == MAX_JOBS - 1 else Action.RETRY, reason)
+        if news := self.evidence.note(reply, attempt, verdict, now):
+            self.warn(f"{self.server.host} {news}")
+        verdict = self._within_jobs(attempt, verdict)
+        if self._follow(attempt, verdict):
+            yield attempt, verdict
+
+    def _within_jobs(self, attempt: Attempt, verdict: Verdict) -> Verdict:
+        """What was to be sent again is given up after three jobs, or if this run does not have its texts."""
+        is_again = verdict.action in {Action.RETRY, Action.SPLIT}
+        is_over = attempt.jobs >= MAX_JOBS or not attempt.with_texts
+        return replace(verdict, action=Action.GIVE_UP) if is_again and is_over else verdict
+
+    def _follow(self, attempt: Attempt, verdict: Verdict) -> bool:
+        """As for live calls, but that what is sent again goes into the next job: alone, and into three at most."""
+        action, rows = verdict.action, attempt.with_texts
+        if action is Action.STOP:
+            self.error = self.error or ProviderError(verdict.reason)
+        if action is Action.ADAPT and verdict.parameters is None:
+            self.parked.append(attempt)
+            return False
+        if verdict.parameters:
+            self._adopt(verdict.parameters)
+        again: list[Attempt] = []
+        if action in {Action.RETRY, Action.ADAPT}:
+            reasons = (*attempt.reasons, verdict.reason) if verdict.is_refusal else attempt.reasons
+            again = [attempt.again(rows, reasons=reasons, id_set=verdict.id_set or attempt.id_set)] if rows else []
+        elif action in {Action.DONE, Action.SPLIT} and attempt.jobs < MAX_JOBS:
+            lacking = [row for row in rows if action is Action.SPLIT or row in verdict.problems]
+            again = [attempt.again([row], reasons=()) for row in lacking]
+        # In attempts of their own, so that what this one has cost is recorded whatever becomes of the next job.
+        self.again.extend(again)
+        self.progress.expect(len(again))
+        return True
 
 
-def count_of(batch: dict[str, Any], kind: str) -> int:
-    count = look_up(batch, "request_counts", kind)
+def count_of(remote: dict[str, Any], kind: str) -> int:
+    count = get_nested(remote, "request_counts", kind)
     return count if isinstance(count, int) else 0
 
 
@@ -3786,7 +4128,7 @@ def read_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
                 yield line
 
 
-def survey(files: Iterable[IO[bytes]]) -> dict[str, bytes | None]:
+def index_replies(files: Iterable[IO[bytes]]) -> dict[str, bytes | None]:
     """For each custom id the mark of the line that counts: a reply's before an error's; None where replies differ."""
     marks: dict[str, bytes | None] = {}
     for line in itertools.chain.from_iterable(map(read_lines, files)):
@@ -3808,8 +4150,8 @@ def reply_mark(line: dict[str, Any]) -> bytes:
 
 # --- Store ------------------------------------------------------------------------------------------------
 #
-# The only state. In: attempts with their answers, jobs, what calls in flight may cost. Out: what is known of a table's
-# cells, what was spent. It holds no row's text and no API key: digests, the prompt's own words, labels and figures.
+# The only state. In: attempts with their verdicts, and jobs. Out: what is known of a table's cells, and what was spent.
+# It holds no row's text and no API key: digests, the prompt's own words, labels and figures.
 
 STORE_ID = 0x656E7263  # "enrc", in SQLite's application_id
 NO_STORE = "The store {} is not an answer store: pass another file as `store_filepath`."
@@ -3818,35 +4160,45 @@ STORE_ADVICE = {
     sqlite3.SQLITE_READONLY: "Allow writing to it and to its folder. ",
     sqlite3.SQLITE_CANTOPEN: "Check the permissions of it and of its folder. ",
 }
-STORE_VERSION = 4
+STORE_VERSION = 5
 
 # A change of Question's fields is a new version. A job is open while it has rows in job_requests; its tag is ours, its
-# batch_id the provider's. The notes are unsettled_cost (US dollars that calls in flight may cost: the Budget notes it
-# before they leave and clears it at the end, so that a kill leaves it behind; and what jobs that were given up may have
-# cost), reached_cap, and for each written file its digests and, if it is a sample, its draw.
+# remote_id the provider's. An attempt's row_keys are those of its answers, or of the row that was given up (then it has
+# no answers). The notes are for each written file its digests and, if it is a sample, its draw.
 CREATE = f"""
 CREATE TABLE questions (id INTEGER PRIMARY KEY, {", ".join(Question._fields)});
 CREATE TABLE attempts (
     id INTEGER PRIMARY KEY, ended_at TEXT, seconds REAL, calls INTEGER, questions TEXT, model TEXT, tier TEXT,
     parameters TEXT, requested INTEGER, model_served TEXT, system_fingerprint TEXT, guessed_prompt INTEGER,
     guessed_completion INTEGER, prompt_tokens INTEGER, cached_tokens INTEGER, written_tokens INTEGER,
-    completion_tokens INTEGER, reasoning_tokens INTEGER, cost REAL, unconfirmed_cost REAL, outcome TEXT, row_keys BLOB,
-    answers TEXT
+    completion_tokens INTEGER, reasoning_tokens INTEGER, cost REAL, unconfirmed_cost REAL, unconfirmed_calls INTEGER,
+    outcome TEXT, row_keys BLOB, answers TEXT
 );
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY, tag TEXT, server TEXT, parameters TEXT, user_price TEXT, planned_at REAL, set_aside REAL,
-    batch_id TEXT
+    remote_id TEXT
 );
-CREATE TABLE job_requests (custom_id TEXT PRIMARY KEY, job INTEGER, questions TEXT, row_keys BLOB, failures TEXT);
+CREATE TABLE job_requests (
+    custom_id TEXT PRIMARY KEY, job INTEGER, questions TEXT, row_keys BLOB, id_set INTEGER, jobs INTEGER, reasons TEXT
+);
 CREATE TABLE notes (name TEXT PRIMARY KEY, value);
 """
 # The newest last, so that it counts.
-ALL_ANSWERS = "SELECT id, questions, row_keys, answers FROM attempts WHERE answers != '' ORDER BY id"
-OPEN_ROWS = "SELECT 0, questions, row_keys, '' FROM job_requests"
+ALL_ANSWERS = "SELECT questions, row_keys, answers FROM attempts WHERE answers != '' ORDER BY id"
+OPEN_ROWS = "SELECT questions, row_keys, '' FROM job_requests"
+GIVEN_UP = "SELECT questions, row_keys, outcome FROM attempts WHERE answers = '' AND row_keys != x'' AND id > ?"
 OF_OPEN_JOBS = "FROM jobs WHERE id IN (SELECT job FROM job_requests)"
-NOTE = "INSERT OR REPLACE INTO notes VALUES (?, ?)"
 SPENT = "SELECT coalesce(sum(cost), 0) + coalesce(sum(unconfirmed_cost), 0) FROM attempts"
 SET_ASIDE = f"SELECT coalesce(sum(set_aside), 0) {OF_OPEN_JOBS}"
+# Of the runs' attempts after a number; `answers` holds a digit per label and row.
+TOTALS = """
+SELECT coalesce(sum(calls), 0), count(CASE WHEN calls > 0 THEN 1 END), coalesce(sum(seconds), 0),
+    coalesce(sum(CASE WHEN answers != '' THEN length(row_keys) END), 0) / ?, sum(cost),
+    coalesce(sum(unconfirmed_cost), 0), coalesce(sum(unconfirmed_calls), 0),
+    coalesce(sum(prompt_tokens), 0), coalesce(sum(cached_tokens), 0), coalesce(sum(written_tokens), 0),
+    coalesce(sum(completion_tokens), 0), coalesce(sum(reasoning_tokens), 0), min(ended_at), max(ended_at)
+FROM attempts WHERE id > ?
+"""
 EXPERIENCE = """
 SELECT coalesce(1.0 * sum(prompt_tokens) / sum(guessed_prompt), 1),
     coalesce(1.0 * sum(completion_tokens) / sum(guessed_completion), 1),
@@ -3854,6 +4206,17 @@ SELECT coalesce(1.0 * sum(prompt_tokens) / sum(guessed_prompt), 1),
 FROM attempts
 WHERE model = ? AND outcome = 'answered' AND calls = 1
     AND prompt_tokens > 0 AND guessed_prompt > 0 AND guessed_completion > 0
+"""
+# What was sent, and what answered, for each set of questions that was asked together.
+ASKED = """
+SELECT questions, parameters, tier, model_served, system_fingerprint, max(requested), sum(length(row_keys)) / ?
+FROM attempts WHERE answers != '' GROUP BY 1, 2, 3, 4, 5 ORDER BY min(id)
+"""
+# CAST takes the first of an attempt's numbers of questions; all of them have one server, model and form.
+LAST_PARAMETERS = """
+SELECT parameters FROM attempts JOIN questions ON questions.id = CAST(attempts.questions AS INTEGER)
+WHERE answers != '' AND questions.server = ? AND questions.model = ? AND answer_form = ? AND extra_body = ?
+ORDER BY attempts.id DESC LIMIT 1
 """
 
 
@@ -3866,19 +4229,19 @@ class Experience(NamedTuple):
     answers: int = 0
 
 
-class Origin(NamedTuple):
-    """What a group of attempts has in common: what was sent, and what answered."""
+class Totals(NamedTuple):
+    """Sums over attempts; money in US dollars."""
 
-    questions: tuple[Question, ...]
-    most_rows: int  # in a call about these questions
-    parameters: str  # as JSON
-    tier: str
-    model_served: str | None
-    system_fingerprint: str | None
-
-
-# An attempt's number, questions, row keys and answers; no answers: they are pending in a job.
-Asked: TypeAlias = tuple[int, tuple[Question, ...], bytes, str]
+    calls: int
+    attempts: int
+    seconds: float  # of the calls
+    answered: int  # rows, equal ones once
+    cost: float | None  # None: no call's cost is known
+    unconfirmed_cost: float  # at most, of calls whose bill is unknown
+    unconfirmed_calls: int
+    usage: Usage
+    first_at: str | None
+    last_at: str | None
 
 
 class Store:
@@ -3892,7 +4255,6 @@ class Store:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.numbers: dict[Question, int] = {}  # of the questions used so far
-        self.unwritten: list[Asked] = []  # the last attempt, if the file could not take it
         try:
             with contextlib.suppress(FileExistsError):
                 if path:
@@ -3902,8 +4264,6 @@ class Store:
             raise InputError(f"The store {path} cannot be created ({error}): choose another file.") from None
         try:
             self._open()
-            if path and not path.stat().st_mode & stat.S_IWUSR:  # which root could write to all the same
-                raise InputError(f"The store {path} is read-only: allow writing to it and to its folder.")
         except InputError:
             self.db.close()
             raise
@@ -3917,36 +4277,30 @@ class Store:
                 f"The store {path} cannot be used: {error}. {advice}It holds paid answers: keep it; copy it to a local "
                 "disk and pass the copy as `store_filepath`."
             ) from None
-        self.file = path.stat() if path else None
+        self.last_before: int = self._one("SELECT coalesce(max(id), 0) FROM attempts")[0]  # the last of earlier runs
 
     def _open(self) -> None:
-        if self.path:  # by a connection that leaves another program's file as it is
-            with contextlib.closing(sqlite3.connect(self.path, timeout=0.2)) as db:
-                self._check_kind(db)
+        found = tuple(self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+        is_empty = found == (0, 0) and not self.db.execute("SELECT 1 FROM sqlite_master").fetchall()
+        if found[0] != STORE_ID and not is_empty:
+            raise InputError(NO_STORE.format(self.path))
+        if found[1] != STORE_VERSION and not is_empty:
+            raise InputError(
+                f"The store {self.path} was written by another version of this program: keep it for that one, and pass "
+                "another file as `store_filepath`."
+            )
+        if self.path and not self.path.stat().st_mode & stat.S_IWUSR:  # which root could write to all the same
+            raise InputError(f"The store {self.path} is read-only: allow writing to it and to its folder.")
         # Exclusive, so that two runs never pay for the same rows. WAL: a commit costs no wait for the disk.
         for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
             self.db.execute(f"PRAGMA {pragma}")
         with self.db:
             self.db.execute("BEGIN IMMEDIATE")
-            if self._check_kind(self.db):
+            if not self.db.execute("SELECT 1 FROM sqlite_master").fetchall():  # another run may have been first
                 self.db.execute(f"PRAGMA application_id = {STORE_ID}")
                 self.db.execute(f"PRAGMA user_version = {STORE_VERSION}")
                 for statement in CREATE.strip().split(";\n"):
                     self.db.execute(statement)
-
-    def _check_kind(self, db: sqlite3.Connection) -> bool:
-        """Refuse a database that is no store of this version; return whether it is empty."""
-        found = tuple(db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
-        if found == (0, 0) and not db.execute("SELECT 1 FROM sqlite_master").fetchall():
-            return True
-        if found[0] != STORE_ID:
-            raise InputError(NO_STORE.format(self.path))
-        if found[1] != STORE_VERSION:
-            raise InputError(
-                f"The store {self.path} was written by another version of this program: keep it for that one, and pass "
-                "another file as `store_filepath`."
-            )
-        return False
 
     def __enter__(self) -> Store:
         return self
@@ -3955,8 +4309,8 @@ class Store:
         self.db.close()
 
     @contextlib.contextmanager
-    def _translate_errors(self) -> Iterator[None]:
-        """SQLite's errors as ours, and all statements as one transaction."""
+    def _transaction(self) -> Iterator[None]:
+        """All statements as one transaction, with SQLite's errors as ours."""
         try:
             with self.db:
                 yield
@@ -3966,122 +4320,110 @@ class Store:
                 "kept."
             ) from None
 
-    def _writing(self) -> contextlib.AbstractContextManager[None]:
-        """As `_translate_errors`, but notice a file that was deleted or replaced, into which nothing would come."""
-        with contextlib.suppress(OSError):
-            if self.file is None or os.path.samestat(os.stat(str(self.path)), self.file):  # noqa: PTH116 # for each call
-                return self._translate_errors()
-        raise EnrichmentError(
-            f"The store {self.path} was deleted or replaced during this run: nothing more is sent; the output "
-            "has all that came back. Make that the input of the next run, and nothing is paid twice."
-        )
-
-    def known(self, prompt: Prompt, table: Table, answers: bool = True) -> tuple[Cells, IntArray]:
-        """The cells of the table's distinct rows, and for each the attempt that answered it; 0: none in the file did.
+    def cells(self, prompt: Prompt, table: Table, answers: bool = True) -> Cells:
+        """The cells of the table's distinct rows.
 
         A cell is its newest answer, whichever labels were asked together; else IN_JOB, if an open job has been asked;
         else BLANK. Without `answers` only jobs count.
         """
-        import numpy as np
-
         cells = blank_cells(len(table.first_rows), len(prompt.questions))
-        attempts = np.zeros(cells.shape, np.int32)
         asked = {question: place for place, question in enumerate(prompt.questions)}
         # In this order, so that an answer replaces IN_JOB, and a newer one an older one.
-        statements = [OPEN_ROWS, ALL_ANSWERS] if answers else [OPEN_ROWS]
-        for attempt, questions, row_keys, given in itertools.chain(*map(self._asked, statements), self.unwritten):
+        for questions, row_keys, given in itertools.chain(*map(self._asked, [OPEN_ROWS, ALL_ANSWERS][: 1 + answers])):
             shared = [(asked[question], theirs) for theirs, question in enumerate(questions) if question in asked]
             if shared:
                 ours, theirs = map(list, zip(*shared, strict=True))
                 places = table.find(row_keys)
                 at = places[places >= 0][:, None], ours
                 cells[at] = answer_cells(given, len(questions))[places >= 0][:, theirs] if given else IN_JOB
-                attempts[at] = attempt
-        return cells, attempts
+        return cells
 
-    def _asked(self, statement: str) -> Iterator[Asked]:
-        with self._translate_errors():
+    def _asked(self, statement: str, *values: object) -> Iterator[tuple[tuple[Question, ...], bytes, str]]:
+        with self._transaction():
             stored = self._questions()
-            for attempt, numbers, row_keys, answers in self.db.execute(statement):
-                yield attempt, tuple(stored[number] for number in numbers.split()), row_keys, answers
+            for numbers, row_keys, rest in self.db.execute(statement, values):
+                yield tuple(stored[number] for number in numbers.split()), row_keys, rest
 
     def _questions(self) -> dict[str, Question]:
         """The questions by their numbers; SQLite has no booleans."""
         found = ((number, Question._make(values)) for number, *values in self.db.execute("SELECT * FROM questions"))
         return {str(n): q._replace(sends_label=bool(q.sends_label), is_audit=bool(q.is_audit)) for n, q in found}
 
-    def stale(self, prompt: Prompt, table: Table, batches: Sequence[Batch]) -> list[str]:
-        """Why earlier answers about the rows and labels of these batches do not count, a line for each reason."""
-        import numpy as np
+    def given_up(self, prompt: Prompt, this_run: bool = False) -> dict[bytes, str]:
+        """The keys of rows that were given up alone because of their texts, and why; by any run, or by this one."""
+        asked = {*prompt.questions, *prompt.for_audit().questions}
+        found = self._asked(GIVEN_UP, self.last_before if this_run else 0)
+        return {key: reason for questions, key, reason in found if not asked.isdisjoint(questions)}
 
-        asked = {question.label: (place, question) for place, question in enumerate(prompt.questions)}
-        wanted = np.zeros((len(table.first_rows), len(asked)), bool)
-        for batch in batches:
-            wanted[table.key_indexes[batch.numbers]] = batch.lacks
-        counts: dict[str, IntArray] = {}  # for each reason, by label
-        for _, questions, row_keys, _ in self._asked(ALL_ANSWERS) if batches else ():
-            places = table.find(row_keys)
-            for question in questions:
-                if question.label not in asked or question.is_audit:
-                    continue
-                place, ours = asked[question.label]
-                # An existing label is part of a row's key, so rows are matched only if both have one, or neither; else
-                # it cannot be told which rows they were, and all are counted.
-                is_matched = question.sends_label == ours.sends_label
-                rows = int(wanted[places[places >= 0], place].sum()) if is_matched else len(places)
-                counts.setdefault(explain_difference(question, ours), np.zeros(len(asked), int))[place] += rows
-        most = {reason: count.max() for reason, count in counts.items()}  # since an answer is about several labels
-        return [f"{count:,} stored answers {reason}" for reason, count in most.items() if reason and count]
-
-    def origins(self) -> tuple[IntArray, list[Origin]]:
-        """Where answers come from: for each attempt an index into a list, counted from 1."""
-        import numpy as np
-
-        found: dict[tuple[str, ...], int] = {}
-        most_rows: Counter[str] = Counter()  # by the questions' numbers
-        kinds = "questions, parameters, tier, model_served, system_fingerprint"
-        with self._translate_errors():
-            stored = self._questions()
-            indexes = np.zeros(1 + self._one("SELECT coalesce(max(id), 0) FROM attempts")[0], np.int32)
-            for attempt, rows, *kind in self.db.execute(f"SELECT id, requested, {kinds} FROM attempts ORDER BY id"):
-                indexes[attempt] = found.setdefault(tuple(kind), 1 + len(found))
-                most_rows[kind[0]] = max(rows, most_rows[kind[0]])
-        return indexes, [
-            Origin(tuple(stored[number] for number in numbers.split()), most_rows[numbers], *rest)
-            for numbers, *rest in found
+    def other_answers(self, prompt: Prompt) -> list[str]:
+        """A line about stored answers to these labels that do not count, from whichever model gave most of them."""
+        counts: Counter[str] = Counter()
+        first = prompt.questions[0]
+        for questions, row_keys, _ in self._asked(ALL_ANSWERS):
+            theirs = next((question for question in questions if question.label in prompt.labels), None)
+            if theirs and not theirs.is_audit and not {*questions} & {*prompt.questions}:
+                is_same = (theirs.model, theirs.server) == (first.model, first.server)
+                other = "another prompt" if is_same else f"{theirs.model} at {theirs.server}"
+                counts[other] += len(row_keys) // KEY_BYTES
+        return [
+            f"{count:,} stored answers do not count: they are from {other}; this run asks {first.model} at "
+            f"{first.server}"
+            for other, count in counts.most_common(1)
         ]
 
-    def record(self, attempt: Attempt, answers: Mapping[Row, str]) -> None:
-        """Keep what came of an attempt; if the file cannot take it, in memory for the rest of the run."""
-        request, body, usage = attempt.request, attempt.body, attempt.usage
-        row_keys, given = b"".join(row.key for row in answers), "".join(answers.values())
-        self.unwritten = [(0, request.prompt.questions, row_keys, given)] if answers else []
-        with self._writing():
-            has_texts = all(row.text for row in request.rows)  # else it is of an earlier run's job
+    def asked(self, prompt: Prompt) -> list[tuple[Prompt, Parameters, str, str | None, str | None, int, int]]:
+        """What was asked of these labels: prompt, parameters, tier, model and fingerprint, most rows, answers."""
+        with self._transaction():
+            stored, rows = self._questions(), self.db.execute(ASKED, (KEY_BYTES,)).fetchall()
+        found = []
+        for asked, parameters, *rest in rows:
+            questions = tuple(stored[number] for number in asked.split())
+            if {*questions} & {*prompt.questions}:
+                found.append((Prompt(questions), Parameters.from_json(parameters), *rest))
+        return found
+
+    def last_parameters(self, prompt: Prompt) -> Parameters | None:
+        """Those under which this server, model and form answered last."""
+        first = prompt.questions[0]
+        with self._transaction():
+            values = (first.server, first.model, first.answer_form, first.extra_body)
+            found = self.db.execute(LAST_PARAMETERS, values).fetchone()
+        return Parameters.from_json(found[0]) if found else None
+
+    def record(self, attempt: Attempt, verdict: Verdict) -> None:
+        """Keep what came of an attempt: its answers, or that its row was given up because of its text."""
+        body, usage = attempt.reply.body if attempt.reply else None, attempt.usage
+        answers = {} if attempt.is_probe else verdict.answers
+        kept = [row.key for row in answers]
+        if verdict.action is Action.GIVE_UP and len(attempt.rows) == 1:
+            kept = [row.key for row in attempt.rows]
+        with self._transaction():
+            has_texts = all(row.text for row in attempt.rows)  # else it is of an earlier run's job
+            said = str(first_choice(body).get("message") or "")
             values = {
                 "ended_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "seconds": attempt.seconds,
                 "calls": attempt.calls,
-                "questions": self._question_numbers(request.prompt),
-                "model": request.prompt.model,
+                "questions": self._question_numbers(attempt.prompt),
+                "model": attempt.prompt.model,
                 "tier": attempt.tier,
                 "parameters": attempt.parameters.as_json,
-                "requested": len(request.rows),
-                "model_served": look_up(body, "model"),
-                "system_fingerprint": look_up(body, "system_fingerprint"),
-                "guessed_prompt": prompt_tokens(request, attempt.parameters) if has_texts else None,
-                "guessed_completion": count_tokens(str(look_up(first_message(body), "content") or "")),
+                "requested": 0 if attempt.is_probe else len(attempt.rows),
+                "model_served": get_nested(body, "model"),
+                "system_fingerprint": get_nested(body, "system_fingerprint"),
+                "guessed_prompt": prompt_tokens(attempt, attempt.parameters) if has_texts else None,
+                "guessed_completion": count_tokens(str(get_nested(first_choice(body), "message", "content") or said)),
                 **{f"{kind}_tokens": count for kind, count in (usage._asdict() if usage else {}).items()},
                 "cost": attempt.cost,
                 "unconfirmed_cost": attempt.unconfirmed_cost,
-                "outcome": attempt.problem or ("answered" if answers else "no row answered"),
-                "row_keys": row_keys,
-                "answers": given,
+                "unconfirmed_calls": attempt.unconfirmed_calls,
+                "outcome": "answered" if answers else "probe" if attempt.is_probe else verdict.reason,
+                "row_keys": b"".join(kept),
+                "answers": "".join(answers.values()),
             }
             self._insert("attempts", values)
-            if attempt.tier == JobSender.tier:
-                self.db.execute("DELETE FROM job_requests WHERE custom_id = ?", (request.custom_id,))
-        self.unwritten = []
+            if attempt.jobs:
+                self.db.execute("DELETE FROM job_requests WHERE custom_id = ?", (attempt.custom_id,))
 
     def _insert(self, table: str, values: Mapping[str, object]) -> int:
         """Add a row, and return its number."""
@@ -4101,92 +4443,107 @@ class Store:
 
     def plan_job(self, job: Job) -> None:
         """Keep a job before it is created."""
-        with self._writing():
+        with self._transaction():
             values = {"tag": job.tag, "server": job.server, "planned_at": job.planned_at, "set_aside": job.set_aside}
             values |= {"parameters": job.parameters.as_json, "user_price": json.dumps(job.user_price)}
             number = self._insert("jobs", values)
             for name, attempt in job.attempts.items():
-                request = attempt.request
-                keys, failures = b"".join(row.key for row in request.rows), json.dumps(request.failures)
-                asked = (name, number, self._question_numbers(request.prompt), keys, failures)
-                self.db.execute("INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?)", asked)
+                keys, questions = b"".join(row.key for row in attempt.rows), self._question_numbers(attempt.prompt)
+                asked = (name, number, questions, keys, attempt.id_set, attempt.jobs, json.dumps(attempt.reasons))
+                self.db.execute("INSERT OR REPLACE INTO job_requests VALUES (?, ?, ?, ?, ?, ?, ?)", asked)
 
     def note_job(self, job: Job) -> None:
         """Keep what the provider calls it, once it is created."""
-        with self._writing():
-            self.db.execute("UPDATE jobs SET batch_id = ? WHERE tag = ?", (job.batch_id, job.tag))
+        with self._transaction():
+            self.db.execute("UPDATE jobs SET remote_id = ? WHERE tag = ?", (job.remote_id, job.tag))
 
     def forget_job(self, job: Job) -> None:
         """Nothing more can be collected from it."""
-        with self._writing():
+        with self._transaction():
             self.db.execute("DELETE FROM job_requests WHERE job IN (SELECT id FROM jobs WHERE tag = ?)", (job.tag,))
 
-    def give_up_jobs(self) -> None:
-        """Free the rows of all open jobs; what these may cost counts as spent, as for calls in flight at a kill."""
-        with self._writing():
-            self.db.execute(NOTE, ("unsettled_cost", self.noted("unsettled_cost", 0.0) + self._one(SET_ASIDE)[0]))
+    def abandon_jobs(self) -> list[tuple[str, int]]:
+        """Free the rows of all open jobs, and return these; what they may cost counts as spent: they may be billed."""
+        jobs, (aside,) = self.open_jobs(), self._one(SET_ASIDE)
+        with self._transaction():
+            values = {
+                "calls": 0,
+                "unconfirmed_cost": aside,
+                "row_keys": b"",
+                "answers": "",
+                "outcome": "abandoned jobs",
+            }
+            self._insert("attempts", values)
             self.db.execute("DELETE FROM job_requests")
+        return [(str(job.remote_id), len(job.attempts)) for job in jobs]
+
+    def has_jobs(self) -> bool:
+        return bool(self._one("SELECT count(*) FROM job_requests")[0])
 
     def open_jobs(self) -> list[Job]:
         """The jobs that have not been collected; their rows have no text here."""
-        columns = "id, tag, server, parameters, user_price, planned_at, set_aside, batch_id"
-        with self._translate_errors():
+        columns = "id, tag, server, parameters, user_price, planned_at, set_aside, remote_id"
+        with self._transaction():
             stored, jobs = self._questions(), {}
-            for number, tag, server, parameters, price, *rest in self.db.execute(f"SELECT {columns} {OF_OPEN_JOBS}"):
-                jobs[number] = Job(tag, server, Parameters.from_json(parameters), json.loads(price), *rest)
-            for name, number, numbers, row_keys, failures in self.db.execute("SELECT * FROM job_requests"):
-                job, starts = jobs[number], range(0, len(row_keys), KEY_BYTES)
-                rows = tuple(Row(row_keys[start : start + KEY_BYTES], "", None) for start in starts)
-                prompt = Prompt(tuple(stored[number] for number in numbers.split()))
-                request = Request(rows, prompt, tuple(json.loads(failures)))
-                job.attempts[name] = Attempt(request, job.parameters, JobSender.tier)
+            for job, tag, server, parameters, price, *rest in self.db.execute(f"SELECT {columns} {OF_OPEN_JOBS}"):
+                jobs[job] = Job(tag, server, Parameters.from_json(parameters), json.loads(price), *rest)
+            rows = self.db.execute("SELECT * FROM job_requests")
+            for name, job, numbers, keys, id_set, been_in, reasons in rows:
+                starts = range(0, len(keys), KEY_BYTES)
+                attempt = Attempt(
+                    tuple(Row(keys[start : start + KEY_BYTES], "", None) for start in starts),
+                    Prompt(tuple(stored[number] for number in numbers.split())),
+                    id_set, jobs=been_in, reasons=tuple(json.loads(reasons)), parameters=jobs[job].parameters,
+                    tier="batch",
+                )  # fmt: skip
+                jobs[job].attempts[name] = attempt
         return list(jobs.values())
 
-    def note(self, name: str, value: object) -> None:
+    def note(self, name: str, value: str) -> None:
         """Keep a value under a name, replacing the earlier one."""
-        with self._writing():
-            self.db.execute(NOTE, (name, value))
+        with self._transaction():
+            self.db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, value))
 
-    def noted(self, name: str, default: T) -> T:
-        """The value that is kept under a name."""
-        with self._translate_errors():
+    def noted(self, name: str) -> str:
+        """The value that is kept under a name, or ""."""
+        with self._transaction():
             found = self.db.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
-        return found[0] if found else default
+        return found[0] if found else ""
 
     def _one(self, statement: str, *values: object) -> tuple[Any, ...]:
-        with self._translate_errors():
+        with self._transaction():
             return tuple(self.db.execute(statement, values).fetchone())
 
     def money(self) -> tuple[float, float]:
-        """US dollars: what all runs have cost, with what was in flight when one was killed; what open jobs may cost."""
-        return self._one(SPENT)[0] + self.noted("unsettled_cost", 0.0), self._one(SET_ASIDE)[0]
+        """US dollars: what all runs have cost, calls of unknown cost at their worst; what open jobs may cost."""
+        return self._one(SPENT)[0], self._one(SET_ASIDE)[0]
 
     def experience(self, model: str) -> Experience:
         """What the calls of this model so far tell of those to come."""
         prompt, completion, prevalence, answers = self._one(EXPERIENCE, KEY_BYTES, model)
         return Experience(prompt, completion, prevalence, answers) if answers else Experience()
 
-    def totals(self) -> dict[str, Any]:
-        """Of all runs."""
-        sums = ("calls", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "cost")
-        figures = ", ".join(f"sum({name})" for name in sums)
-        found = self._one(f"SELECT {figures}, min(ended_at), max(ended_at) FROM attempts WHERE calls > 0")
-        return dict(zip((*sums[:-1], "dollars", "first_answer_at", "last_answer_at"), found, strict=True))
+    def totals(self, this_run: bool = False) -> Totals:
+        """Of this run's attempts, or of all runs'."""
+        found = self._one(TOTALS, KEY_BYTES, self.last_before if this_run else 0)
+        calls, attempts, seconds, answered, cost, unconfirmed_cost, unconfirmed_calls, *tokens = found[:12]
+        usage = Usage(*tokens)
+        return Totals(
+            calls, attempts, seconds, answered, cost, unconfirmed_cost, unconfirmed_calls, usage, found[12], found[13]
+        )
 
 
-def open_store(options: Options, server: Server | None) -> Store:
-    """The run's store; a file is not made for a dry run, nor where no call to the server could be made.
-
-    Before it is there, no file can be known as ours, so that one that is there already is refused. `server`: if called.
-    """
+def open_store(options: Options, server: Server) -> Store:
+    """The run's store; a file is not made for a dry run, nor where no call to the server could be made."""
     path = options.written.get("store")
     if path is None or not path.exists():
+        # Without a store, any existing output is somebody else's, so refuse it first.
         with Store(None) as empty:
-            Files(empty, options.written, options.overwrite).check(tries_to_write=not options.dry_run)
+            Files(empty, options).check()
         if options.dry_run:
             return Store(None)
-        if path is not None and server:
-            _ = server.client
+        if path is not None:
+            server.check()
     return Store(path)
 
 
@@ -4630,172 +4987,166 @@ def compare_with_gold(
 
 # --- Report -----------------------------------------------------------------------------------------------
 #
-# A record that is filled as the run goes; then lines, JSON and attributes, which only render it. All of it is about the
-# rows that were requested, unless stated otherwise.
+# Frozen records made from the table and the store; then lines, JSON and attributes, which only render them. All of it
+# is about the rows that were requested, unless stated otherwise.
 
 SHOWN_BLANK_ROWS = 20
 ATTRIBUTE_ROWS = 100  # in a frame's attrs, which pandas copies at each operation
 SHOWN_VALUES = 10  # at most, of the column that shares are broken down by, and of rows that differ
 UNKNOWN_PRICE = "unknown: no price of {!r} is known (pass `price`)"
-RECENT_REPLIES = 200
-LEAST_USEFUL = 0.1  # of the recent replies: below that, sending rows again only adds cost
 OPENAI_WOULD_BILL = "what OpenAI would bill"  # said of a server on this machine
 IN_A_JOB = "in a Batch API job that has not been collected"
 
 
-@dataclass
-class Report:
-    """What a run has to tell. Money is in US dollars; numbers count rows, unless stated otherwise.
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do; numbers count rows, unless stated otherwise."""
 
-    It also tells the run when its replies are so useless that sending rows again only costs more.
-    """
-
-    options: Options
-    host: str
-    knows_price: bool
-    is_local: bool  # whether the server is on this machine, and so bills nothing
-    table_rows: int
-    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    # What there was to do.
-    requested: int = 0
-    blank_texts: int = 0
-    example_rows: int = 0
-    in_jobs: int = 0  # that only wait for open jobs
-    pending: int = 0  # to send
-    distinct: int = 0  # of the pending rows, counting equal ones once
-    batches: int = 0  # to send
-    lacks: tuple[bool, ...] | None = None  # which labels are sent, if those are the same for all rows
-    audited: int = 0  # to send for the audit
-    # What was done.
-    calls: int = 0
-    attempts: int = 0
-    answered: int = 0  # counting equal ones once
-    call_seconds: float = 0.0  # the calls' own durations, summed
-    seconds: float = 0.0  # wall-clock time
-    usage: Usage = field(default_factory=Usage)
-    cost: float = 0.0
-    unconfirmed_cost: float = 0.0
-    unconfirmed_calls: int = 0
-    failed: dict[bytes, str] = field(default_factory=dict)  # row key -> reason
-    problems: Counter[str] = field(default_factory=Counter)  # reason -> rows that met it, for the line of a useless run
-    recent: deque[bool] = field(default_factory=lambda: deque(maxlen=RECENT_REPLIES))  # whether replies answered a row
-    unsplit: int = 0  # attempts whose rows were not sent again, because hardly any reply can be used
-    # How the table is now.
-    labelled_rows: int = 0
-    rest_cost: float = 0.0  # estimate, of the rows that are still to be sent
-    blank_rows: dict[int, str] = field(default_factory=dict)  # row number -> reason, of those that have a text
-    line_numbers: dict[int, int] = field(default_factory=dict)  # row number -> line of the file, of the blank rows
-    labels: dict[str, LabelCount] = field(default_factory=dict)
-    table_labels: dict[str, LabelCount] = field(default_factory=dict)  # the same for all rows of the table
-    shares: dict[str, dict[str, float]] = field(default_factory=dict)  # label -> value of the `by` column -> share
-    # What the run adds from the store and from checking labels.
-    keeps_answers: bool = True
-    spent_before: float = 0.0  # by earlier runs on this store
-    set_aside: float = 0.0  # for open jobs
-    totals: dict[str, Any] = field(default_factory=dict)  # of all runs on this store
-    origins: dict[str, Any] = field(default_factory=dict)  # of the cells
-    # By name, if requested: "audit", "gold" and "corrected_shares" (each label -> figure -> value), "gold_unmatched"
-    # (reason -> gold rows), "gold_columns_not_compared".
-    figures: dict[str, Any] = field(default_factory=dict)
-
-    def note_plan(self, table: Table, cells: Cells, requested: BoolArray, batches: Sequence[Batch]) -> None:
-        with_text = requested & (table.lengths > 0)
-        pending = with_text & (cells == BLANK).any(axis=1)
-        lacks = {batch.lacks for batch in batches}
-        self.requested = int(requested.sum())
-        self.blank_texts = int((requested & (table.lengths == 0)).sum())
-        self.in_jobs = int((with_text & (cells == IN_JOB).any(axis=1) & ~pending).sum())
-        self.pending = int(pending.sum())
-        self.distinct = sum(len(batch.numbers) for batch in batches)
-        self.batches = len(batches)
-        self.lacks = lacks.pop() if len(lacks) == 1 else None
-
-    def add(self, attempt: Attempt, answers: Mapping[Row, str], problems: Mapping[Row, str]) -> None:
-        self.calls += attempt.calls
-        self.attempts += bool(attempt.calls)
-        self.answered += len(answers)
-        self.call_seconds += attempt.seconds
-        self.usage = Usage(*map(operator.add, self.usage, attempt.usage or Usage()))
-        self.cost += attempt.cost or 0.0
-        self.knows_price |= attempt.cost is not None  # where replies hold their bill, no list need have the price
-        self.unconfirmed_cost += attempt.unconfirmed_cost
-        self.unconfirmed_calls += attempt.unconfirmed_calls
-        if attempt.calls and attempt.problem != SENT_AGAIN:
-            self.recent.append(bool(answers))
-            self.problems.update(problems.values())
-
-    def give_up(self, attempt: Attempt, rows: Mapping[Row, str]) -> None:
-        self.failed.update((row.key, reason) for row, reason in rows.items())
-        self.unsplit += bool(rows) and attempt.is_splittable and self.hardly_any_useful
-
-    def note_cells(self, table: Table, cells: Cells, requested: BoolArray) -> None:
-        labels = self.options.labels
-        blank = requested & (table.lengths > 0) & (cells < 0).any(axis=1)
-        waiting = (cells == IN_JOB).any(axis=1)
-        self.blank_rows = {
-            number: IN_A_JOB if waiting[number] else self.failed.get(table.key(number), "not answered yet")
-            for number in blank.nonzero()[0].tolist()
-        }
-        self.line_numbers = dict(zip(self.blank_rows, table.line_numbers(self.blank_rows), strict=False))
-        self.labelled_rows = int((requested & complete(cells)).sum())
-        self.labels = count_labels(cells[requested], labels)
-        self.table_labels = count_labels(cells, labels)
-        if table.by_values:
-            self.shares = shares_by(cells[requested], labels, list(compress(table.by_values, requested)))
-
-    def note_origins(self, of_cells: IntArray, origins: Sequence[Origin]) -> None:
-        """Count the rows with a cell from each origin; `of_cells` has an index into `origins`, from 1, or 0."""
-        has = [(of_cells == index).any(axis=1) for index in range(1, 1 + len(origins))]
-
-        def rows_by(kind: Callable[[Origin], Any]) -> dict[Any, int]:
-            """For each kind of origin the number of rows that have a cell from one."""
-            rows: dict[Any, Any] = {}
-            for origin, has_cell in zip(origins, has, strict=True):
-                rows[kind(origin)] = rows.get(kind(origin), False) | has_cell
-            return {key: int(found.sum()) for key, found in rows.items() if found.any()}
-
-        served = rows_by(lambda origin: (origin.model_served, origin.system_fingerprint))
-        sent_with = rows_by(lambda origin: (*Parameters.from_json(origin.parameters).shown.items(), origin.tier))
-        self.origins = {
-            "prompts": [
-                {"rows": rows, **Prompt(questions).as_record(most)}
-                for (questions, most), rows in rows_by(lambda origin: (origin.questions, origin.most_rows)).items()
-            ],
-            "served": [
-                {"rows": rows, "model": model, "system_fingerprint": mark} for (model, mark), rows in served.items()
-            ],
-            "sent_with": [{"rows": rows, **dict(pairs), "tier": tier} for (*pairs, tier), rows in sent_with.items()],
-        }
-
-    @property
-    def hardly_any_useful(self) -> bool:
-        """Whether so few of the recent replies had an answer that sending rows again only costs more."""
-        return len(self.recent) == RECENT_REPLIES and sum(self.recent) < RECENT_REPLIES * LEAST_USEFUL
+    requested: int
+    blank_texts: int
+    example_rows: int
+    in_jobs: int  # that only wait for open jobs
+    pending: int  # to send
+    distinct: int  # of the pending rows, counting equal ones once
+    refused_before: int  # of these, those that an earlier run gave up because of their texts
+    batches: int  # to send
+    lacks: tuple[bool, ...] | None  # which labels are sent, if those are the same for all rows
 
     @property
     def reused(self) -> int:
         """Rows that had their answers already."""
         return self.requested - self.blank_texts - self.example_rows - self.in_jobs - self.pending
 
+
+def make_plan(task: Task, cells: Cells, batches: Sequence[Batch]) -> Plan:
+    table, requested = task.table, task.requested
+    with_text = requested & (table.lengths > 0)
+    pending = with_text & (cells == BLANK).any(axis=1)
+    examples = example_cells(table, task.prompt.examples, task.options.labels)
+    lacks = {batch.lacks for batch in batches}
+    return Plan(
+        requested=int(requested.sum()),
+        blank_texts=int((requested & (table.lengths == 0)).sum()),
+        example_rows=int((requested & complete(examples)).sum()),
+        in_jobs=int((with_text & (cells == IN_JOB).any(axis=1) & ~pending).sum()),
+        pending=int(pending.sum()),
+        distinct=sum(len(batch.numbers) for batch in batches),
+        refused_before=sum(batch.has_one_try for batch in batches),
+        batches=len(batches),
+        lacks=lacks.pop() if len(lacks) == 1 else None,
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run has to tell. Money is in US dollars; numbers count rows, unless stated otherwise."""
+
+    options: Options
+    host: str
+    is_local: bool  # whether the server is on this machine, and so bills nothing
+    table_rows: int
+    started_at: datetime
+    plan: Plan
+    cells: Cells
+    # What was done, in this run and in all runs on the store.
+    spent: Totals
+    spent_by_all: Totals
+    set_aside: float  # for open jobs
+    knows_price: bool
+    keeps_answers: bool
+    rest_cost: float  # estimate, of the rows that are still to be sent
+    asked: Mapping[str, Any]  # what was sent, and what answered
+    # How the table is now.
+    labelled_rows: int
+    blank_rows: Mapping[int, str]  # row number -> reason, of those that have a text
+    line_numbers: Mapping[int, int]  # row number -> line of the file, of the blank rows
+    labels: Mapping[str, LabelCount]
+    table_labels: Mapping[str, LabelCount]  # the same for all rows of the table
+    shares: Mapping[str, Mapping[str, float]]  # label -> value of the `by` column -> share
+    # By name, if requested: "audit", "gold" and "corrected_shares" (each label -> figure -> value), "gold_unmatched"
+    # (reason -> gold rows), "gold_columns_not_compared".
+    figures: Mapping[str, Any]
+    seconds: float  # wall-clock time of asking
+    ended_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
     def attributes(self) -> dict[str, Any]:
         """For a frame's `attrs`."""
         return {
             "rows": self.table_rows,
-            "requested_rows": self.requested,
+            "requested_rows": self.plan.requested,
             "labelled_rows": self.labelled_rows,
             "blank_rows": dict(itertools.islice(self.blank_rows.items(), ATTRIBUTE_ROWS)),
             "blank_row_count": len(self.blank_rows),
-            "reused_rows": self.reused,
-            "example_rows": self.example_rows,
-            "calls": self.calls,
-            "tokens": self.usage._asdict(),
-            "cost": self.cost if self.knows_price else None,
+            "reused_rows": self.plan.reused,
+            "example_rows": self.plan.example_rows,
+            "calls": self.spent.calls,
+            "tokens": self.spent.usage._asdict(),
+            "cost": (self.spent.cost or 0.0) if self.knows_price else None,
             "seconds": self.seconds,
             **self.figures,
         }
 
 
-def opening_lines(options: Options, sender: type[Sender]) -> list[str]:
+def make_report(task: Task, plan: Plan, seconds: float = 0.0, figures: Mapping[str, Any] | None = None) -> Report:
+    options, table, store, requested = task.options, task.table, task.store, task.requested
+    cells, spent = task.cells(), store.totals(this_run=True)
+    unfinished = requested & (table.lengths > 0) & (cells < 0).any(axis=1)
+    waiting, given_up = (cells == IN_JOB).any(axis=1), store.given_up(task.prompt, this_run=True)
+    blank_rows = {
+        number: IN_A_JOB if waiting[number] else given_up.get(table.key(number), "not answered yet")
+        for number in unfinished.nonzero()[0].tolist()
+    }
+    rest, _ = table.distinct_rows(unfinished & ~waiting)
+    by_values = list(compress(table.by_values, requested))
+    return Report(
+        options=options,
+        host=task.server.host,
+        is_local=task.server.is_local,
+        table_rows=len(table),
+        started_at=task.started_at,
+        plan=plan,
+        cells=cells,
+        spent=spent,
+        spent_by_all=store.totals(),
+        set_aside=store.money()[1],
+        knows_price=task.server.knows_price or spent.cost is not None,  # where replies hold their bill, no list need
+        keeps_answers=store.path is not None,
+        rest_cost=(spent.cost or 0.0) / spent.answered * len(rest) if spent.answered else 0.0,
+        asked=asked_record(store.asked(task.prompt)),
+        labelled_rows=int((requested & complete(cells)).sum()),
+        blank_rows=blank_rows,
+        line_numbers=dict(zip(blank_rows, table.line_numbers(blank_rows), strict=False)),
+        labels=count_labels(cells[requested], options.labels),
+        table_labels=count_labels(cells, options.labels),
+        shares=shares_by(cells[requested], options.labels, by_values) if table.by_values else {},
+        figures=figures or {},
+        seconds=seconds,
+    )
+
+
+def asked_record(
+    asked: Iterable[tuple[Prompt, Parameters, str, str | None, str | None, int, int]],
+) -> dict[str, list[dict[str, Any]]]:
+    """Each set of questions that was asked together; the parameters, and the models that answered; with the answers."""
+    prompts: dict[Prompt, list[int]] = {}
+    served: Counter[tuple[str | None, str | None]] = Counter()
+    sent_with: Counter[tuple[str, str]] = Counter()
+    for prompt, parameters, tier, model, fingerprint, most_rows, answers in asked:
+        most, total = prompts.get(prompt, [0, 0])
+        prompts[prompt] = [max(most, most_rows), total + answers]
+        served[model, fingerprint] += answers
+        sent_with[json.dumps(parameters.shown), tier] += answers
+    return {
+        "prompts": [{"answers": total, **prompt.as_record(most)} for prompt, (most, total) in prompts.items()],
+        "served": [{"answers": n, "model": model, "system_fingerprint": mark} for (model, mark), n in served.items()],
+        "sent_with": [{"answers": n, **json.loads(shown), "tier": tier} for (shown, tier), n in sent_with.items()],
+    }
+
+
+JOBS_HEADLINE = "Sent as Batch API jobs: half the price, answers within a day"
+
+
+def opening_lines(options: Options) -> list[str]:
     existing = [] if options.label_column is None else [f"Label column: {options.label_column!r}"]
     before, day, after = DEFAULT_MODELS
     is_new = options.model == OPTIONS["model"].default == after
@@ -4805,51 +5156,54 @@ def opening_lines(options: Options, sender: type[Sender]) -> list[str]:
         *existing,
         f"New labels to add: {list(options.labels)}",
         f"Batch size: {options.batch_size} rows per API call",
-        sender.headline.format(max_workers=options.max_workers),
+        JOBS_HEADLINE if options.use_batch_api else f"Parallel workers: {options.max_workers}",
         "",
     ]
 
 
-def plan_lines(report: Report, stale: Sequence[str], sender: type[Sender]) -> list[str]:
-    """What there is to do; `stale` says why earlier answers do not count."""
-    options = report.options
-    numbers = {
-        "Rows already labelled (not sent again)": report.reused,
-        "Rows in open Batch API jobs (not sent again)": report.in_jobs,
-        "Rows equal to an example (labelled from it, not sent)": report.example_rows,
-        "Rows with a blank text (not sent, left blank)": report.blank_texts,
-        "Duplicate rows (sent once)": report.pending - report.distinct if report.lacks else 0,
+def plan_lines(plan: Plan, options: Options, other_answers: Sequence[str]) -> list[str]:
+    """What there is to do; `other_answers` are those that do not count."""
+    counts = {
+        "Rows already labelled (not sent again)": plan.reused,
+        "Rows in open Batch API jobs (not sent again)": plan.in_jobs,
+        "Rows equal to an example (labelled from it, not sent)": plan.example_rows,
+        "Rows with a blank text (not sent, left blank)": plan.blank_texts,
+        "Duplicate rows (sent once)": plan.pending - plan.distinct if plan.lacks else 0,
+        "Rows given up by an earlier run (sent last, alone and once)": plan.refused_before,
     }
     lines = [f"Starting parallel enrichment from row {options.start_index}..."]
-    lines += [f"{what}: {number}" for what, number in numbers.items() if number]
-    lines += stale
-    if report.lacks and not all(report.lacks):
-        lines.append(f"Labels to send (the others are known): {list(compress(options.labels, report.lacks))}")
-    if not report.batches and sender.collects_jobs and report.in_jobs:
+    lines += [f"{what}: {number}" for what, number in counts.items() if number]
+    lines += other_answers if plan.batches else []
+    if plan.lacks and not all(plan.lacks):
+        lines.append(f"Labels to send (the others are known): {list(compress(options.labels, plan.lacks))}")
+    if not plan.batches and options.use_batch_api and plan.in_jobs:
         return [*lines, "Collecting those jobs..."]
-    if not report.batches:
+    if not plan.batches:
         return [*lines, "Nothing to send: no API call is made"]
+    at_once = min(plan.batches, int(options.max_workers))
     return [
         *lines,
-        f"Total batches to process: {report.batches}",
-        sender.start_line.format(at_once=min(report.batches, int(options.max_workers))),
-        f"This will make {report.batches} API calls instead of {report.pending} (single-row processing)",
+        f"Total batches to process: {plan.batches}",
+        "Submitting them to the Batch API..."
+        if options.use_batch_api
+        else f"Processing {at_once} batches simultaneously...",
+        f"This will make {plan.batches} API calls instead of {plan.pending} (single-row processing)",
         "",
     ]
 
 
-def estimate_lines(requests: Iterable[Request], seen: Experience, server: Server) -> list[str]:
+def estimate_lines(attempts: Iterable[Attempt], seen: Experience, server: Server) -> list[str]:
     """What requests would take: by the tokenizer's rules, and by how calls so far were billed."""
     prompt = completion = 0.0
     count = 0
-    for request in requests:
+    for attempt in attempts:
         count += 1
-        prompt += prompt_tokens(request, server.parameters) * seen.prompt
-        completion += usual_answer_tokens(request, seen.prevalence) * seen.completion
+        prompt += prompt_tokens(attempt, server.first_parameters) * seen.prompt
+        completion += usual_answer_tokens(attempt, seen.prevalence) * seen.completion
     each = Usage(prompt=round(prompt / max(1, count)), completion=round(completion / max(1, count)))
-    prices = [server.prices.of(each, sender.tier) for sender in (ThreadSender, JobSender)]
+    prices = [server.cost(each, sender.tier) for sender in (LiveSender, JobSender)]
     live, in_jobs = (None if price is None else dollars(price * count) for price in prices)
-    note = f" ({OPENAI_WOULD_BILL})" if server.is_local and server.prices.user is None else ""
+    note = f" ({OPENAI_WOULD_BILL})" if server.is_local and server.user_price is None else ""
     cost = f"about {live}{f', with `use_batch_api` {in_jobs}' if in_jobs else ''}{note}"
     cost = UNKNOWN_PRICE.format(server.model) if live is None else cost
     basis = f"as in {seen.answers:,} answers so far" if seen.answers else "a guess, as long as there are no answers"
@@ -4875,20 +5229,19 @@ def closing_lines(report: Report) -> list[str]:
         )
     if len(failed) > SHOWN_BLANK_ROWS:
         lines.append(f"  and {len(failed) - SHOWN_BLANK_ROWS} more")
-    if report.unsplit:
-        lines.append(f"✗ Batches not sent again in parts, because hardly any reply could be used: {report.unsplit}")
     if not report.blank_rows:
-        lines.append("✓ Enrichment complete!" if report.labelled_rows else "✗ No row was labelled: none has a text")
+        lines.append("✓ Enrichment complete!" if report.labelled_rows else "✗ No row was labelled: no row has a text")
     if report.options.output_filepath is not None:
         lines.append(f"✓ Enriched dataset saved to {report.options.output_filepath}")
     # A row that was answered would have been a call of its own, also one that had waited in a job.
-    saved = report.pending + report.in_jobs - len(report.blank_rows) + report.audited - report.calls
-    lines.append(f"✓ Total API calls made: {report.calls}" + (f" (saved {saved} API calls!)" if saved > 0 else ""))
-    speedup = round(report.call_seconds / report.seconds, 1) if report.calls else 0
+    plan, spent = report.plan, report.spent
+    saved = plan.pending + plan.in_jobs - len(report.blank_rows) + audited_rows(report) - spent.calls
+    lines.append(f"✓ Total API calls made: {spent.calls}" + (f" (saved {saved} API calls!)" if saved > 0 else ""))
+    speedup = round(spent.seconds / report.seconds, 1) if spent.calls and report.seconds else 0
     if speedup >= 1:
         lines.append(f"✓ Speedup from parallelization: ~{speedup:g}x faster")
-    if report.calls:
-        prompt, cached, _, completion, reasoning = report.usage
+    if spent.calls:
+        prompt, cached, _, completion, reasoning = spent.usage
         notes = [
             f" ({count:,} of them {what})" if count else ""
             for count, what in ((cached, "cached"), (reasoning, "reasoning"))
@@ -4898,17 +5251,22 @@ def closing_lines(report: Report) -> list[str]:
     return [*lines, "", "=== Summary ===", *summary_lines(report), *table_lines(report)]
 
 
+def audited_rows(report: Report) -> int:
+    """The most rows that the audit has sent: each was a call of its own."""
+    return max((figures["rows"] for figures in report.figures.get("audit", {}).values()), default=0)
+
+
 def cost_words(report: Report) -> str:
     options = report.options
     if not report.knows_price:
         return UNKNOWN_PRICE.format(options.model)
-    words = dollars(report.cost)
-    if report.unconfirmed_cost:
-        aside, calls = dollars(report.unconfirmed_cost), report.unconfirmed_calls
-        words += f" counted, {aside} set aside for {calls} call{'s' * (calls > 1)} whose bill is unknown"
-    total = report.spent_before + report.cost + report.unconfirmed_cost
+    spent, by_all = report.spent, report.spent_by_all
+    words, total = dollars(spent.cost or 0.0), (by_all.cost or 0.0) + by_all.unconfirmed_cost
+    if spent.unconfirmed_cost:
+        calls = f"{spent.unconfirmed_calls} call{'s' if spent.unconfirmed_calls > 1 else ''}"
+        words += f", plus up to {dollars(spent.unconfirmed_cost)} for {calls} of unknown cost"
     notes = [OPENAI_WOULD_BILL] if report.is_local and options.price is None else []
-    notes += [f"all runs on this store: {dollars(total)}"] if report.spent_before else []
+    notes += [f"all runs on this store: {dollars(total)}"] if by_all.calls > spent.calls else []
     if options.max_cost is not None:
         notes.append(f"left of `max_cost`: {dollars(max(0.0, options.max_cost - total - report.set_aside))}")
     return words + (f" ({', '.join(notes)})" if notes else "")
@@ -5034,7 +5392,7 @@ def unfinished_line(report: Report) -> str:
     """How far a run got that ended early, what the rest would cost, and how to continue."""
     options = report.options
     money = f", the rest would cost about {dollars(report.rest_cost)}" if report.rest_cost else ""
-    labelled = f"{report.labelled_rows} of {report.requested} rows"
+    labelled = f"{report.labelled_rows} of {report.plan.requested} rows"
     if not report.keeps_answers:
         return (
             f"Stopped: {labelled} were labelled{money}. Only this exception's `frame` has them: pass `store_filepath` "
@@ -5051,7 +5409,7 @@ PLAIN = {bool, int, float, str, tuple, list, type(None)}
 
 def run_record(report: Report) -> dict[str, Any]:
     """What a paper's appendix needs, and what reproduces the run; without key or text."""
-    options = report.options
+    options, spent, by_all = report.options, report.spent, report.spent_by_all
     parameters = {
         name: "a DataFrame" if hasattr(value, "iloc") else value if type(value) in PLAIN else str(value)
         for name, value in vars(options).items()
@@ -5068,24 +5426,30 @@ def run_record(report: Report) -> dict[str, Any]:
         },
         "rows": {
             "table": report.table_rows,
-            "requested": report.requested,
-            "without_text": report.blank_texts,
-            "from_examples": report.example_rows,
+            "requested": report.plan.requested,
+            "without_text": report.plan.blank_texts,
+            "from_examples": report.plan.example_rows,
             "labelled": report.labelled_rows,
         },
-        **report.origins,
+        **report.asked,
         "this_run": {
             "started_at": report.started_at.isoformat(timespec="seconds"),
-            "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "ended_at": report.ended_at.isoformat(timespec="seconds"),
             "seconds": round(report.seconds, 3),
-            "calls": report.calls,
-            "retries": report.calls - report.attempts,
-            "tokens": report.usage._asdict(),
-            "dollars": report.cost if report.knows_price else None,
-            "dollars_unconfirmed_at_most": report.unconfirmed_cost if report.knows_price else None,
-            "reused_rows": report.reused,
+            "calls": spent.calls,
+            "retries": spent.calls - spent.attempts,
+            "tokens": spent.usage._asdict(),
+            "dollars": (spent.cost or 0.0) if report.knows_price else None,
+            "dollars_unconfirmed_at_most": spent.unconfirmed_cost if report.knows_price else None,
+            "reused_rows": report.plan.reused,
         },
-        "all_runs_on_this_store": report.totals,
+        "all_runs_on_this_store": {
+            "calls": by_all.calls,
+            **{f"{name}_tokens": count for name, count in by_all.usage._asdict().items()},
+            "dollars": by_all.cost,
+            "first_answer_at": by_all.first_at,
+            "last_answer_at": by_all.last_at,
+        },
         "counts": {label: count._asdict() for label, count in report.labels.items()},
         "labels_in_nearly_every_row": [label for label, count in report.labels.items() if too_often(count)],
         "counts_of_the_whole_table": {label: count._asdict() for label, count in report.table_labels.items()},
@@ -5222,15 +5586,15 @@ class Console:
             for line in lines:
                 show(line if verbatim else name_options(line, self.as_flags), sys.stdout)
 
-    def warn(self, line: str) -> None:
-        if not self.quiet:
+    def warn(self, *lines: str) -> None:
+        for line in lines if not self.quiet else ():
             from tqdm import tqdm
 
             with tqdm.external_write_mode(file=sys.stderr):
                 show(name_options(line, self.as_flags), sys.stderr)
 
     @contextlib.contextmanager
-    def progress(self, total: int) -> Iterator[Progress]:
+    def progress(self, total: int, knows_price: bool) -> Iterator[Progress]:
         with warnings.catch_warnings():  # if a notebook has no widgets, a line of text will do
             warnings.simplefilter("ignore")
             from tqdm.auto import tqdm
@@ -5247,15 +5611,16 @@ class Console:
             # Rows per second say more than batches do, and both would not fit 80 columns.
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         ) as bar:
-            yield Progress(bar, live)
+            yield Progress(bar, live, knows_price)
 
 
 class Progress:
     """The bar: attempts that have landed, of the requests that are known so far."""
 
-    def __init__(self, bar: tqdm[NoReturn], live: bool) -> None:
-        self.bar, self.live = bar, live
-        self.done = self.rows = 0
+    def __init__(self, bar: tqdm[NoReturn], live: bool, knows_price: bool) -> None:
+        self.bar, self.live, self.knows_price = bar, live, knows_price
+        self.done = self.rows = self.failed = 0
+        self.cost = 0.0
 
     def expect(self, more: int) -> None:
         """More requests are to be answered."""
@@ -5271,15 +5636,16 @@ class Progress:
         if seconds >= 1 and self.live:
             self.bar.set_postfix_str(f"rate limit, waiting {seconds:.0f} s")
 
-    def landed(self, report: Report, rows: int, again: int) -> None:
-        """One more has landed and answered so many rows; some requests are sent again because of it."""
+    def landed(self, attempt: Attempt, verdict: Verdict) -> None:
+        """One more has landed."""
         self.done += 1
-        self.rows += rows
-        self.expect(again)
+        self.rows += 0 if attempt.is_probe else len(verdict.answers)
+        self.failed += verdict.action is Action.GIVE_UP
+        self.cost += attempt.cost or 0.0
         elapsed = self.bar.format_dict["elapsed"]
         note = [f"{self.rows / elapsed:.0f} rows/s"] if elapsed else []
-        note += [f"{len(report.failed)} failed"] if report.failed else []
-        note += [dollars(report.cost)] if report.knows_price else []
+        note += [f"{self.failed} failed"] if self.failed else []
+        note += [dollars(self.cost)] if self.knows_price or self.cost else []
         self.bar.set_postfix_str(", ".join(note), refresh=False)
         self.bar.n = self.done
         self.bar.update(0)
@@ -5445,7 +5811,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = Options(**arguments)
         read_here = {"codebook": codebook, "key file": key_file}
         check_apart(options.written, {what: Path(path) for what, path in read_here.items() if path is not None})
-        report = Run(options, Console(options.quiet, as_flags=True)).label().report
+        report, _ = run(options, Console(options.quiet, as_flags=True))
     except EnrichmentError as error:
         show(f"Error: {name_options(error.message, as_flags=True)}", sys.stderr)
         return error.exit_code

@@ -100,10 +100,14 @@ class Job:
 
     def enrich(self, labels: Sequence[str] = LABELS, **options: Any) -> pd.DataFrame:
         options = {"base_url": self.server.url, "quiet": True, "model": MODEL, "answer_form": self.form} | options
+        if options.get("use_batch_api") and self.server.lets_probes_pass is None:
+            self.server.lets_probes_pass = True
         return module.enrich_dataset(self.input, self.output, "text", None, labels, **options)
 
     def arguments(self, *more: str) -> list[str]:
         paths = ["--input", str(self.input), "--output", str(self.output), "--text-column", "text"]
+        if "--batch-api" in more and self.server.lets_probes_pass is None:
+            self.server.lets_probes_pass = True
         return [*paths, "--model", MODEL, "--answer-form", self.form, "--labels", *LABELS, *more]
 
     def command(self, *more: str) -> int:
@@ -132,7 +136,7 @@ class Job:
     @property
     def asked(self) -> list[str]:
         """The texts of all calls, in the order in which these were answered."""
-        return [text for call in self.server.calls for text in call.texts]
+        return [text for call in self.server.calls for text in call.texts if text != module.HARMLESS]
 
     def check(self, blank_rows: Sequence[int] = ()) -> None:
         """Every cell is right, and these rows alone are blank."""

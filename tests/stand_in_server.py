@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))
-from enrich_dataset import MESSAGE_TOKENS, count_tokens, schema_tokens
+from enrich_dataset import HARMLESS, MESSAGE_TOKENS, count_tokens, schema_tokens
 
 FAULTS = (
     "500", "503", "429", "reset", "cut", "html", "empty", "refusal", "filter", "length",
@@ -67,9 +67,14 @@ def prompt_tokens(body: dict[str, Any]) -> int:
     return MESSAGE_TOKENS + messages + schema_tokens(body.get("response_format", {}))
 
 
+def user_part(body: dict[str, Any]) -> str:
+    """The rows' part of a request, which may stand behind the instructions in one message."""
+    return str(body["messages"][-1]["content"]).rpartition("\n\n")[2]
+
+
 def given_rows(body: dict[str, Any]) -> list[dict[str, str]]:
     """The texts of a request, with their ids: as enrich_dataset sends them, or as a list of objects."""
-    message = json.loads(body["messages"][-1]["content"])
+    message = json.loads(user_part(body))
     if isinstance(message.get("texts"), list):
         return list(message["texts"])
     return [{"id": row, "text": given if isinstance(given, str) else given[0]} for row, given in message.items()]
@@ -159,7 +164,9 @@ class StandIn(ThreadingHTTPServer):
         self.per_token = 0.0  # seconds a token after that
         self.tail = 0.0  # sigma of a log-normal factor on the latency
         self.faults: dict[str, float] = {}  # share of the calls that meet each
-        self.refuses: set[str] = set()  # parts of a request that are answered with a 400
+        self.refuses: set[str] = set()  # parts of a request that are answered with a 400, or with
+        self.refusal_status = 400
+        self.banned = ""  # a word that is refused wherever it stands
         self.most_completion: int | None = None  # tokens that the model can write
         self.limits: dict[str, Limit] = {}  # "requests" and "tokens"
         self.tells_limits = True
@@ -175,6 +182,10 @@ class StandIn(ThreadingHTTPServer):
         self.broken_files: deque[str] = deque()  # what becomes of the next output files: "null", "empty", "html", ...
         self.context = 0  # tokens of a prompt that it takes in; it drops what is before them, and says nothing of it
         self.skips_prefix = False  # whether it does not count the system message, as one that it has cached
+        self.lets_probes_pass: bool | None = (
+            None  # whether calls about the harmless text are answered, and not listed in `calls`
+        )
+        self.probes: list[Call] = []
         self.odd_reply: dict[str, Any] = {}  # that replaces fields of a completion
         self.parrots = False  # whether it repeats what the instructions show as an answer
         self.flips = 0.0  # share of the cells that come out wrong where a call has several texts
@@ -542,6 +553,7 @@ def check_body(body: Any) -> dict[str, Any] | None:
         return error_body("you must provide a model and messages")
     known = {
         "model", "messages", "response_format", "temperature", "reasoning_effort", "max_completion_tokens", "max_tokens",
+        "stream", "seed",
     }  # fmt: skip
     if set(body) - known:
         return error_body(f"Unrecognized request argument supplied: {min(set(body) - known)}")
@@ -551,7 +563,6 @@ def check_body(body: Any) -> dict[str, Any] | None:
     if form["type"] == "json_schema":
         given = form["json_schema"]
         complaint = "" if re.fullmatch(r"[\w-]{1,64}", given.get("name", "")) else "bad name"
-        complaint = complaint or ("" if given.get("strict") is True else "strict must be true")
         complaint = complaint or check_schema(given["schema"])
         if complaint:
             name = given.get("name")
@@ -562,7 +573,10 @@ def check_body(body: Any) -> dict[str, Any] | None:
 def answer_schema(body: dict[str, Any]) -> dict[str, Any]:
     """The schema of one row's answer, or {}."""
     form = body.get("response_format", {})
-    return dict(form["json_schema"]["schema"]["$defs"]["a"]) if form.get("type") == "json_schema" else {}
+    schema = form["json_schema"]["schema"] if form.get("type") == "json_schema" else {}
+    return (
+        dict(schema["$defs"]["a"] if "$defs" in schema else next(iter(schema["properties"].values()))) if schema else {}
+    )
 
 
 def asked_form(body: dict[str, Any]) -> str:
@@ -785,6 +799,14 @@ class Handler(BaseHTTPRequestHandler):
         labels = asked_labels(body)
         prompt = self.server.scale(prompt_tokens(body))
         fault, latency = "", 0.0
+        is_spared = self.server.lets_probes_pass and texts == [HARMLESS]
+        if is_spared:
+            content = json.dumps(in_form(self.server.label(given, labels, prompt), body, labels))
+            completion = self.server.complete(body, content, "", prompt)
+            completion["usage"] = {"prompt_tokens": 0, "completion_tokens": 0}  # so that tests need not count it
+            return self.send_spared(Call(
+                arrived, arrived, 200, "", tuple(texts), tuple(labels), body, prompt, completion["usage"]["completion_tokens"]
+            ), completion)  # fmt: skip
 
         def reply(status: int, content: Any, headers: dict[str, str] | None = None, completion: int = 0) -> None:
             ended = time.monotonic()
@@ -830,6 +852,11 @@ class Handler(BaseHTTPRequestHandler):
             headers = self.server.charge_later(used)
         return reply(200, completion | self.server.odd_reply, headers, used)
 
+    def send_spared(self, call: Call, completion: dict[str, Any]) -> None:
+        with self.server.lock:
+            self.server.probes.append(call)
+        return self.send(200, completion)
+
     def refuse(self, body: Any) -> tuple[int, Any, dict[str, str]] | tuple[int, Any] | None:
         server = self.server
         with server.lock:
@@ -845,7 +872,9 @@ class Handler(BaseHTTPRequestHandler):
             return 404, error_body(f"The model `{body['model']}` does not exist", code="model_not_found")
         part = refused_part(body, server.refuses)
         if part:
-            return 400, unsupported(part)
+            return server.refusal_status, unsupported(part)
+        if server.banned and server.banned in json.dumps(body):
+            return 400, error_body("This request was rejected.")
         bound = body.get("max_completion_tokens", body.get("max_tokens", 0))
         if server.most_completion is not None and bound > server.most_completion:
             most = f"This model supports at most {server.most_completion} completion tokens."

@@ -140,7 +140,7 @@ def test_an_output_that_is_open_elsewhere_is_one_line_and_loses_nothing(
     errors = capsys.readouterr().err
     assert errors == (
         f"Error: {job.output} cannot be written (Permission denied): close the program that has it open, or free some space, "
-        "then run the same command; no answer is lost.\n"
+        "then run the same command; no answers are lost.\n"
     )
     calls = len(job.server.calls)
     assert job.command("--quiet") == 0

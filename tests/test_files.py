@@ -53,7 +53,7 @@ class TestOverwriting:
         job.output.write_text(corrected)
         line = refused(job, capsys)
         assert "was changed since it was written, and would be lost" in line
-        assert "make it the input of a run with another output: its cells that are 0 or 1 stand." in line
+        assert "make it the input of a run with another output: existing 0 and 1 cells are kept." in line
         other = job.output.with_name("other.csv")
         module.enrich_dataset(job.output, other, "text", None, LABELS, base_url=job.server.url, quiet=True)
         assert other.read_text() == corrected
@@ -66,18 +66,6 @@ class TestOverwriting:
         refused(job, capsys, "--dry-run")
         assert job.command("--dry-run", "--overwrite") == 0
         refused(job, capsys)
-
-    def test_what_is_changed_while_the_run_goes_on_is_kept(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        job.write(make_texts(10)).enrich(limit=5)
-        admit = job.server.admit
-        job.server.admit = lambda tokens: job.output.write_text("mine") and admit(tokens)  # type: ignore[method-assign,func-returns-value]
-        assert job.command() == 1
-        assert "was changed during this run, and is left as it is" in capsys.readouterr().err
-        assert job.output.read_text() == "mine"
-        job.output.unlink()
-        assert job.command() == 0
-        assert len(job.asked) == 10
-        job.check()
 
     def test_a_kill_between_the_note_and_the_move_is_no_change_of_the_users(
         self, job: Job, monkeypatch: pytest.MonkeyPatch
@@ -116,7 +104,7 @@ class TestRefused:
     @pytest.mark.parametrize("name", ["out.xlsx", "out.parquet", "out.JSONL"])
     def test_an_output_of_another_kind(self, job: Job, name: str, capsys: pytest.CaptureFixture[str]) -> None:
         line = refused(job.write(["cake"]), capsys, "--output", str(job.output.with_name(name)))
-        assert f"{name} would hold a CSV: end it in .csv" in line
+        assert f"{name} is always CSV: use a name that ends in .csv" in line
 
     @pytest.mark.parametrize(
         ("name", "words"),
@@ -165,7 +153,7 @@ class TestRefused:
         path = job.write(["cake"]).input.with_name("used.csv")
         path.write_text(f"text,{','.join(LABELS)}\ncake,1,0,0\n")
         line = refused(job, capsys, other, str(path), "--output", str(path))
-        assert f"The output is the {other[2:]} itself" in line
+        assert f"The output and the {other[2:]} are the same file" in line
         link = path.with_name("link.csv")
         link.hardlink_to(path)
         refused(job, capsys, other, str(path), "--output", str(link))
@@ -184,7 +172,7 @@ class TestRefused:
     def test_the_codebook_and_the_key_file(self, job: Job, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
         path = job.write(["cake"]).input.with_name("used.csv")
         path.write_text("label,definition\n" + "".join(f"{label},something\n" for label in LABELS))
-        assert "itself" in refused(job, capsys, flag, str(path), "--output", str(path), "--overwrite")
+        assert "are the same file" in refused(job, capsys, flag, str(path), "--output", str(path), "--overwrite")
 
     @pytest.mark.parametrize("kind", ["socket", "folder"])
     @pytest.mark.parametrize(
@@ -231,7 +219,7 @@ class TestRefused:
                 path.write_text("a-key" if flag == "--api-key-file" else content)
             before = path.read_bytes() if path.exists() else b""
             assert job.command(*arguments, flag, str(path)) == 2
-            assert "itself" in capsys.readouterr().err
+            assert "are the same file" in capsys.readouterr().err
             assert job.server.calls == []
             assert (path.read_bytes() if path.exists() else b"") == before
 
@@ -268,8 +256,7 @@ class TestDrafts:
         precious = job.input.with_name("precious")
         precious.write_text("precious")
         job.write(make_texts(5)).enrich(limit=2)
-        with module.Store(job.store) as store:
-            draft = module.Files(store, {}, overwrite=False)._draft(job.output)
+        draft = module.draft_of(job.output)
         admit = job.server.admit
 
         def lay(tokens: int) -> tuple[dict[str, str], str]:
@@ -291,9 +278,7 @@ class TestDrafts:
     def test_what_a_killed_run_left_is_removed_by_the_next(self, job: Job) -> None:
         job.server.first_token = 0.2
         job.write(make_texts(20)).enrich(limit=10)
-        with module.Store(job.store) as store:
-            files = module.Files(store, {}, overwrite=False)
-            drafts = [files._draft(path) for path in (job.output, Path(f"{job.output}.sample.csv"))]
+        drafts = [module.draft_of(path) for path in (job.output, Path(f"{job.output}.sample.csv"))]
         for draft in drafts:
             draft.write_text("half")
         job.enrich(sample=5)

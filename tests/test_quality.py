@@ -467,12 +467,12 @@ class TestRecord:
         assert record["rows"]["table"] == record["rows"]["labelled"] == 30
         assert set(record["versions"]) == {"enrich_dataset", "python", "openai", "pandas"}
         assert record["served"] == [
-            {"rows": 30, "model": "gpt-4o-mini-2024-07-18", "system_fingerprint": "fp_stand_in"}
+            {"answers": 30, "model": "gpt-4o-mini-2024-07-18", "system_fingerprint": "fp_stand_in"}
         ]
         (prompt,) = record["prompts"]
         assert "what praising_violence means" in prompt["system_message_without_examples"]
         assert prompt["response_format"] == job.server.calls[0].body["response_format"]
-        assert (prompt["rows"], prompt["examples"]) == (30, 1)
+        assert (prompt["answers"], prompt["examples"]) == (30, 1)
         assert record["this_run"]["calls"] == 8
         assert record["this_run"]["dollars"] > 0
         assert record["all_runs_on_this_store"]["calls"] == 8
@@ -492,14 +492,14 @@ class TestRecord:
         record = json.loads(Path(f"{job.output}.run.json").read_text())
         assert record["blank_rows"] == [{"row": 1, "line": 3, "reason": "the model refused to answer"}]
         assert record["counts"][LABELS[0]] == {"ones": 0, "zeros": 1, "blank": 2}
-        assert record["this_run"]["retries"] == 0
+        assert record["this_run"]["retries"] == 1
 
-    def test_it_names_every_prompt_that_gave_a_cell_with_its_rows_and_no_other(self, job: Job) -> None:
+    def test_it_names_every_prompt_that_was_asked_of_these_labels_with_its_answers(self, job: Job) -> None:
         job.write(make_texts(30)).enrich(LABELS[:2], limit=20)
         job.enrich(LABELS)
         record = json.loads(Path(f"{job.output}.run.json").read_text())
         prompts = {tuple(prompt["labels"]): prompt for prompt in record["prompts"]}
-        assert {labels: prompt["rows"] for labels, prompt in prompts.items()} == {
+        assert {labels: prompt["answers"] for labels, prompt in prompts.items()} == {
             tuple(LABELS[:2]): 20, (LABELS[2],): 20, tuple(LABELS): 10,
         }  # fmt: skip
         sent = {call.body["messages"][0]["content"] for call in job.server.calls}
@@ -507,27 +507,23 @@ class TestRecord:
         job.enrich(LABELS[:2])
         record = json.loads(Path(f"{job.output}.run.json").read_text())
         assert [prompt["labels"] for prompt in record["prompts"]] == [LABELS[:2], LABELS]
-        assert record["served"][0]["rows"] == 30
+        assert record["served"][0]["answers"] == 30
 
-    def test_it_has_the_parameters_that_were_really_sent_and_the_models_that_answered(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_it_has_the_parameters_that_were_really_sent_and_the_models_that_answered(self, job: Job) -> None:
         job.write(make_texts(40)).enrich(limit=10)
         job.server.refuses = {"temperature"}
         completion = {"choices": [{"message": {"content": '{"660": []}'}}], "model": "gpt-4o-mini-2026-12-01"}
-        job.server.script.extend([None, None, (200, {}, completion)])
+        job.server.script.extend([None] * 4 + [(200, {}, completion)])
         job.enrich(limit=30, quiet=False, max_workers=1, batch_size=1)
         job.enrich(use_batch_api=True, poll_interval=0.05)
         record = json.loads(Path(f"{job.output}.run.json").read_text())
-        assert [(part["rows"], part.get("temperature"), part["tier"]) for part in record["sent_with"]] == [
+        assert [(part["answers"], part.get("temperature"), part["tier"]) for part in record["sent_with"]] == [
             (10, 0.0, "standard"), (20, None, "standard"), (10, None, "batch"),
         ]  # fmt: skip
         assert {part["format"] for part in record["sent_with"]} == {"a strict schema"}
-        assert {part["model"]: part["rows"] for part in record["served"]} == {
+        assert {part["model"]: part["answers"] for part in record["served"]} == {
             "gpt-4o-mini-2024-07-18": 39, "gpt-4o-mini-2026-12-01": 1,
         }  # fmt: skip
-        told = "gpt-4o-mini was answered by gpt-4o-mini-2024-07-18, and now by gpt-4o-mini-2026-12-01"
-        assert capsys.readouterr().err.count(told) == 1
 
     def test_it_tells_the_requested_rows_from_those_of_the_table_and_hashes_what_was_read(self, job: Job) -> None:
         gold = job.input.with_name("gold.csv")

@@ -22,13 +22,10 @@ FIRST, SECOND, THIRD = LABELS
 pytestmark = pytest.mark.every_form
 
 
-def attempt(content: Any, **choice: Any) -> module.Attempt:
+def read(content: Any, form: str = "list", **choice: Any) -> tuple[dict[str, str], dict[str, str]]:
     body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"} | choice]}
-    return module.Attempt(module.Request(ROWS, PROMPT), body=body)
-
-
-def read(content: Any, **choice: Any) -> tuple[dict[str, str], dict[str, str]]:
-    answers, problems = module.read_answers(attempt(content, **choice))
+    attempt, reply = module.Attempt(ROWS, prompt_of(answer_form=form)), module.Reply(200, {}, body, 0.0)
+    answers, problems = module.check_answers(module.find_answers(reply, attempt), attempt)
     return {row.text: cells for row, cells in answers.items()}, {row.text: why for row, why in problems.items()}
 
 
@@ -58,11 +55,9 @@ def test_a_good_answer_is_read(content: str) -> None:
         ({A: [], C: [SECOND, THIRD]}, "its id was missing from the answer, or repeated"),
         ({A: [], "150": [FIRST], C: [SECOND, THIRD]}, "its id was missing from the answer, or repeated"),
         (WHOLE | {B: ["other"]}, "its answer had an unknown label"),
-        (WHOLE | {B: [FIRST.upper()]}, "its answer had an unknown label"),
         (WHOLE | {B: [1]}, "its answer had an unknown label"),
         (WHOLE | {B: [[FIRST]]}, "its answer had an unknown label"),
-        (WHOLE | {B: FIRST}, "its answer was not a list"),
-        (WHOLE | {B: None}, "its answer was not a list"),
+        (WHOLE | {B: 1}, "its answer was not a list"),
         (WHOLE | {B: {FIRST: 1}}, "its answer was not a list"),
     ],
 )
@@ -78,10 +73,12 @@ def test_an_id_given_twice_is_not_believed() -> None:
 @pytest.mark.parametrize(
     ("content", "choice", "reason"),
     [
-        (None, {}, "the answer was not text"),
+        (None, {}, "the answer was not valid JSON"),
         ("", {}, "the answer was not valid JSON"),
         ("[" * 100_000, {}, "the answer was not valid JSON"),
-        ("[]", {}, "the answer was not a JSON object"),
+        ("[]", {}, "the answer was not valid JSON"),
+        ("{}", {}, "its id was missing from the answer, or repeated"),
+        (json.dumps({A: "a", B: "b", C: "c"}), {}, "its answer had an unknown label"),  # an echo of the request
         (json.dumps(WHOLE)[:-3], {"finish_reason": "length"}, "the answer was cut off at its maximum length"),
         ("", {"finish_reason": "content_filter"}, "stopped by the provider's content filter"),
         (None, {"message": {"content": None, "refusal": "no"}}, "the model refused to answer"),
@@ -106,33 +103,90 @@ def test_any_reply_gives_each_row_an_answer_or_a_reason(content: Any) -> None:
     assert all(len(cells) == 3 and set(cells) <= {"0", "1"} for cells in answers.values())
 
 
-@given(st.integers(1, 40), st.data())
-def test_splitting_asks_for_each_problem_once_and_ends(count: int, data: st.DataObject) -> None:
-    rows = tuple(make_row(str(number)) for number in range(count))
-    poisoned = data.draw(st.sets(st.sampled_from(rows), min_size=1))
-    open_requests, failed, calls = [module.Request(rows, PROMPT)], {}, 0
-    while open_requests:
-        request = open_requests.pop()
-        calls += 1
-        problems = dict.fromkeys(request.rows, "why") if poisoned & set(request.rows) else {}
-        again, given_up = module.next_requests(module.Attempt(request), problems, module.ThreadSender.policy)
-        assert sorted(row for part in again for row in part.rows) == ([] if given_up else sorted(problems))
-        assert not failed.keys() & given_up.keys()
-        open_requests += again
-        failed |= given_up
-    assert failed.keys() == poisoned
-    assert calls <= 1 + len(poisoned) * 2 * (count.bit_length() + module.ALIKE_FAILURES)
+# Each is how a real server or model wrapped it: reports and recordings of Mistral, Groq, Ollama, vLLM, LM Studio,
+# llama.cpp, DeepSeek, gpt-oss.
+ENVELOPES: dict[str, Any] = {
+    "thinking before it": {"content": f"<think>\nOne {{by}} one.\n</think>\n\n{json.dumps(WHOLE)}"},
+    "a closing mark alone": {"content": f"First {{that}}.\n</think>{json.dumps(WHOLE)}"},
+    "another draft in the thinking": {"content": f"<think>{json.dumps({A: [FIRST]})}</think>{json.dumps(WHOLE)}"},
+    "brackets as marks": {"content": f"[THINK]Hm.[/THINK]{json.dumps(WHOLE)}"},
+    "channels": {
+        "content": f"<|channel|>analysis<|message|>{{}}<|end|><|start|>assistant<|channel|>final<|message|>{json.dumps(WHOLE)}"
+    },
+    "an end mark": {"content": f"{json.dumps(WHOLE)}<|im_end|>"},
+    "prose around a fence": {"content": f"Here it is:\n\n```json\n{json.dumps(WHOLE)}\n```\n\nAnything {{else}}?"},
+    "parts": {"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": json.dumps(WHOLE)}]},
+    "an object": {"content": WHOLE},
+    "a tool call": {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": json.dumps(WHOLE)}}]},
+    "a tool call of an object": {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": WHOLE}}]},
+    "reasoning alone": {"content": "", "reasoning_content": json.dumps(WHOLE)},
+    "a key around it": {"content": json.dumps({"answer": WHOLE})},
+    "a list of objects": {"content": json.dumps([{"id": row, "labels": labels} for row, labels in WHOLE.items()])},
+    "a wrapped list": {"content": json.dumps({"results": [{"id": int(row), "labels": x} for row, x in WHOLE.items()]})},
+    "one object a row": {"content": json.dumps([{row: labels} for row, labels in WHOLE.items()])},
+    "one line a row": {"content": "\n".join(json.dumps({row: labels}) for row, labels in WHOLE.items())},
+    "encoded twice": {"content": json.dumps(json.dumps(WHOLE))},
+    "near spellings": {
+        "content": json.dumps({A: None, B: FIRST.upper(), C: [f" {SECOND.replace('_', '-')}", THIRD.replace("_", " ")]})
+    },
+    "the request echoed": {"content": json.dumps({A: "a", B: "b", C: "c"}) + json.dumps(WHOLE)},
+}
 
 
-def test_a_lone_row_gets_three_tries(job: Job) -> None:
-    job.write(["poison-garbage"]).enrich()
-    assert len(job.server.calls) == 3
+@pytest.mark.one_form
+@pytest.mark.parametrize("message", ENVELOPES.values(), ids=ENVELOPES)
+def test_an_answer_counts_by_its_content_whatever_its_envelope(message: Any) -> None:
+    assert read(None, message=message) == (RIGHT, {})
+
+
+@pytest.mark.one_form
+@pytest.mark.parametrize(
+    ("form", "answer"),
+    [("each", {FIRST.title(): "1", SECOND: False, THIRD: 0.0}), ("each", {FIRST: True, SECOND: "0", THIRD: "false"}), ("one", [FIRST]), ("one", FIRST.title())],
+)  # fmt: skip
+def test_values_in_near_spellings_are_read(form: str, answer: Any) -> None:
+    assert read(json.dumps(dict.fromkeys((A, B, C), answer)), form) == (dict.fromkeys("abc", "100"), {})
+
+
+# What looks like an answer and is none, or not for sure.
+NO_ANSWERS: dict[str, Any] = {
+    "thinking that was cut off": {"content": f"<think>Perhaps {json.dumps(WHOLE)}"},
+    "reasoning of a reply that was cut off": {"reasoning_content": json.dumps(WHOLE), "finish_reason": "length"},
+    "a draft in a reply that was cut off": {"content": f"{json.dumps(WHOLE)} But", "finish_reason": "length"},
+    "two answers that differ": {
+        "content": json.dumps({row: [] for row in WHOLE}) + json.dumps({row: [FIRST] for row in WHOLE})
+    },
+    "two tool calls": {"tool_calls": [{"function": {"arguments": json.dumps(WHOLE)}}] * 2},
+    "ids of others": {"content": json.dumps({"1": [], "2": [], "3": []})},
+}
+
+
+@pytest.mark.one_form
+@pytest.mark.parametrize("message", NO_ANSWERS.values(), ids=NO_ANSWERS)
+def test_what_is_no_plain_answer_counts_for_no_row(message: dict[str, Any]) -> None:
+    finish = message.get("finish_reason", "stop")
+    assert read(None, message=message, finish_reason=finish)[0] == {}
+
+
+@pytest.mark.one_form
+def test_labels_that_differ_in_signs_alone_are_read_only_as_they_are() -> None:
+    frame = module.frame_options(pd.DataFrame(), "text", ["a_b", "a-b"], model="m")
+    prompt = module.read_prompt(frame, "a-server")
+    assert [prompt.spelled(name) for name in ("a_b", "a-b", "a b", "A_B")] == ["a_b", "a-b", None, None]
+
+
+def test_a_lone_row_gets_two_tries(job: Job) -> None:
+    job.write(make_texts(10)).enrich()
+    job.write([*make_texts(11), "poison-garbage"]).enrich(batch_size=1)
+    assert job.asked.count("poison-garbage") == 2
 
 
 def test_failures_of_other_kinds_do_not_use_up_a_lone_rows_tries(job: Job) -> None:
-    broken = [{"content": "no"}, {"content": "{}"}, {"content": "no"}, {"content": "", "refusal": "no"}]
+    broken = [{"content": "no"}, {"content": "{}"}, {"content": "", "refusal": "no"}]
+    job.write(["tram", "cake"])
+    job.server.script.append(None)
     job.server.script.extend((200, {}, {"choices": [{"message": message}]}) for message in broken)
-    job.write(["cake"]).enrich()
+    job.enrich(batch_size=1, max_workers=1)
     assert len(job.server.calls) == 5
     job.check()
 
@@ -222,8 +276,7 @@ class TestCutPrompts:
         job.write([*self.LONG, *(f"{text}!" for text in self.LONG * 4)])
         job.enrich(batch_size=20, max_workers=1)
         job.check()
-        # The second one had left when the first one's halves showed that it was a cut.
-        assert len([call for call in job.server.calls if call.prompt_tokens > 2000]) == 2
+        assert len([call for call in job.server.calls if call.prompt_tokens > 2000]) == 1
 
     @pytest.mark.parametrize("oddity", ["prefix", "tokenizer"])
     def test_a_server_that_counts_otherwise_loses_no_row_and_little_is_sent_twice(
@@ -234,7 +287,7 @@ class TestCutPrompts:
         instructions = "Be strict with every text, whatever it is about. " * 400
         job.write(make_texts(200)).enrich(instructions=instructions, max_workers=1, quiet=False)
         job.check()
-        assert len(job.server.calls) == 20 + 2 * 2  # two had left when the first one's halves showed it
+        assert len(job.server.calls) == 20 + 2  # one was asked in halves
         assert capsys.readouterr().err.count("taken for its way of counting") == 1
 
     @pytest.mark.parametrize("usage", [{}, {"usage": None}, {"usage": {"prompt_tokens": 0, "completion_tokens": 0}}])
@@ -256,7 +309,8 @@ def test_a_row_that_failed_is_pending_at_the_next_run(job: Job) -> None:
     assert job.command("--quiet") == 3
     before = len(job.server.calls)
     assert job.command("--quiet") == 3
-    assert [call.texts for call in job.server.calls[before:]] == [("poison-garbage",)] * 3
+    # Nothing has been answered in this run, so that a harmless text is asked whether the server works at all.
+    assert [call.texts for call in job.server.calls[before:]] == [("poison-garbage",), (module.HARMLESS,)]
 
 
 def test_many_blank_rows_are_counted_and_some_named(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,8 @@ import enrich_dataset as module
 PROMPT = prompt_of(model="gpt-4o-mini")
 
 
-def request(texts: list[str], label: str | None = None) -> module.Request:
-    return module.Request(tuple(make_row(text, label) for text in texts), PROMPT)
+def request(texts: list[str], label: str | None = None) -> module.Attempt:
+    return module.Attempt(tuple(make_row(text, label) for text in texts), PROMPT)
 
 
 @given(counts=st.lists(st.integers(1, 40), max_size=4), batch_size=st.integers(1, 500))
@@ -45,8 +45,10 @@ def test_row_ids_are_three_digits_and_no_two_alike() -> None:
     assert not any(abs(int(a) - int(b)) == 1 for a, b in itertools.pairwise(ids))
 
 
-@pytest.mark.parametrize("form", [module.Format.SCHEMA, module.Format.BARE_SCHEMA])
-@pytest.mark.parametrize("count", [1, 500])
+@pytest.mark.parametrize(
+    ("form", "count"),
+    [*itertools.product([module.Format.SCHEMA, module.Format.BARE_SCHEMA], [1, 500]), (module.Format.PLAIN_SCHEMA, 10)],
+)
 def test_openai_would_take_the_schema(form: module.Format, count: int) -> None:
     body = module.build_body(request(make_texts(count)), module.Parameters(format=form))
     assert check_body(body) is None
@@ -59,7 +61,7 @@ def test_a_blank_line_in_a_definition_is_sent_as_it_is() -> None:
 
 def test_a_request_in_full() -> None:
     body = module.build_body(
-        request(['say "praise"\n\x18', "é"]), module.first_parameters("gpt-4o-mini", must_be_bounded=False)
+        request(['say "praise"\n\x18', "é"]), module.first_parameters("gpt-4o-mini", is_capped=False, extra_body={})
     )
     user = '{"660":"say \\"praise\\"\\n\\u0018","149":"é"}'
     assert body["messages"][1] == {"role": "user", "content": user}
@@ -111,7 +113,7 @@ def test_a_lone_surrogate_in_a_text_is_sent_as_a_question_mark() -> None:
 def test_the_output_cap_has_room_for_every_label_on_every_row() -> None:
     asked = request(make_texts(20))
     answer = json.dumps(dict.fromkeys(module.row_ids(20), LABELS), separators=(",", ":"))
-    assert module.most_answer_tokens(asked) > len(answer) / 4 * 1.2
+    assert module.max_answer_tokens(asked) > len(answer) / 4 * 1.2
 
 
 def test_no_key_and_no_text_is_in_the_store(job: Job) -> None:

@@ -243,7 +243,10 @@ class TestCommand:
         if change == "labels":
             job.write(make_texts(120))
         assert job.command("--sample", "30", *(["--seed", "2"] if change == "seed" else [])) == 0
-        assert f"The labels have changed since {path} was drawn, so it is left as it is" in capsys.readouterr().out
+        assert (
+            f"The labels have changed since {path} was drawn, so it was not changed; move or delete it"
+            in capsys.readouterr().out
+        )
         assert path.read_bytes() == before
 
     def test_what_nobody_has_coded_and_what_is_of_another_draw_is_told(
@@ -318,10 +321,11 @@ class TestForms:
     @pytest.mark.parametrize("form", ["list", "each"])
     @pytest.mark.parametrize("live", [True, False])
     def test_cells_are_right_under_both_forms_of_all_labels(self, job: Job, form: str, live: bool) -> None:
-        job.server.faults = {"missing": 0.1, "doubled": 0.1, "unknown": 0.1, "length": 0.1, "foreign": 0.1}
+        job.server.faults = {"missing": 0.05, "doubled": 0.05, "unknown": 0.05, "length": 0.05, "foreign": 0.05}
         options: dict[str, Any] = {} if live else {"use_batch_api": True, "poll_interval": 0.05}
         job.write(make_texts(95)).enrich(answer_form=form, **options)
-        blank = [number for number, cells in enumerate(job.cells) if "" in cells] if not live else []
+        blank = [number for number, cells in enumerate(job.cells) if "" in cells]
+        assert len(blank) <= 3  # which met a fault whenever they were asked
         job.check(blank_rows=blank)
         job.server.faults = {}
         job.enrich(answer_form=form)
@@ -340,13 +344,13 @@ class TestForms:
         job.server.faults = {}
         calls = len(job.server.calls)
         job.enrich([*LABELS, "weather"], answer_form="one", quiet=False)
-        assert "60 stored answers were a choice among other labels\n" in capsys.readouterr().out
+        assert "60 stored answers do not count: they are from another prompt; " in capsys.readouterr().out
         assert sum(len(call.texts) for call in job.server.calls[calls:] if call.status == 200) == 60
 
     def test_another_form_is_another_question(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         job.write(make_texts(20)).enrich()
         job.enrich(answer_form="each", quiet=False)
-        assert "20 stored answers had the answer form list\n" in capsys.readouterr().out
+        assert "20 stored answers do not count: they are from another prompt; " in capsys.readouterr().out
         job.check()
         assert len(job.asked) == 40
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from email.utils import formatdate
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LABELS, Job, make_row, make_texts
+from conftest import LABELS, Job, make_row, make_texts, prompt_of
 from hypothesis import given
 from hypothesis import strategies as st
 from stand_in_server import error_body
+from test_cost import price
 
 import enrich_dataset as module
 
@@ -50,16 +53,14 @@ def test_a_storm_of_all_faults_leaves_right_cells_and_only_the_poisoned_rows_bla
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("fault", TRANSPORT_FAULTS)
 @pytest.mark.every_form
-def test_a_request_on_which_the_server_always_fails_is_given_up_whole(job: Job, fault: str) -> None:
+def test_a_row_on_which_the_server_always_fails_is_given_up_alone(job: Job, fault: str) -> None:
     texts = make_texts(60)
     texts[5] = f"poison-{fault}"
     frame = job.write(texts).enrich(max_retries=2, batch_size=3)
-    job.check(blank_rows=[3, 4, 5])
-    assert "the server failed on it 3 times" in frame.attrs["enrichment"]["blank_rows"][4]
-    assert sum("poison" in text for text in job.asked) == 3
-    job.server.calls.clear()
-    job.enrich(max_retries=0, batch_size=3)
-    assert len(job.server.calls) == 1
+    job.check(blank_rows=[5])
+    reasons = {"html": "no completion in the reply", "empty": "no completion in the reply"}
+    assert reasons.get(fault, "the server failed 3 times on this request") in frame.attrs["enrichment"]["blank_rows"][5]
+    assert sum("poison" in text for text in job.asked) <= 3 + 1 + 2
 
 
 def test_a_timeout_is_retried(job: Job) -> None:
@@ -122,13 +123,27 @@ def test_a_long_wait_is_told_and_can_be_interrupted(job: Job) -> None:
     ],
 )
 def test_what_a_server_asks_to_wait(headers: dict[str, str], seconds: float) -> None:
-    assert module.requested_wait(headers) == seconds
+    assert module.requested_wait(module.Reply(429, headers, None, 0.0)) == seconds
 
 
 def test_a_server_may_ask_to_wait_until_a_date() -> None:
     now = formatdate(time.time() + 9_999, usegmt=True)  # by the server's clock
-    assert module.requested_wait({"retry-after": formatdate(time.time() + 10_059, usegmt=True), "date": now}) == 60
-    assert module.requested_wait({"retry-after": formatdate(time.time() + 60, usegmt=True)}) == 0
+    headers = {"retry-after": formatdate(time.time() + 10_059, usegmt=True), "date": now}
+    assert module.requested_wait(module.Reply(429, headers, None, 0.0)) == 60
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        ("Rate limit reached on tokens per min (TPM). Please try again in 18.642s. Visit", 18.642),  # OpenAI
+        ("Please try again in 5m45.6s.", 345.6),  # Groq
+        ("Rate limit is exceeded. Try again in 2 seconds.", 2),  # Azure
+        ("Please retry in 1 minute 30 seconds", 90),
+        ("Please retry shortly, or add your own key", 0),  # OpenRouter
+    ],
+)
+def test_what_a_servers_words_ask_to_wait(words: str, seconds: float) -> None:
+    assert module.requested_wait(module.Reply(429, {}, error_body(words), 0.0)) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
@@ -278,8 +293,8 @@ def test_what_a_server_refuses_is_learned_and_said_once(
     job.check()
     assert not lost & set(job.server.calls[-1].body)
     refusals = [call for call in job.server.calls if call.status == 400]
-    assert 1 <= len(refusals) <= 4
-    assert capsys.readouterr().err.count("refuses a parameter of the request") == len(refusals)
+    assert 1 <= len(refusals) <= 6
+    assert capsys.readouterr().err.count("rejects a parameter of the request") == 1
 
 
 @pytest.mark.every_form
@@ -289,7 +304,7 @@ def test_many_workers_learn_together(job: Job, capsys: pytest.CaptureFixture[str
     assert job.command("--max-workers", "6") == 0
     job.check()
     assert capsys.readouterr().err.count("continuing with no temperature") == 1
-    assert sum(call.status == 400 for call in job.server.calls) <= 6
+    assert sum(call.status == 400 for call in job.server.calls) <= 6 + 1  # and the probe's first
 
 
 @pytest.mark.every_form
@@ -329,10 +344,10 @@ def test_a_model_without_that_choice_is_asked_for_the_least(job: Job) -> None:
     ],
 )
 def test_each_refusal_changes_one_part_and_learning_ends(message: str) -> None:
-    parameters, steps = module.first_parameters("gpt-5", must_be_bounded=False), 0
+    parameters, steps = module.first_parameters("gpt-5", is_capped=False, extra_body={}), 0
     while lower := module.fall_back(parameters, message):
-        assert lower[0] != parameters
-        parameters, steps = lower[0], steps + 1
+        assert lower != parameters
+        parameters, steps = lower, steps + 1
         assert steps < 6
     assert steps
 
@@ -340,51 +355,238 @@ def test_each_refusal_changes_one_part_and_learning_ends(message: str) -> None:
 # --- What a response means
 
 
-def response(status: int, message: str = "", code: Any = None, kind: str = "x") -> module.Response:
-    return module.Response(status, {}, error_body(message, kind, code=code), 0.0)
+def reply(status: int, message: str = "", code: Any = None, kind: str = "x") -> module.Reply:
+    return module.Reply(status, {}, error_body(message, kind, code=code), 0.0)
 
 
-V = module.Outcome
+def judged(answer: module.Reply, rows: int, works: bool, tmp_path: Path) -> module.Verdict:
+    """The verdict on a reply to an attempt of so many rows, in a run in which something was answered, or nothing yet."""
+    path = tmp_path / "in.csv"
+    path.touch()
+    server = module.Server(module.Options(path, tmp_path / "out.csv", "text", None, LABELS, api_key="k"))
+    attempt = module.Attempt(tuple(make_row(str(number)) for number in range(rows)), prompt_of())
+    evidence = module.Evidence(attempt.parameters, {attempt.parameters.form} if works else set(), reached=True)
+    return module.judge(answer, attempt, evidence, server, 0.0)
+
+
+V = module.Action
+ABOUT_TEXTS = (V.ADAPT, V.SPLIT, V.RETRY)  # nothing answered yet; then several rows; then a lone one
+TOO_LONG = (V.SPLIT, V.SPLIT, V.GIVE_UP)
+AGAIN, END = (V.RETRY,) * 3, (V.STOP,) * 3
 
 
 @pytest.mark.parametrize(
-    ("answer", "verdict"),
+    ("answer", "verdicts"),
     [
-        (response(401, "bad key"), V.FATAL),
-        (response(402, "pay"), V.FATAL),
-        (response(403, "no access"), V.FATAL),
-        (module.Response(403, {}, None, 0.0), V.UNKNOWN),
-        (response(404, "no model", "model_not_found"), V.FATAL),
-        (response(429, "quota", "insufficient_quota"), V.FATAL),
-        (response(429, "quota", None, "insufficient_quota"), V.FATAL),
-        (response(429, "spend", "project_spend_limit_exceeded"), V.FATAL),
-        (response(400, "Budget has been exceeded", "400", "budget_exceeded"), V.FATAL),
-        (response(429, "Rate limit reached", "rate_limit_exceeded", "tokens"), V.LIMITED),
-        (response(429, "None", "429"), V.LIMITED),
-        (response(429, "Too many tokens per minute, please wait"), V.LIMITED),
-        (response(429, "Request too large for gpt-4o", "rate_limit_exceeded", "tokens"), V.REFUSED),
-        (response(400, "This model's maximum context length is 8192 tokens."), V.REFUSED),
-        (response(400, "the request exceeds the available context size", 400, "exceed_context_size_error"), V.REFUSED),
-        (response(413, "Payload too large"), V.REFUSED),
-        (response(400, "The response was filtered due to Azure's content management policy", "content_filter"), V.REFUSED),
-        (response(408), V.TRANSIENT),
-        (response(409), V.TRANSIENT),
-        (response(500), V.TRANSIENT),
-        (response(529), V.TRANSIENT),
-        (response(503, "overloaded", "server_is_overloaded"), V.TRANSIENT),
-        (module.Response(502, {}, None, 0.0), V.TRANSIENT),
-        (module.Response(0, {}, None, 0.0, "no answer in time"), V.TRANSIENT),
-        (module.Response(200, {}, None, 0.0), V.TRANSIENT),
-        (module.Response(200, {}, {"error": {}}, 0.0), V.TRANSIENT),
-        (module.Response(200, {}, {"choices": []}, 0.0), V.TRANSIENT),
-        (module.Response(200, {}, [], 0.0), V.TRANSIENT),
-        (module.Response(200, {}, {"choices": [{"message": {}}]}, 0.0), V.ANSWERED),
-        (module.Response(400, {}, {"error": "a text alone"}, 0.0), V.UNKNOWN),
-        (module.Response(302, {}, None, 0.0), V.UNKNOWN),
+        (reply(401, "bad key"), END),
+        (reply(402, "pay"), END),
+        (reply(403, "Content violates usage guidelines."), ABOUT_TEXTS),
+        (module.Reply(403, {}, "", 0.0), ABOUT_TEXTS),
+        (reply(404, "no model", "model_not_found"), END),
+        (reply(429, "quota", "insufficient_quota"), END),
+        (reply(429, "quota", None, "insufficient_quota"), END),
+        (reply(429, "spend", "project_spend_limit_exceeded"), END),
+        (reply(400, "Budget has been exceeded", "400", "budget_exceeded"), END),
+        (reply(429, "Your account is suspended due to insufficient balance, please recharge"), END),
+        (reply(429, "Quota exceeded for metric: requests, limit: 0, model: x"), END),
+        (reply(429, "Rate limit reached: requests per day"), END),
+        (reply(429, "Rate limit reached: tokens per day. Please try again in 5m45.6s."), AGAIN),
+        (reply(429, "You exceeded your current quota, check your billing details. Please retry in 34s"), AGAIN),
+        (module.Reply(429, {"retry-after": "3700"}, {}, 0.0), END),
+        (reply(429, "Rate limit reached", "rate_limit_exceeded", "tokens"), AGAIN),
+        (reply(429, "None", "429"), AGAIN),
+        (reply(429, "Too many tokens per minute, please wait"), AGAIN),
+        (module.Reply(200, {}, {"error": {"code": 429, "message": "slow"}}, 0.0), AGAIN),
+        (reply(429, "Request too large for gpt-4o", "rate_limit_exceeded", "tokens"), TOO_LONG),
+        (reply(400, "This model's maximum context length is 8192 tokens."), TOO_LONG),
+        (reply(400, "the request exceeds the available context size", 400, "exceed_context_size_error"), TOO_LONG),
+        (reply(400, "The total length of all messages is too long."), TOO_LONG),
+        (reply(413, "Payload too large"), TOO_LONG),
+        (reply(400, "The response was filtered due to Azure's content management policy", "content_filter"), ABOUT_TEXTS),
+        (reply(408), AGAIN),
+        (reply(409), AGAIN),
+        (reply(500), AGAIN),
+        (reply(529), AGAIN),
+        (reply(503, "overloaded", "server_is_overloaded"), AGAIN),
+        (module.Reply(502, {}, "<html>Bad gateway</html>", 0.0), AGAIN),
+        (module.Reply(0, {}, None, 0.0, "no answer in time"), AGAIN),
+        (module.Reply(200, {}, {"choices": [{"message": {"content": ""}, "error": {"code": 502}}]}, 0.0), AGAIN),
+        (module.Reply(200, {}, None, 0.0), ABOUT_TEXTS),
+        (module.Reply(200, {}, {"error": {}}, 0.0), ABOUT_TEXTS),
+        (module.Reply(200, {}, {"choices": []}, 0.0), ABOUT_TEXTS),
+        (module.Reply(200, {}, {"choices": [{"message": {}}]}, 0.0), ABOUT_TEXTS),
+        (module.Reply(200, {}, {"error": "Unexpected endpoint or method."}, 0.0), ABOUT_TEXTS),
+        (module.Reply(400, {}, {"error": "a text alone"}, 0.0), ABOUT_TEXTS),
+        (module.Reply(422, {}, "Failed to deserialize the JSON body", 0.0), ABOUT_TEXTS),
+        (module.Reply(302, {"location": "http://elsewhere.example/v1"}, "", 0.0), END),
     ],
 )  # fmt: skip
-def test_verdicts(answer: module.Response, verdict: module.Outcome) -> None:
-    assert module.classify(answer)[0] is verdict
+def test_verdicts(answer: module.Reply, verdicts: tuple[module.Action, ...], tmp_path: Path) -> None:
+    found = [judged(answer, rows, works, tmp_path).action for rows, works in ((10, False), (10, True), (1, True))]
+    assert found == list(verdicts)
+
+
+# Errors as servers place them, and what of them the user should read.
+ERRORS: list[tuple[Any, int, str]] = [
+    ([{"error": {"code": 400, "message": "API key not valid.", "status": "INVALID_ARGUMENT"}}], 400, "API key not valid."),
+    ({"error": "Model not found", "code": "invalid-argument"}, 0, "Model not found"),
+    ({"choices": [{"message": {}, "error": {"code": 502, "message": "Upstream error"}}]}, 502, "Upstream error"),
+    ({"error": {"code": 400, "message": "Provider returned error", "metadata": {"raw": "bad schema"}}}, 400, "Provider returned error bad schema"),
+    ({"detail": "Invalid API Key"}, 0, "Invalid API Key"),
+    ({"detail": [{"loc": ["body", "x"], "msg": "Extra inputs"}]}, 0, '[{"loc":["body","x"],"msg":"Extra inputs"}]'),
+    ({"object": "error", "message": "not supported by xgrammar", "code": 400}, 400, "not supported by xgrammar"),
+    ("Failed to deserialize", 0, "Failed to deserialize"),
+    ("<html><head><title>x</title></head><body><h1>502</h1> Bad gateway</body></html>", 0, "502 Bad gateway"),
+    ({"choices": [{"message": {"content": "x"}}], "usage": {}}, 0, ""),
+    (None, 0, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "status", "message"), ERRORS)
+def test_an_error_is_found_wherever_it_stands(body: Any, status: int, message: str) -> None:
+    found = module.find_error(body)
+    assert (found.status, found.message) == (status, message)
+
+
+STREAM = (
+    b'data: {"id": "x", "choices": [{"index": 0, "delta": {"content": "{\\"660\\""}}]}\n\n'
+    b'data: {"choices": [{"delta": {"content": ": []}"}, "finish_reason": "stop"}]}\n\n'
+    b'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}\n\ndata: [DONE]\n\n'
+)
+
+
+def test_a_stream_of_events_is_read_as_the_completion_that_it_is() -> None:
+    body = module.parse_body(STREAM)
+    assert body["choices"][0] == {"message": {"content": '{"660": []}'}, "finish_reason": "stop"}
+    assert body["usage"]["prompt_tokens"] == 5
+    assert module.parse_body(b'{"choices": []}\n\ndata: [DONE]\n') == {"choices": []}
+    assert module.parse_body(b"<html>") == "<html>"
+
+
+class TestProbe:
+    """What a server takes is found out with one harmless text, never by guessing from its words alone."""
+
+    UNKNOWN = (400, {}, error_body("Something is wrong with your request"))
+
+    def probed(self, job: Job) -> list[Any]:
+        return [call for call in job.server.calls if call.texts == (module.HARMLESS,)]
+
+    @pytest.mark.parametrize("status", [400, 403, 422])
+    def test_a_refusal_before_anything_was_answered_is_settled_by_one_call(self, job: Job, status: int) -> None:
+        job.server.script.append((status, {}, error_body("no reason that anybody knows")))
+        job.write(make_texts(30)).enrich(max_workers=1)
+        job.check()
+        assert len(self.probed(job)) == 1
+        assert len(job.server.calls) == 1 + 1 + 2 + 2
+
+    @pytest.mark.parametrize(
+        ("refused", "lost"),
+        [
+            ({"json_schema"}, "json_schema"),
+            ({"json_schema", "json_object"}, "response_format"),
+            ({"temperature", "json_schema"}, "temperature"),
+            ({"max_completion_tokens"}, "max_completion_tokens"),
+        ],
+    )
+    def test_a_parameter_refused_in_words_that_nobody_foresaw_is_found(
+        self, job: Job, refused: set[str], lost: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            "stand_in_server.unsupported", lambda _: error_body("Request contains an invalid argument.")
+        )
+        job.server.refuses = refused
+        job.write(make_texts(60)).enrich(max_workers=1)
+        job.check()
+        last = json.dumps(job.server.calls[-1].body)
+        assert f'"{lost}"' not in last
+        assert len(self.probed(job)) <= 16
+        job.server.calls.clear()
+        job.write(make_texts(80)).enrich()  # the store has what was found
+        assert {call.status for call in job.server.calls} == {200}
+
+    def test_a_healthy_server_never_sees_it(self, job: Job) -> None:
+        job.write(make_texts(60)).enrich()
+        assert self.probed(job) == []
+
+    @pytest.mark.usefixtures("quick")
+    def test_an_outage_at_the_start_is_waited_for_and_costs_no_form(self, job: Job) -> None:
+        job.server.script.extend([(503, {}, error_body("overloaded"))] * 8)
+        job.write(make_texts(60)).enrich()
+        job.check()
+        assert job.server.calls[-1].body["response_format"]["type"] == "json_schema"
+        assert job.server.calls[-1].body["temperature"] == 0
+
+    @pytest.mark.usefixtures("quick")
+    def test_a_5xx_that_follows_a_parameter_is_found_too(self, job: Job) -> None:
+        job.server.refuses = {"json_schema"}
+        job.server.refusal_status = 500
+        job.write(make_texts(30)).enrich(max_workers=1)
+        job.check()
+        assert job.server.calls[-1].body["response_format"] == {"type": "json_object"}
+
+    def test_an_account_that_is_blocked_in_the_middle_ends_the_run(self, job: Job) -> None:
+        job.write(make_texts(400))
+        job.server.script.extend([None] * 3 + [(403, {}, error_body("Your account was blocked."))] * 500)
+        with pytest.raises(module.ProviderError, match=r"Every request is refused .*Your account was blocked"):
+            job.enrich()
+        assert len(job.server.calls) <= 3 + module.MAX_REFUSALS + 3 + 16
+
+    def test_what_the_labels_are_at_fault_for_is_said(self, job: Job) -> None:
+        job.server.banned = "praising_violence"
+        with pytest.raises(module.ProviderError, match="It answers without your labels and instructions"):
+            job.write(make_texts(30)).enrich()
+
+    def test_it_counts_in_calls_and_cost(self, job: Job) -> None:
+        job.server.script.append(self.UNKNOWN)
+        told = job.write(make_texts(30)).enrich().attrs["enrichment"]
+        assert told["calls"] == len(job.server.calls)
+        assert told["cost"] == pytest.approx(price(job.server.calls))
+
+
+class TestGivenUp:
+    """A row that was given up because of its text is kept as that, and asked last, alone and once by the next run."""
+
+    def filtered(self, count: int) -> list[str]:
+        return [
+            f"{text} poison-400-filter" if number % 5 == 0 else text for number, text in enumerate(make_texts(count))
+        ]
+
+    def test_the_next_run_sends_it_last_alone_and_once_and_says_so(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.write(self.filtered(20)).enrich()
+        job.server.calls.clear()
+        job.write([*self.filtered(20), *(f"{text}!" for text in make_texts(20))])
+        assert job.command("--max-workers", "1") == 3
+        assert "Rows given up by an earlier run (sent last, alone and once): 4\n" in capsys.readouterr().out
+        assert [len(call.texts) for call in job.server.calls[-4:]] == [1] * 4
+        assert [call.texts for call in job.server.calls].count((module.HARMLESS,)) == 0
+        assert len(job.server.calls) == 2 + 4
+        job.check(blank_rows=[0, 5, 10, 15])
+
+    def test_a_run_in_which_only_such_rows_are_left_ends_with_3_and_all_that_belongs_to_it(self, job: Job) -> None:
+        texts = self.filtered(150)
+        job.write(texts).enrich(max_workers=8)
+        gold = job.input.with_name("gold.csv")
+        gold.write_text(f'text,{LABELS[0]}\n"{texts[1]}",1\n')
+        job.server.calls.clear()
+        assert job.command("--gold", str(gold), "--sample", "5") == 3
+        asked = [call.texts for call in job.server.calls if call.texts != (module.HARMLESS,)]
+        assert len(asked) == len(set(asked)) == 30
+        assert Path(f"{job.output}.sample.csv").exists()
+        assert json.loads(Path(f"{job.output}.run.json").read_text())["gold"]
+        job.check(blank_rows=range(0, 150, 5))
+
+    def test_a_row_that_is_answered_at_last_is_like_any_other(self, job: Job) -> None:
+        job.write(["cake", "poison-garbage"]).enrich()
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr("stand_in_server.POISON", {})
+        job.enrich()
+        monkey.undo()
+        job.check()
+        calls = len(job.server.calls)
+        job.enrich()
+        assert len(job.server.calls) == calls
 
 
 # --- Pointless jobs
@@ -396,10 +598,10 @@ STOPPING = {
         error_body("Incorrect API key provided: sk-ab***yz", code="invalid_api_key"),
         "The API key was refused",
     ),
-    "no access": (403, error_body("Project lacks access"), "The API key was refused"),
+    "no access": (403, error_body("Project lacks access"), "Every request is refused by"),
     "model": (404, error_body("The model `x` does not exist", code="model_not_found"), "pass another --model"),
     "address": (404, "<html>", "does --base-url end in /v1"),
-    "money": (429, error_body("You exceeded your quota", code="insufficient_quota"), "No money or budget is left"),
+    "money": (429, error_body("You exceeded your quota", code="insufficient_quota"), "Out of credit or over budget"),
 }
 
 
@@ -414,7 +616,7 @@ def test_a_pointless_job_stops_at_once_with_one_line(job: Job, name: str, capsys
     assert line in errors
     assert "sk-ab" not in errors
     assert "20 of 200 rows are labelled and saved" in errors
-    assert len(job.server.calls) <= 2 + 4
+    assert len(job.server.calls) <= 2 + 4 + 5  # with a probe, where the status alone proves nothing
     job.check(blank_rows=range(20, 200))
 
 
@@ -431,7 +633,7 @@ def test_a_server_that_refuses_every_request_stops_the_job(job: Job) -> None:
     job.server.script.extend([(400, {}, error_body("Something is wrong with your request"))] * 500)
     with pytest.raises(module.ProviderError, match=r"Every request is refused .* Something is wrong"):
         job.write(make_texts(200)).enrich()
-    assert len(job.server.calls) <= module.UNKNOWN_LIMIT + 3
+    assert len(job.server.calls) <= 3 + 16
 
 
 @pytest.mark.every_form
@@ -474,14 +676,14 @@ def test_the_waits_before_a_server_is_given_up_end_within_thirty_seconds() -> No
 def test_a_server_is_quoted_without_key_or_text(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job.write(["a text that nobody should see in a log"])
     message = "Input 'a text that nobody should see' with key my-own-key is bad"
-    job.server.script.extend([(403, {}, error_body(message))] * 20)
+    job.server.script.extend([(403, {}, error_body(message))] * 40)
     assert job.command("--api-key", "my-own-key") == 1
     assert "nobody" not in capsys.readouterr().err
     options = module.Options(job.input, job.output, "text", None, LABELS, api_key="my-own-key")
     words = "bad key my-own-key sk-abc***d and  more"
-    quoted = module.Server(options, print).quote(words, [make_row("text")])
+    quoted = module.Server(options).quote(words, [make_row("text")])
     assert quoted == "bad key [key] [key] and more"
-    nobodys = module.Server(module.Options(job.input, job.output, "text", None, LABELS, base_url=job.server.url), print)
+    nobodys = module.Server(module.Options(job.input, job.output, "text", None, LABELS, base_url=job.server.url))
     assert nobodys.quote("none of these", []) == "none of these"
 
 

@@ -125,14 +125,16 @@ def test_no_text_is_in_a_refusal(enrich_bytes: Callable[..., bytes]) -> None:
 def test_a_failed_write_leaves_the_old_output_whole(tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
     output.write_text("old")
+    (tmp_path / "in.csv").touch()
     with module.Store(None) as store:
-        files = module.Files(store, {"output": output}, overwrite=True)
+        options = module.Options(tmp_path / "in.csv", output, "text", None, ["x"], overwrite=True)
+        files = module.Files(store, options)
         files.check()
         with pytest.raises(RuntimeError), files.replacing("output") as file:
             file.write(b"half of the new")
             raise RuntimeError
     assert output.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
 def test_an_output_that_cannot_be_written_loses_nothing(
@@ -145,7 +147,7 @@ def test_an_output_that_cannot_be_written_loses_nothing(
         return admit(tokens)
 
     server.admit = take_its_place  # type: ignore[method-assign]
-    with pytest.raises(module.EnrichmentError, match=r"cannot be written .*no answer is lost"):
+    with pytest.raises(module.EnrichmentError, match=r"cannot be written .*no answers are lost"):
         enrich_bytes(b"text\npraise\n")
     output.rmdir()
     assert enrich_bytes(b"text\npraise\n") == b"text,praise\npraise,1\n"
