@@ -756,7 +756,7 @@ def ask(task: Task, attempts: Iterable[Attempt], count: int) -> None:
         task.console.progress(count, server.knows_price) as progress,
     ):
         budget = Budget(options.max_cost, *task.store.money())
-        evidence = Evidence(task.store.last_parameters(task.prompt) or server.first_parameters)
+        evidence = Evidence(first_parameters_of(task))
         sender = (JobSender if options.use_batch_api else LiveSender)(task, evidence, budget, stop, progress)
         save_at = time.monotonic() + SAVE_SECONDS
         with contextlib.closing(sender.send(attempts)) as landed:
@@ -764,6 +764,14 @@ def ask(task: Task, attempts: Iterable[Attempt], count: int) -> None:
                 task.store.record(attempt, verdict)
                 progress.landed(attempt, verdict)
                 save_at = autosave(task, save_at)
+
+
+def first_parameters_of(task: Task) -> Parameters:
+    """Those under which this server, model and form answered last, if they have what a cap needs."""
+    first, last = task.server.first_parameters, task.store.last_parameters(task.prompt)
+    return (
+        last if last and (last.completion_bound or not first.completion_bound or not task.server.is_capped) else first
+    )
 
 
 SAVE_SECONDS = 60.0
@@ -2231,7 +2239,8 @@ def find_error(body: Any) -> ReplyError:
     """The error in a reply's body, wherever it stands: in a list, a completion, a text, or metadata."""
     body = body[0] if isinstance(body, list) and body else body
     if isinstance(body, str):
-        text = re.sub(r"<(script|style|head)\b.*?</\1>|<[^>]*>", " ", body, flags=re.DOTALL | re.IGNORECASE)
+        start = body[:20_000]  # of a page that may be of any size
+        text = re.sub(r"<(script|style|head)\b.*?</\1>|<[^>]*>", " ", start, flags=re.DOTALL | re.IGNORECASE)
         return ReplyError(0, frozenset(), " ".join(text.split()))
     if not isinstance(body, dict):
         return ReplyError(0, frozenset(), "")
@@ -2589,7 +2598,7 @@ class Evidence:
         elif verdict.is_refusal:
             self.refusals += 1
             self.failing_since = math.inf
-        elif not verdict.is_rate:
+        elif is_failure(reply):
             self.server_errors += reply.error_status >= 500
             self.failing_since = min(self.failing_since, now)
         self.replies.setdefault(*reply_marks(reply, attempt))
@@ -2661,7 +2670,6 @@ def judge(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, no
     """The first rule that fits decides."""
     status, words = reply.error_status, " ".join([*reply.error.names, reply.error.message]).lower()
     wait, is_limit = requested_wait(reply), status == 429 or "rate_limit_exceeded" in reply.error.names
-    is_failure = status in {0, 408, 409, 425} or status >= 500
     by_id = find_answers(reply, attempt)
 
     # 1. Evidence against the reply.
@@ -2678,7 +2686,7 @@ def judge(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, no
         return Verdict(Action.DONE, answers=answers, problems=problems)
 
     # 3. Refused, but sent under other parameters than those in force.
-    if not is_failure and not is_limit and attempt.parameters != evidence.parameters:
+    if not is_failure(reply) and not is_limit and attempt.parameters != evidence.parameters:
         return Verdict(Action.RETRY, "sent under parameters that have changed", seconds=0.0)
 
     # 4. No request can succeed, whatever is asked.
@@ -2696,7 +2704,7 @@ def judge(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, no
         return Verdict(Action.RETRY, f"HTTP {status}", seconds=wait or None, is_rate=True)
 
     # 6. Too long, or cut off at our own bound, which gets room before rows are split.
-    if is_too_large or is_limit or (status >= 400 and not is_failure and LENGTH_WORDS.search(words)):
+    if is_too_large or is_limit or (status >= 400 and not is_failure(reply) and LENGTH_WORDS.search(words)):
         if BOUND_TOO_LARGE in words and len(attempt.rows) == 1:  # fewer rows do not help: go without the bound
             lower = fall_back(evidence.parameters, words)
             return Verdict(Action.ADAPT, f"HTTP {status}", parameters=lower, is_refusal=lower is None)
@@ -2708,7 +2716,7 @@ def judge(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, no
         return Verdict(Action.ADAPT, "the answer was cut off at its maximum length", parameters=roomier)
 
     # 7. The network or the server failed.
-    if is_failure:
+    if is_failure(reply):
         return judge_failure(reply, attempt, evidence, server, now)
 
     # 8. All else would come again: it is about the texts, if anything was answered under these parameters.
@@ -2725,6 +2733,11 @@ def judge(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, no
 
 def split(attempt: Attempt, reason: str) -> Verdict:
     return Verdict(Action.SPLIT if len(attempt.rows) > 1 else Action.GIVE_UP, reason)
+
+
+def is_failure(reply: Reply) -> bool:
+    """Whether the network or the server failed, so that the same may succeed later."""
+    return reply.error_status in {0, 408, 409, 425} or reply.error_status >= 500
 
 
 def judge_failure(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, now: float) -> Verdict:
@@ -2853,8 +2866,12 @@ def is_cut(reply: Reply, attempt: Attempt, evidence: Evidence) -> bool:
 
 MISSING = object()  # stands for a row that no reply names, or that two answers differ about
 NO_ANSWER = "the answer was not valid JSON"
-THINKING = re.compile(r"[<\[◁](think|thinking|thought|reasoning|analysis)[>\]▷]", re.IGNORECASE)
-THOUGHT = re.compile(r"[<\[◁]/(think|thinking|thought|reasoning|analysis)[>\]▷]", re.IGNORECASE)
+# Marks of thinking, closed or to the end, and a closing mark alone: some servers swallow the opening one.
+THINKING = re.compile(
+    r"[<\[◁](think|thinking|thought|reasoning|analysis)[>\]▷].*?([<\[◁]/\1[>\]▷]|\Z)", re.DOTALL | re.I
+)
+CLOSING_MARK = re.compile(r"[<\[◁]/(think|thinking|thought|reasoning|analysis)[>\]▷]", re.IGNORECASE)
+MAX_FALSE_STARTS = 200  # of JSON in a text, so that one of 8 MB full of brackets takes no hours
 CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>")
 
 
@@ -2913,11 +2930,9 @@ def without_thinking(text: str) -> str:
     channels = list(CHANNEL.finditer(text))
     if channels:
         text = text[channels[-1].end() :] if channels[-1][1] == "final" else ""
-    while opened := THINKING.search(text):
-        closed = THOUGHT.search(text, opened.end())
-        text = text[: opened.start()] + (text[closed.end() :] if closed else "")
-    *_, last = [0, *(closed.end() for closed in THOUGHT.finditer(text))]  # only the closing mark was sent
-    return text[last:]
+    text = THINKING.sub("", text)
+    ends = [mark.end() for mark in CLOSING_MARK.finditer(text)]
+    return text[ends[-1] :] if ends else text
 
 
 def json_values(source: Any, is_cut_off: bool) -> Iterator[Any]:
@@ -2927,10 +2942,12 @@ def json_values(source: Any, is_cut_off: bool) -> Iterator[Any]:
         return
     text, at, decoder = without_thinking(source), 0, json.JSONDecoder(object_pairs_hook=drop_repeated)
     starts = re.compile(r'[{\[]|"[{\[\\]')  # also JSON that was encoded twice
-    while found := starts.search(text, at):
-        at = found.end()
+    tries = MAX_FALSE_STARTS
+    while tries and (found := starts.search(text, at)):
+        at, tries = found.end(), tries - 1
         with contextlib.suppress(ValueError, RecursionError):
             value, at = decoder.raw_decode(text, found.start())
+            tries += 1
             if isinstance(value, str):
                 value = json.loads(value, object_pairs_hook=drop_repeated)
             if not is_cut_off or not text[at:].strip():
@@ -3636,11 +3653,6 @@ RICHER: tuple[Callable[[Parameters, Parameters], Parameters], ...] = (
 
 def with_extra(found: Parameters, wanted: Parameters, name: str) -> Parameters:
     return replace(found, extras=found.extras | {k: v for k, v in wanted.extras.items() if k == name})
-
-
-def is_failure(reply: Reply) -> bool:
-    """Whether the network or the server failed, so that the same may succeed later."""
-    return reply.error_status in {0, 408, 409, 425} or reply.error_status >= 500
 
 
 # --- Jobs -------------------------------------------------------------------------------------------------
@@ -5404,7 +5416,7 @@ def unfinished_line(report: Report) -> str:
     return f"Stopped: {labelled} are labelled{place}{money}.{jobs} {again} resumes from here."
 
 
-PLAIN = {bool, int, float, str, tuple, list, type(None)}
+PLAIN = {bool, int, float, str, tuple, list, dict, type(None)}
 
 
 def run_record(report: Report) -> dict[str, Any]:

@@ -75,7 +75,10 @@ def test_an_id_given_twice_is_not_believed() -> None:
     [
         (None, {}, "the answer was not valid JSON"),
         ("", {}, "the answer was not valid JSON"),
-        ("[" * 100_000, {}, "the answer was not valid JSON"),
+        ("[" * 8_000_000, {}, "the answer was not valid JSON"),
+        ('["[",' * 1_000_000, {}, "the answer was not valid JSON"),
+        ("<think>" * 100_000, {}, "the answer was not valid JSON"),
+        ("<think></think>" * 100_000, {}, "the answer was not valid JSON"),
         ("[]", {}, "the answer was not valid JSON"),
         ("{}", {}, "its id was missing from the answer, or repeated"),
         (json.dumps({A: "a", B: "b", C: "c"}), {}, "its answer had an unknown label"),  # an echo of the request

@@ -589,6 +589,65 @@ class TestGivenUp:
         assert len(job.server.calls) == calls
 
 
+class TestExtraBody:
+    """What nobody can foresee, the user can say."""
+
+    def test_it_goes_into_each_call_over_our_own_parameters(self, job: Job) -> None:
+        job.write(make_texts(20)).enrich(extra_body={"seed": 7, "temperature": 0.5}, audit=2)
+        assert {(call.body["seed"], call.body["temperature"]) for call in job.server.calls} == {(7, 0.5)}
+        assert len(job.server.calls) == 4
+
+    def test_on_the_command_line_it_is_json(self, job: Job) -> None:
+        assert job.write(["cake"]).command("--extra-body", '{"seed": 7}', "--quiet") == 0
+        assert job.server.calls[0].body["seed"] == 7
+        record = json.loads(Path(f"{job.output}.run.json").read_text())
+        assert record["parameters"]["extra_body"] == record["prompts"][0]["extra_body"] == {"seed": 7}
+
+    def test_it_is_part_of_what_decides_an_answer(self, job: Job) -> None:
+        for extra_body, calls in (({"seed": 7}, 1), (None, 2), ({"seed": 8}, 3), ({"seed": 7}, 3), ({}, 3)):
+            job.write(["cake"]).enrich(extra_body=extra_body)
+            assert len(job.server.calls) == calls
+
+    def test_the_probe_never_touches_it(self, job: Job) -> None:
+        job.server.refuses = {"json_schema", "temperature"}
+        job.write(make_texts(20)).enrich(extra_body={"seed": 7})
+        assert {call.body["seed"] for call in job.server.calls} == {7}
+
+    @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+    def test_a_bound_in_it_is_our_bound(self, job: Job, name: str) -> None:
+        job.write(make_texts(20)).enrich(extra_body={name: 900}, max_cost=1.0)
+        job.check()
+        bounds = [{key: call.body.get(key) for key in module.BOUNDS} for call in job.server.calls]
+        assert all(bound == dict.fromkeys(module.BOUNDS) | {name: 900} for bound in bounds)
+        with pytest.raises(module.BudgetExceeded):
+            job.write(make_texts(40)).enrich(extra_body={name: 90_000}, max_cost=0.02)
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            ({"model": "x"}, "cannot hold 'model', which this program sets itself"),
+            ({"response_format": {}}, "cannot hold 'response_format'"),
+            ("[1]", "must be a JSON object"),
+            ("{", "must be a JSON object"),
+            ({"x": float("nan")}, "must be a JSON object"),
+            ({"x": object()}, "must be a JSON object"),
+            (7, "must be a JSON object"),
+        ],
+    )
+    def test_what_cannot_be_sent_is_refused(self, job: Job, given: Any, words: str) -> None:
+        with pytest.raises(module.InputError, match=words):
+            job.write(["cake"]).enrich(extra_body=given)
+        assert job.server.calls == []
+
+
+def test_parameters_without_a_bound_that_a_store_has_do_not_serve_a_capped_run(job: Job) -> None:
+    job.server.refuses = {"max_completion_tokens", "max_tokens"}
+    job.write(make_texts(10)).enrich()
+    job.server.refuses = set()
+    job.write(make_texts(20)).enrich(max_cost=1.0)
+    assert "max_completion_tokens" in job.server.calls[-1].body
+
+
 # --- Pointless jobs
 
 
