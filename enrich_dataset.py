@@ -628,25 +628,25 @@ def run(options: Options, console: Console, returns_frame: bool = False) -> tupl
         if options.dry_run:
             say(*request_lines(task, batches), verbatim=True)
             say(*dry_run_lines(task, plan, batches))
-            return deliver(make_report(task, plan), frame)
+            return deliver(make_report(task, plan, task.cells()), frame)
         asked_at = time.monotonic()
         try:
             # 2. Ask, and keep each answer as it comes.
             ask(task, make_attempts(task, batches), len(batches))
             # 3. The file and the report are views of the store.
-            save(task)
+            cells = save(task)
             # 4. How good are the labels?
-            audited = audit(task) if options.audit else {}
+            audited = audit(task, cells) if options.audit else {}
             seconds = time.monotonic() - asked_at
         except (Exception, Stopped) as error:
             with contextlib.suppress(EnrichmentError):  # from a disk or a store that fails: already reported
                 leave_early(task, plan, time.monotonic() - asked_at, frame, error)
             raise
-        figures = audited | (compare_with_people(task, gold) if gold else {})
-        report = make_report(task, plan, seconds, figures)
+        figures = audited | (compare_with_people(task, gold, cells) if gold else {})
+        report = make_report(task, plan, cells, seconds, figures)
         say(*closing_lines(report))
         if options.sample:
-            say(*extend_sample(task))
+            say(*extend_sample(task, cells))
         write_record(task, report)
         if options.plot is not None:
             draw_plot(task, report)
@@ -790,11 +790,13 @@ def autosave(task: Task, save_at: float) -> float:
     return finished + max(SAVE_SECONDS, 20 * (finished - started))
 
 
-def save(task: Task) -> None:
-    """Write the CSV from the store."""
+def save(task: Task) -> Cells:
+    """Write the CSV from the store; return its cells."""
+    cells = task.cells()
     if task.options.output_filepath is not None:
         with task.files.replacing("output") as file:
-            task.table.write(task.cells(), task.options.labels, file)
+            task.table.write(cells, task.options.labels, file)
+    return cells
 
 
 def leave_early(task: Task, plan: Plan, seconds: float, frame: pd.DataFrame, error: BaseException) -> None:
@@ -803,7 +805,7 @@ def leave_early(task: Task, plan: Plan, seconds: float, frame: pd.DataFrame, err
         save(task)
     except EnrichmentError as failure:
         task.console.warn(f"Not saved yet: {failure.message}")
-    report = make_report(task, plan, seconds)
+    report = make_report(task, plan, task.cells(), seconds)
     line = unfinished_line(report)
     task.console.warn(line)
     if isinstance(error, Stopped):
@@ -823,9 +825,9 @@ def fill_frame(frame: pd.DataFrame, cells: Cells, labels: Sequence[str]) -> pd.D
     return frame
 
 
-def audit(task: Task) -> dict[str, Any]:
+def audit(task: Task, cells: Cells) -> dict[str, Any]:
     """Re-query labelled rows individually. Those answers are compared with the labels and never become labels."""
-    prompt, cells = task.prompt.for_audit(), task.cells()
+    prompt = task.prompt.for_audit()
     numbers, pending = draw_audit(task, complete(cells))
     if len(pending):
         task.console.say("", f"Auditing {len(numbers)} rows, each alone in its call: {len(pending)} API calls...")
@@ -847,9 +849,9 @@ def draw_audit(task: Task, labelled: BoolArray) -> tuple[IntArray, IntArray]:
     return numbers, numbers[(known == BLANK).any(axis=1)]
 
 
-def compare_with_people(task: Task, gold: Gold) -> dict[str, Any]:
+def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
     """Compare the requested rows with people's labels, and list where they differ beside the output."""
-    labels, table, cells = task.options.labels, task.table, task.cells()
+    labels, table = task.options.labels, task.table
     requested = cells.copy()
     requested[~task.requested] = BLANK
     figures, disagreements = compare_with_gold(gold, requested, labels)
@@ -866,9 +868,9 @@ def compare_with_people(task: Task, gold: Gold) -> dict[str, Any]:
     return figures
 
 
-def extend_sample(task: Task) -> list[str]:
+def extend_sample(task: Task, cells: Cells) -> list[str]:
     """Draw texts for people to code, and keep what they have filled in already."""
-    options, table, cells, path = task.options, task.table, task.cells(), task.files.paths["sample"]
+    options, table, path = task.options, task.table, task.files.paths["sample"]
     numbers, _ = task.by_model(complete(cells))
     keys, predicted = [table.key(number) for number in numbers], cells[numbers] == 1
     before = read_sample(path, table, options.labels) if path.exists() else None
@@ -2471,6 +2473,9 @@ class Server:
         """The server's own words as a sentence that ends a line; "" if it said nothing."""
         _, names, message = reply.error
         rows, codes = list(rows), " ".join(sorted(names))
+        if not codes and not message and isinstance(reply.body, dict):  # an error in no form that is known
+            others = {name: value for name, value in reply.body.items() if name not in COMPLETION_FIELDS and value}
+            message = compact_json(others) if others else ""
         parts = [self.quote(part, rows) for part in (codes, message) if part]
         return f" Server message: {': '.join(parts)}" if parts else ""
 
@@ -2495,6 +2500,7 @@ class Server:
         return f"Every request is refused by {where}: fix what it reports.{said}"
 
 
+COMPLETION_FIELDS = {"id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier"}
 QUOTED = 12  # letters or digits in a row by which a message is taken to repeat a text
 
 
@@ -3003,6 +3009,8 @@ def read_answer(prompt: Prompt, answer: Any) -> tuple[str, Sequence[str]]:
         return "" if is_whole else "its answer had no 0 or 1 for some label", [
             label for label, value in zip(prompt.labels, values, strict=True) if value == 1
         ]
+    if isinstance(answer, dict) and len(answer) == 1 and not prompt.spelled(next(iter(answer))):
+        answer = next(iter(answer.values()))  # {"labels": [...]}
     given = [] if answer is None and prompt.form == "list" else [answer] if isinstance(answer, str) else answer
     if not isinstance(given, list) or (prompt.form == "one" and len(given) != 1):
         return "its answer was not a list" if prompt.form == "list" else "its answer was not one label", []
@@ -3522,7 +3530,7 @@ class LiveSender:
         first, problems = last(), tried[-1][1].problems
         is_failing = is_failure(first)
         if first.status == 0:
-            return self._end_by(self._failing_line(first.reason))
+            return self._end_by(self._failing_line(first))
         if first_choice(first.body).get("finish_reason") == "length" and current.completion_bound:
             bound = max_completion_tokens(tried[-1][0], tried[-1][0].parameters)
             return self._end_by(
@@ -3561,7 +3569,7 @@ class LiveSender:
         if found:
             return self._works_with(replace(found, room=max(found.room, room)))
         if is_failing:
-            return self._end_by(self._failing_line(f"HTTP {first.error_status}"))
+            return self._end_by(self._failing_line(first))
         is_ours = yield from ask(simplest, prompt.neutral)
         useless = next((t for t in tried if t[0].reply and t[0].reply.status // 100 == 2), None)
         if useless and useless[0].reply and not useless[0].reply.error.message:  # answered, at last, but not usably
@@ -3618,24 +3626,26 @@ class LiveSender:
     def _end_by(self, line: str) -> None:
         self.error = self.error or ProviderError(line)
 
-    def _failing_line(self, reason: str) -> str:
+    def _failing_line(self, reply: Reply) -> str:
+        reason, said = reply.reason or f"HTTP {reply.error_status}", self.server.server_message(reply, ())
         return (
             f"{self.server.host} fails every request ({reason}). Try later, then run the same command: what came back "
-            "is kept."
+            f"is kept.{said}"
         )
 
     def _useless_line(self, reply: Reply, problems: Mapping[Row, str], is_ours: bool) -> str:
         """For a server that answers not even a harmless text; `is_ours`: but it does under two labels of our own."""
+        said = self.server.server_message(reply, ())
         cause = " It answers without your labels and instructions: look for what it refuses there." if is_ours else ""
         if self.server.is_capped and str(self.evidence.parameters.completion_bound) in reply.error.message:
             return (
                 f"{self.server.host} cannot limit the length of completions, so the cost cannot be capped: drop "
-                f"`max_cost`.{self.server.server_message(reply, ())}"
+                f"`max_cost`.{said}"
             )
         if reply.error_status // 100 == 2 and not reply.error.message:
             return (
                 f"{self.server.host} gives no answer that can be used, not even about a harmless text: "
-                f"{refusal_reason(reply, problems)}. Try another `model`, or another server.{cause}"
+                f"{refusal_reason(reply, problems)}. Try another `model`, or another server.{said}{cause}"
             )
         return self.server.explain(reply, [row for attempt in self.parked for row in attempt.rows]) + cause
 
@@ -5099,9 +5109,11 @@ class Report:
         }
 
 
-def make_report(task: Task, plan: Plan, seconds: float = 0.0, figures: Mapping[str, Any] | None = None) -> Report:
+def make_report(
+    task: Task, plan: Plan, cells: Cells, seconds: float = 0.0, figures: Mapping[str, Any] | None = None
+) -> Report:
     options, table, store, requested = task.options, task.table, task.store, task.requested
-    cells, spent = task.cells(), store.totals(this_run=True)
+    spent = store.totals(this_run=True)
     unfinished = requested & (table.lengths > 0) & (cells < 0).any(axis=1)
     waiting, given_up = (cells == IN_JOB).any(axis=1), store.given_up(task.prompt, this_run=True)
     blank_rows = {

@@ -128,6 +128,7 @@ ENVELOPES: dict[str, Any] = {
     "a wrapped list": {"content": json.dumps({"results": [{"id": int(row), "labels": x} for row, x in WHOLE.items()]})},
     "one object a row": {"content": json.dumps([{row: labels} for row, labels in WHOLE.items()])},
     "one line a row": {"content": "\n".join(json.dumps({row: labels}) for row, labels in WHOLE.items())},
+    "a key around each answer": {"content": json.dumps({row: {"labels": labels} for row, labels in WHOLE.items()})},
     "encoded twice": {"content": json.dumps(json.dumps(WHOLE))},
     "near spellings": {
         "content": json.dumps({A: None, B: FIRST.upper(), C: [f" {SECOND.replace('_', '-')}", THIRD.replace("_", " ")]})

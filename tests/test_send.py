@@ -536,6 +536,19 @@ class TestProbe:
         with pytest.raises(module.ProviderError, match="It answers without your labels and instructions"):
             job.write(make_texts(30)).enrich()
 
+    def test_an_error_in_no_form_that_is_known_is_quoted_too(self, job: Job) -> None:
+        """As MiniMax has it."""
+        body = {"id": "x", "choices": None, "base_resp": {"status_code": 1008, "status_msg": "no such plan"}}
+        job.server.script.extend([(200, {}, body)] * 100)
+        with pytest.raises(module.ProviderError, match=r"no answer that can be used.*Server message: .*no such plan"):
+            job.write(make_texts(30)).enrich()
+
+    @pytest.mark.usefixtures("quick")
+    def test_a_server_that_fails_from_the_start_is_quoted(self, job: Job) -> None:
+        job.server.script.extend([(503, {}, error_body("Model is loading"))] * 500)
+        with pytest.raises(module.ProviderError, match=r"fails every request \(HTTP 503\).* Model is loading"):
+            job.write(make_texts(30)).enrich()
+
     def test_it_counts_in_calls_and_cost(self, job: Job) -> None:
         job.server.script.append(self.UNKNOWN)
         told = job.write(make_texts(30)).enrich().attrs["enrichment"]
