@@ -937,7 +937,7 @@ def write_record(task: Task, report: Report) -> None:
     with task.files.replacing("record") as file:
         # There and back, since JSON has no NaN: undefined figures become null.
         record |= json.loads(json.dumps(run_record(report)), parse_constant=lambda _: None)
-        file.write(json.dumps(record, ensure_ascii=False, indent=2).encode() + b"\n")
+        file.write(json.dumps(record, ensure_ascii=False, indent=2).encode("utf-8", "replace") + b"\n")
 
 
 # --- Labels -----------------------------------------------------------------------------------------------
@@ -1186,7 +1186,12 @@ def read_table(source: Source, columns: Columns, encoding: str | None = None) ->
         return parse_csv(content, marked or "utf-8", str(source), columns)
     except UnicodeDecodeError as error:
         if marked:
-            raise InputError(f"{source} is not text in {marked} ({error.reason}): pass another `encoding`.") from None
+            read = content.decode(marked, "ignore" if marked.startswith("utf-16") else "replace")
+            line = read.partition("\ufffd")[0].count("\n") + 1
+            where = source if marked.startswith("utf-16") else f"{source}, line {line}"
+            raise InputError(
+                f"{where}: this is not text in {marked} ({error.reason}): pass another `encoding`."
+            ) from None
         check_cp1252(content, str(source))
         return parse_csv(content, "cp1252", str(source), columns)
 
@@ -1216,7 +1221,8 @@ def check_cp1252(content: bytes, source: str) -> None:
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise InputError(
-                f"{source}, line {line}: a byte that is not UTF-8, as the rest of the file is: fix it, or {advice}."
+                f"{source}, line {line}: a byte that is not UTF-8, as the rest of the file is: fix it, or save the "
+                "file as UTF-8 CSV again."
             ) from None
     try:
         text = content.decode("cp1252")
@@ -1379,7 +1385,10 @@ def read_records(lines: Iterable[str], delimiter: str, source: str) -> Iterator[
         is_blank = len(fields) < 2 and not text.strip("\ufeff\r\n\t ")
         is_blank |= line == 1 and DELIMITER_LINE.fullmatch(text) is not None
         if ended and not is_blank:
-            raise InputError(f"{source}, line {line}: a quote in this record is never closed: close it.")
+            raise InputError(
+                f"{source}, line {line}: a quote in this record is never closed: close it, or, if it "
+                "belongs to the text, double it and quote the field."
+            )
         if reader.line_num > line and is_merged(text, delimiter):
             raise InputError(
                 f"{source}, line {line}: a field that begins with a quote runs over several lines, and more follows "
@@ -1721,6 +1730,7 @@ def read_prompt(options: Options, server: str) -> Prompt:
     definitions = options.new_labels if isinstance(options.new_labels, Mapping) else {}
     given = options.instructions
     instructions = read_text(given, "instructions file") if isinstance(given, Path) else (given or "").strip()
+    instructions = encodable(instructions)
     examples = read_examples(options.examples, options.text_column, options.labels, options.answer_form)
 
     def examples_digest(label: str) -> str:
@@ -1730,7 +1740,7 @@ def read_prompt(options: Options, server: str) -> Prompt:
     return Prompt(
         tuple(
             Question(
-                label, definitions.get(label, "").strip(), server, options.model, instructions,
+                label, encodable(definitions.get(label, "").strip()), server, options.model, instructions,
                 len(examples), examples_digest(label), options.label_column is not None, options.answer_form,
                 json.dumps(options.labels) if options.answer_form == "one" else "",
                 json.dumps(options.extra_body, sort_keys=True) if options.extra_body else "", WORDING_VERSION,
@@ -1794,6 +1804,10 @@ def user_message(rows: Sequence[Row], id_set: int = 0) -> str:
     """The texts as JSON, so that nothing in a text can pass for the message around it."""
     texts = [row.text if row.label is None else [row.text, row.label] for row in rows]
     return encodable(compact_json(dict(zip(row_ids(len(rows), id_set), texts, strict=True))))
+
+
+def as_text(value: object) -> str | None:
+    return None if value is None else encodable(str(value))
 
 
 def encodable(text: str) -> str:
@@ -2466,7 +2480,8 @@ class Server:
         if any(said[at : at + QUOTED] in sent for at in range(len(said) - QUOTED + 1)):
             return "(left out, since it repeats a part of what was sent)"
         if self.api_key != PLACEHOLDER_KEY:
-            words = words.replace(self.api_key, "[key]")
+            words = re.sub(rf"(?<!\w){re.escape(self.api_key)}(?!\w)", "[key]", words)
+            words = words.replace(self.api_key, "[key]") if len(self.api_key) >= 8 else words
         return re.sub(r"\b(sk|key)-[\w*.-]+", "[key]", words)[:300]
 
     def server_message(self, reply: Reply, rows: Iterable[Row]) -> str:
@@ -2715,9 +2730,10 @@ def judge(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, no
             lower = fall_back(evidence.parameters, words)
             return Verdict(Action.ADAPT, f"HTTP {status}", parameters=lower, is_refusal=lower is None)
         reason = reply.reason or "too long for the model or the rate limit"
+        is_about_prompt = not reply.reason and BOUND_TOO_LARGE not in words
         if len(attempt.rows) == 1 and not evidence.works:
             return Verdict(Action.ADAPT, reason, is_refusal=True)
-        return replace(split(attempt, reason), is_too_long=not reply.reason and len(attempt.rows) > 1)
+        return replace(split(attempt, reason), is_too_long=is_about_prompt and len(attempt.rows) > 1)
     if roomier := with_room(reply, attempt, evidence.parameters):
         return Verdict(Action.ADAPT, "the answer was cut off at its maximum length", parameters=roomier)
 
@@ -2757,11 +2773,16 @@ def judge_failure(reply: Reply, attempt: Attempt, evidence: Evidence, server: Se
             "what came back is kept.",
         )
     if evidence.answered_at > attempt.failing_since:
-        if attempt.has_one_try or attempt.tries >= min(MAX_TRIES_ALONE, server.max_retries + 1):
+        if attempt.has_one_try or attempt.tries >= max_tries_alone(server):
             return split(attempt, f"the server failed {attempt.tries} times on this request ({reason})")
     elif attempt.tries > server.max_retries or (reply.status and not evidence.forms and evidence.server_errors >= 2):
         return Verdict(Action.ADAPT, reason)
     return Verdict(Action.RETRY, reason, seconds=requested_wait(reply) or None)
+
+
+def max_tries_alone(server: Server) -> int:
+    """After how many failures a request is split while others are answered."""
+    return min(MAX_TRIES_ALONE, server.max_retries + 1)
 
 
 def refusal_reason(reply: Reply, problems: Mapping[Row, str]) -> str:
@@ -3359,7 +3380,9 @@ class LiveSender:
             and (self.waiting or self._fill(new))
         ):
             now = time.monotonic()
-            if not (self.waiting and self.waiting[0].due <= now) and self._fill(new):
+            # While nothing but failures comes, what waits for its next try is enough to see the end of it.
+            is_held = self.evidence.failing_since < math.inf and len(self.waiting) >= max(5, 2 * self._max_at_once)
+            if not (self.waiting and self.waiting[0].due <= now) and not is_held and self._fill(new):
                 attempt = self.again.popleft()
                 attempt.due, attempt.tier = now, self.tier
                 heapq.heappush(self.waiting, attempt)
@@ -3450,15 +3473,18 @@ class LiveSender:
         heapq.heappush(self.waiting, replace(attempt, due=due, id_set=id_set))  # after a stop only to be recorded
         return False
 
+    def _limit(self, attempt: Attempt, verdict: Verdict) -> Verdict:  # noqa: ARG002 # jobs look at it
+        """A verdict within what this way of sending allows."""
+        return verdict
+
     def _parts(self, attempt: Attempt, verdict: Verdict) -> list[Attempt]:
         """What is sent again of an attempt that has landed; one that failed on the server leaves its parts one try."""
         if verdict.action is Action.GIVE_UP:
             return []
         rows = tuple(verdict.problems) if verdict.action is Action.DONE else attempt.rows
         if verdict.action is Action.SPLIT and attempt.reply and is_failure(attempt.reply):
-            tries = min(MAX_TRIES_ALONE, self.server.max_retries + 1) - 1
             is_last = len(rows) == 2  # lone rows have two tries: most failures are chance
-            return attempt.halves(rows, tries=max(0, tries - is_last))
+            return attempt.halves(rows, tries=max(0, max_tries_alone(self.server) - 1 - is_last))
         return attempt.halves(rows, tries=0, failing_since=math.inf)
 
     def _adopt(self, parameters: Parameters) -> None:
@@ -3483,9 +3509,13 @@ class LiveSender:
             parked, self.parked = self.parked, []
             for attempt in parked:
                 now, reply = time.monotonic(), attempt.reply or Reply(0, {}, None, 0.0)
+                if self.evidence.answered_at > attempt.failing_since:
+                    # What failed in an outage that is over is asked once more before it is split or given up.
+                    attempt.tries = min(attempt.tries, max_tries_alone(self.server) - 1)
                 verdict = judge(reply, attempt, self.evidence, self.server, now)
                 if is_probed and verdict.action is Action.ADAPT and not verdict.parameters:
                     verdict = Verdict(Action.RETRY, verdict.reason)
+                verdict = self._limit(attempt, verdict)
                 if self._follow(attempt, verdict):
                     yield attempt, verdict
             if not self.parked or is_probed:
@@ -3529,8 +3559,6 @@ class LiveSender:
             return None
         first, problems = last(), tried[-1][1].problems
         is_failing = is_failure(first)
-        if first.status == 0:
-            return self._end_by(self._failing_line(first))
         if first_choice(first.body).get("finish_reason") == "length" and current.completion_bound:
             bound = max_completion_tokens(tried[-1][0], tried[-1][0].parameters)
             return self._end_by(
@@ -3541,7 +3569,7 @@ class LiveSender:
         if verdict.action is Action.STOP:
             return self._end_by(verdict.reason)
         found, lower = None, current
-        while not found and len(tried) < MAX_PROBE_CALLS // 2 and self.is_running:  # (b)
+        while first.status and not found and len(tried) < MAX_PROBE_CALLS // 2 and self.is_running:  # (b)
             words = " ".join([*last().error.names, last().error.message])
             pointed = fall_back(lower, words) if last().error_status >= 400 else None
             if pointed is None or not self._is_allowed(pointed):
@@ -3549,7 +3577,7 @@ class LiveSender:
             lower = pointed
             found = lower if (yield from ask(lower)) else None
         simplest = Parameters(Format.TEXT, {}, current.completion_bound if self.server.is_capped else None, 0, False)
-        if not found and (yield from ask(simplest)):  # (c)
+        if first.status and not found and (yield from ask(simplest)):  # (c)
             found = simplest
             for richer in RICHER:  # (d)
                 wanted = richer(found, current)
@@ -3559,10 +3587,13 @@ class LiveSender:
             return None
         if found and is_failing:  # a 5xx is no verdict on a form: the form as it is may be answered by now
             found = current if (yield from ask(current)) else found
-        tries = 0
+        tries, until = 0, time.monotonic() + UNREACHABLE_SECONDS
         while not found and is_failing and tries < self.server.max_retries and self.is_running:
+            if not evidence.reached and time.monotonic() > until:
+                break
             tries += 1
             self._pause(backoff(tries, self.pace.jitter()))
+            tried[:] = tried[-1:]  # these waits have no end but that of the retries
             found = current if (yield from ask(current)) else None
         if not self.is_running:
             return None
@@ -3580,6 +3611,7 @@ class LiveSender:
         self, parameters: Parameters, prompt: Prompt
     ) -> Generator[tuple[Attempt, Verdict], None, Attempt | None]:
         """An attempt about the harmless text, once its call has come back; a rate limit is waited for."""
+        limited_since = math.inf
         while self.is_running:
             attempt = Attempt((Row(digest(HARMLESS), HARMLESS, None),), prompt, is_probe=True)
             tokens = float(prompt_tokens(attempt, parameters))
@@ -3604,6 +3636,9 @@ class LiveSender:
             verdict = judge(reply, attempt, self.evidence, self.server, now)
             if not verdict.is_rate:
                 return attempt
+            limited_since = min(limited_since, now)
+            if now - limited_since > MAX_WAIT:
+                self._end_by(long_wait_line(self.server.host, 0.0) + self.server.server_message(reply, ()))
             self._note_limit(reply, attempt, verdict, now)
         return None
 
@@ -3997,7 +4032,8 @@ class JobSender(LiveSender):
         host, words = self.server.host, " ".join([*sorted(reply.error.names), reply.error.message])
         if is_broken:
             reason = reply.reason or f"HTTP {reply.status}"
-            return ProviderError(f"{host} fails ({reason}): run the same command later. Submitted jobs continue.")
+            jobs = " Submitted jobs continue." if self.jobs else ""
+            return ProviderError(f"{host} fails ({reason}): run the same command later.{jobs}")
         line = self.server.explain(reply, rows)
         if reply.status == 413:
             line = f"{host} rejects uploads of this size (HTTP 413): check its limit."
@@ -4051,7 +4087,7 @@ class JobSender(LiveSender):
             return
         left = len(job.attempts)
         for attempt in self._release(job):
-            yield attempt, Verdict(Action.GIVE_UP, "its Batch API job ended before it was done")
+            yield attempt, Verdict(Action.STOP, "its Batch API job ended before it was done")
         self.empty_jobs = self.empty_jobs + 1 if left == before else 0
         if left and self.empty_jobs and (status == "completed" or self.empty_jobs >= MAX_EMPTY_JOBS):
             raise ProviderError(f"Job {job.remote_id} {status} before any request was done: try live calls instead.")
@@ -4076,7 +4112,12 @@ class JobSender(LiveSender):
         if FILE_UNKNOWN.search(words) and remote.get("input_file_id") and self._may_wait(job):
             self._sleep(min(self.options.poll_interval, FILE_SECONDS / 60))
             self.store.forget_job(job)
-            self._create(replace(job, tag=uuid.uuid4().hex, planned_at=time.time()), remote["input_file_id"])
+            again = replace(job, tag=uuid.uuid4().hex, planned_at=time.time())
+            try:
+                self._create(again, remote["input_file_id"])
+            except CallRefused as error:
+                if not self._has_full_queue(again, error.words):
+                    raise
             return
         self._release(job)
         quoted = self.server.quote(words, job.rows)
@@ -4102,11 +4143,11 @@ class JobSender(LiveSender):
             verdict = Verdict(Action.SPLIT if attempt.jobs == MAX_JOBS - 1 else Action.RETRY, reason)
         if news := self.evidence.note(reply, attempt, verdict, now):
             self.warn(f"{self.server.host} {news}")
-        verdict = self._within_jobs(attempt, verdict)
+        verdict = self._limit(attempt, verdict)
         if self._follow(attempt, verdict):
             yield attempt, verdict
 
-    def _within_jobs(self, attempt: Attempt, verdict: Verdict) -> Verdict:
+    def _limit(self, attempt: Attempt, verdict: Verdict) -> Verdict:
         """What was to be sent again is given up after three jobs, or if this run does not have its texts."""
         is_again = verdict.action in {Action.RETRY, Action.SPLIT}
         is_over = attempt.jobs >= MAX_JOBS or not attempt.with_texts
@@ -4431,8 +4472,8 @@ class Store:
                 "tier": attempt.tier,
                 "parameters": attempt.parameters.as_json,
                 "requested": 0 if attempt.is_probe else len(attempt.rows),
-                "model_served": get_nested(body, "model"),
-                "system_fingerprint": get_nested(body, "system_fingerprint"),
+                "model_served": as_text(get_nested(body, "model")),
+                "system_fingerprint": as_text(get_nested(body, "system_fingerprint")),
                 "guessed_prompt": prompt_tokens(attempt, attempt.parameters) if has_texts else None,
                 "guessed_completion": count_tokens(str(get_nested(first_choice(body), "message", "content") or said)),
                 **{f"{kind}_tokens": count for kind, count in (usage._asdict() if usage else {}).items()},

@@ -209,6 +209,16 @@ def reply_without_half() -> dict[str, Any]:
     return {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
 
 
+@pytest.mark.one_form
+def test_what_a_reply_says_of_itself_may_be_no_text(job: Job) -> None:
+    choices = [{"message": {"content": json.dumps({A: []})}}]
+    body = json.dumps({"choices": choices, "model": "m\ud800", "system_fingerprint": "\ud800"})
+    job.server.script.append((200, {}, body))
+    job.write(["cake"]).enrich(dict.fromkeys(LABELS, "a meaning \ud83d"), instructions="Be \ud83d.")
+    job.check()
+    assert len(job.server.calls) == 1
+
+
 @pytest.mark.parametrize("usage", [None, "many", {"prompt_tokens": 2**70, "prompt_tokens_details": []}])
 def test_figures_that_a_server_misshapes_cost_no_answer(job: Job, usage: Any) -> None:
     content = json.dumps({key: [] for key in module.row_ids(1)})

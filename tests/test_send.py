@@ -63,11 +63,12 @@ def test_a_row_on_which_the_server_always_fails_is_given_up_alone(job: Job, faul
     assert sum("poison" in text for text in job.asked) <= 3 + 1 + 2
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_timeout_is_retried(job: Job) -> None:
     job.server.first_token = 0.5
     with pytest.raises(module.ProviderError, match="no answer in time"):
         job.write(["cake"]).enrich(timeout=0.1, max_retries=4)
-    assert 2 <= len(job.server.calls) + job.server.in_flight <= 10
+    assert 5 <= len(job.server.calls) + job.server.in_flight <= 5 + 5  # and the probe's
     job.server.first_token = 0.0
     job.enrich(timeout=5)
     job.check()
@@ -548,6 +549,49 @@ class TestProbe:
         job.server.script.extend([(503, {}, error_body("Model is loading"))] * 500)
         with pytest.raises(module.ProviderError, match=r"fails every request \(HTTP 503\).* Model is loading"):
             job.write(make_texts(30)).enrich()
+
+    @pytest.mark.usefixtures("quick")
+    def test_a_row_that_failed_in_an_outage_is_asked_again_after_it(self, job: Job) -> None:
+        """With no other row answered meanwhile, it is not the row's fault."""
+        job.server.script.extend([None] + [(503, {}, error_body("down"))] * 9)
+        frame = job.write(make_texts(5)).enrich(batch_size=1, max_workers=1, max_retries=2)
+        assert frame.attrs["enrichment"]["blank_rows"] == {}
+        job.check()
+
+    def test_it_asks_as_often_as_it_waits(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "MAX_BACKOFF", 0.01)
+        job.server.script.extend([(503, {}, error_body("down"))] * 60)
+        job.write(make_texts(5)).enrich(max_retries=60)
+        job.check()
+
+    @pytest.mark.usefixtures("quick")
+    def test_a_lost_connection_does_not_end_it(self, job: Job) -> None:
+        job.server.script.append(self.UNKNOWN)
+        hold, lost = job.server.admit, [1]
+
+        def lose(tokens: int) -> tuple[dict[str, str], str]:
+            job.server.faults = {"reset": 1.0} if lost and lost.pop() else {}
+            return hold(tokens)
+
+        job.server.admit = lose  # type: ignore[method-assign]
+        job.write(make_texts(5)).enrich()
+        job.check()
+        assert [call.fault for call in self.probed(job)] == ["reset", ""]
+
+    def test_its_wait_for_a_rate_limit_has_an_end(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "MAX_WAIT", 1.0)
+        job.server.script.extend([self.UNKNOWN, *[(429, {"retry-after-ms": "20"}, error_body("slow"))] * 2000])
+        with pytest.raises(module.ProviderError, match="nothing but HTTP 429 for an hour"):
+            job.write(make_texts(5)).enrich(max_workers=1)
+
+    @pytest.mark.usefixtures("quick")
+    def test_an_outage_is_not_fired_through(self, job: Job) -> None:
+        job.write(make_texts(300))
+        job.server.script.extend([None] * 3 + [(503, {}, error_body("down"))] * 5000)
+        with pytest.raises(module.ProviderError, match="fails every request"):
+            job.enrich(batch_size=1, max_retries=3)
+        asked = {call.texts for call in job.server.calls if call.texts != (module.HARMLESS,)}
+        assert len(asked) <= 3 + 3 * 5
 
     def test_it_counts_in_calls_and_cost(self, job: Job) -> None:
         job.server.script.append(self.UNKNOWN)

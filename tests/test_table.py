@@ -90,7 +90,7 @@ REFUSED = {
     "bom-alone": (b"\xef\xbb\xbf", "is empty"),
     "binary": (b"PK\x03\x04\x00\x00\xff\xfe\x00text", "is it a binary file"),
     "no-encoding": (b"text\n\x81\x8d\n", "is not text in UTF-8"),
-    "utf-16-cut": (b"\xff\xfet\0e\0x\0t\0\n\0a", "is not text in utf-16-le"),
+    "utf-16-cut": (b"\xff\xfet\0e\0x\0t\0\n\0a", "this is not text in utf-16-le"),
     "not-a-label-column": (
         b"text,praise\na,1\nb,maybe\n",
         r"row 1 \(line 3\): the column 'praise' holds 'maybe', not 1, 0",
@@ -219,7 +219,7 @@ def test_one_byte_that_is_not_utf8_is_refused_with_its_line(enrich_bytes: Callab
     [
         ("klingon", "encoding must be one that Python knows, such as cp1251"),
         ("base64", "encoding must be one that Python knows"),
-        ("ascii", r"is not text in ascii \(ordinal not in range\(128\)\): pass another encoding"),
+        ("ascii", r"line 3: this is not text in ascii \(ordinal not in range\(128\)\): pass another encoding"),
         ("utf-7", "line 3: this record could not be written back byte for byte in utf-7"),
     ],
 )
