@@ -3327,6 +3327,7 @@ class LiveSender:
         self.parked: list[Attempt] = []  # until the probe has found what the server takes
         self.limited_since = math.inf  # since when only 429s have come
         self.error: EnrichmentError | None = None  # the first one after which no call is made
+        self.told: set[str] = set()  # the reasons of rows given up that were reported in the server's words
 
     def send(self, attempts: Iterable[Attempt]) -> Landed:
         """Yield each attempt with its verdict; at the end raise what ended the run early, if anything did."""
@@ -3457,6 +3458,7 @@ class LiveSender:
             parts = self._parts(attempt, verdict)
             self.again.extendleft(reversed(parts))
             self.progress.expect(len(parts))
+            self._report_refusal(attempt, verdict)
             return True
         if action is Action.ADAPT and verdict.parameters is None:
             self.parked.append(attempt)
@@ -3472,6 +3474,13 @@ class LiveSender:
         due, id_set = time.monotonic() + wait, verdict.id_set or attempt.id_set
         heapq.heappush(self.waiting, replace(attempt, due=due, id_set=id_set))  # after a stop only to be recorded
         return False
+
+    def _report_refusal(self, attempt: Attempt, verdict: Verdict) -> None:
+        """Say in the server's words, once for each reason, why a row is given up."""
+        said = self.server.server_message(attempt.reply, attempt.rows) if attempt.reply else ""
+        if verdict.action is Action.GIVE_UP and said and verdict.reason not in self.told:
+            self.told.add(verdict.reason)
+            self.warn(f"A row is left blank: {verdict.reason}.{said}")
 
     def _limit(self, attempt: Attempt, verdict: Verdict) -> Verdict:  # noqa: ARG002 # jobs look at it
         """A verdict within what this way of sending allows."""
@@ -4173,6 +4182,7 @@ class JobSender(LiveSender):
         # In attempts of their own, so that what this one has cost is recorded whatever becomes of the next job.
         self.again.extend(again)
         self.progress.expect(len(again))
+        self._report_refusal(attempt, verdict)
         return True
 
 
@@ -4259,7 +4269,8 @@ SELECT coalesce(sum(calls), 0), count(CASE WHEN calls > 0 THEN 1 END), coalesce(
     coalesce(sum(CASE WHEN answers != '' THEN length(row_keys) END), 0) / ?, sum(cost),
     coalesce(sum(unconfirmed_cost), 0), coalesce(sum(unconfirmed_calls), 0),
     coalesce(sum(prompt_tokens), 0), coalesce(sum(cached_tokens), 0), coalesce(sum(written_tokens), 0),
-    coalesce(sum(completion_tokens), 0), coalesce(sum(reasoning_tokens), 0), min(ended_at), max(ended_at)
+    coalesce(sum(completion_tokens), 0), coalesce(sum(reasoning_tokens), 0), min(ended_at), max(ended_at),
+    coalesce(sum(outcome = 'probe'), 0)
 FROM attempts WHERE id > ?
 """
 EXPERIENCE = """
@@ -4305,6 +4316,7 @@ class Totals(NamedTuple):
     usage: Usage
     first_at: str | None
     last_at: str | None
+    probes: int  # of the calls, those about a harmless text
 
 
 class Store:
@@ -4591,9 +4603,7 @@ class Store:
         found = self._one(TOTALS, KEY_BYTES, self.last_before if this_run else 0)
         calls, attempts, seconds, answered, cost, unconfirmed_cost, unconfirmed_calls, *tokens = found[:12]
         usage = Usage(*tokens)
-        return Totals(
-            calls, attempts, seconds, answered, cost, unconfirmed_cost, unconfirmed_calls, usage, found[12], found[13]
-        )
+        return Totals(calls, attempts, seconds, answered, cost, unconfirmed_cost, unconfirmed_calls, usage, *found[12:])
 
 
 def open_store(options: Options, server: Server) -> Store:
@@ -5301,7 +5311,10 @@ def closing_lines(report: Report) -> list[str]:
     # A row that was answered would have been a call of its own, also one that had waited in a job.
     plan, spent = report.plan, report.spent
     saved = plan.pending + plan.in_jobs - len(report.blank_rows) + audited_rows(report) - spent.calls
-    lines.append(f"✓ Total API calls made: {spent.calls}" + (f" (saved {saved} API calls!)" if saved > 0 else ""))
+    probes = f", {spent.probes} of them about a harmless text" if spent.probes else ""
+    lines.append(
+        f"✓ Total API calls made: {spent.calls}{probes}" + (f" (saved {saved} API calls!)" if saved > 0 else "")
+    )
     speedup = round(spent.seconds / report.seconds, 1) if spent.calls and report.seconds else 0
     if speedup >= 1:
         lines.append(f"✓ Speedup from parallelization: ~{speedup:g}x faster")

@@ -593,9 +593,12 @@ class TestProbe:
         asked = {call.texts for call in job.server.calls if call.texts != (module.HARMLESS,)}
         assert len(asked) <= 3 + 3 * 5
 
-    def test_it_counts_in_calls_and_cost(self, job: Job) -> None:
+    def test_it_counts_in_calls_and_cost_and_is_named_beside_them(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         job.server.script.append(self.UNKNOWN)
-        told = job.write(make_texts(30)).enrich().attrs["enrichment"]
+        told = job.write(make_texts(30)).enrich(quiet=False, max_workers=1).attrs["enrichment"]
+        assert "Total API calls made: 6, 1 of them about a harmless text" in capsys.readouterr().out
         assert told["calls"] == len(job.server.calls)
         assert told["cost"] == pytest.approx(price(job.server.calls))
 
@@ -633,6 +636,13 @@ class TestGivenUp:
         assert Path(f"{job.output}.sample.csv").exists()
         assert json.loads(Path(f"{job.output}.run.json").read_text())["gold"]
         job.check(blank_rows=range(0, 150, 5))
+
+    def test_why_is_said_once_in_the_servers_words(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        assert job.write(self.filtered(20)).command() == 3
+        line = "A row is left blank: stopped by the provider's content filter. Server message: "
+        assert (
+            capsys.readouterr().err.count(f"{line}content_filter invalid_request_error: The response was filtered") == 1
+        )
 
     def test_a_row_that_is_answered_at_last_is_like_any_other(self, job: Job) -> None:
         job.write(["cake", "poison-garbage"]).enrich()
