@@ -528,7 +528,7 @@ def enrich_dataset(options: Options) -> pd.DataFrame:
         EnrichmentError: a file could not be written; what came back before is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM; calls in flight were waited for and kept, and the CSV was written.
     """
-    return run(options, Console(options.quiet), returns_frame=True)[1]
+    return returned(run(options, Console(options.quiet), returns_frame=True))
 
 
 def frame_options(
@@ -561,7 +561,14 @@ def enrich_dataframe(options: Options) -> pd.DataFrame:
     DataFrame makes no call, so that on Dask `enrich_dataframe(ddf._meta, ...)` can be passed to `map_partitions` as
     `meta`.
     """
-    return run(options, Console(options.quiet), returns_frame=True)[1]
+    return returned(run(options, Console(options.quiet), returns_frame=True))
+
+
+def returned(result: tuple[Report, pd.DataFrame | None]) -> pd.DataFrame:
+    """The frame that a run was asked for."""
+    frame = result[1]
+    assert frame is not None  # noqa: S101 # for the type alone
+    return frame
 
 
 def how_to_convert(table: Any) -> str:
@@ -597,10 +604,8 @@ class Task:
         return self.table.distinct_rows(self.requested & labelled & (self.preset < 0).all(axis=1))
 
 
-def run(options: Options, console: Console, returns_frame: bool = False) -> tuple[Report, pd.DataFrame]:
-    """One run: the report, and the labelled frame, which is empty unless it is to be returned."""
-    import pandas as pd
-
+def run(options: Options, console: Console, returns_frame: bool = False) -> tuple[Report, pd.DataFrame | None]:
+    """One run: the report, and the labelled frame if it is to be returned."""
     started_at, say = datetime.now(UTC), console.say
     table = load_table(options, console)
     options, requested = fit_to_table(options, table)
@@ -608,7 +613,7 @@ def run(options: Options, console: Console, returns_frame: bool = False) -> tupl
     prompt, gold = read_prompt(options, server.address), read_gold(options, table)
     preset = merge(example_cells(table, prompt.examples, options.labels), table.given)
     # Made before the first call: a frame that cannot be made would be found out after all is paid.
-    frame = table.to_frame() if returns_frame else pd.DataFrame()
+    frame = table.to_frame() if returns_frame else None
     fill_frame(frame, preset, options.labels)
     say(*opening_lines(options))
     with open_store(options, server) as store:
@@ -653,10 +658,11 @@ def run(options: Options, console: Console, returns_frame: bool = False) -> tupl
     return deliver(report, frame)
 
 
-def deliver(report: Report, frame: pd.DataFrame) -> tuple[Report, pd.DataFrame]:
+def deliver(report: Report, frame: pd.DataFrame | None) -> tuple[Report, pd.DataFrame | None]:
     """The report, and the frame with its labels and the run's figures."""
     fill_frame(frame, report.cells, report.options.labels)
-    frame.attrs["enrichment"] = report.attributes()
+    if frame is not None:
+        frame.attrs["enrichment"] = report.attributes()
     return report, frame
 
 
@@ -799,7 +805,7 @@ def save(task: Task) -> Cells:
     return cells
 
 
-def leave_early(task: Task, plan: Plan, seconds: float, frame: pd.DataFrame, error: BaseException) -> None:
+def leave_early(task: Task, plan: Plan, seconds: float, frame: pd.DataFrame | None, error: BaseException) -> None:
     """Save what there is, say how to continue, and let the exception carry the frame for callers in Python."""
     try:
         save(task)
@@ -818,11 +824,11 @@ def leave_early(task: Task, plan: Plan, seconds: float, frame: pd.DataFrame, err
     write_record(task, report)
 
 
-def fill_frame(frame: pd.DataFrame, cells: Cells, labels: Sequence[str]) -> pd.DataFrame:
-    """The frame with its labels; an empty one, which nobody asked for, stays so."""
-    for label, column in label_columns(cells, labels).items() if len(frame.columns) else ():
-        frame[label] = column
-    return frame
+def fill_frame(frame: pd.DataFrame | None, cells: Cells, labels: Sequence[str]) -> None:
+    """Write the labels into the frame, if there is one."""
+    if frame is not None:
+        for label, column in label_columns(cells, labels).items():
+            frame[label] = column
 
 
 def audit(task: Task, cells: Cells) -> dict[str, Any]:
@@ -1653,6 +1659,14 @@ class Prompt:
 
     questions: tuple[Question, ...]
     examples: tuple[Example, ...] = ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Once: caches look a prompt up several times for each call."""
+        return hash((self.questions, self.examples))
 
     @functools.cached_property
     def labels(self) -> tuple[str, ...]:
@@ -2983,6 +2997,8 @@ def json_values(source: Any, is_cut_off: bool) -> Iterator[Any]:
 
 def as_answers(value: Any, ids: frozenset[str]) -> dict[str, Any]:
     """A JSON value as row id -> answer: an object, one that another key wraps, or a list of objects."""
+    if isinstance(value, dict) and ids.issuperset(value):
+        return value
     if isinstance(value, dict):
         named = {str(name).strip(): answer for name, answer in value.items()}
         if ids & named.keys():
