@@ -79,6 +79,7 @@ from typing import (
     TextIO,
     TypeAlias,
     TypeVar,
+    cast,
 )
 from urllib.parse import urlsplit
 
@@ -528,7 +529,7 @@ def enrich_dataset(options: Options) -> pd.DataFrame:
         EnrichmentError: a file could not be written; what came back before is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM; calls in flight were waited for and kept, and the CSV was written.
     """
-    return returned(run(options, Console(options.quiet), returns_frame=True))
+    return cast("pd.DataFrame", run(options, Console(options.quiet), returns_frame=True)[1])
 
 
 def frame_options(
@@ -561,14 +562,7 @@ def enrich_dataframe(options: Options) -> pd.DataFrame:
     DataFrame makes no call, so that on Dask `enrich_dataframe(ddf._meta, ...)` can be passed to `map_partitions` as
     `meta`.
     """
-    return returned(run(options, Console(options.quiet), returns_frame=True))
-
-
-def returned(result: tuple[Report, pd.DataFrame | None]) -> pd.DataFrame:
-    """The frame that a run was asked for."""
-    frame = result[1]
-    assert frame is not None  # noqa: S101 # for the type alone
-    return frame
+    return cast("pd.DataFrame", run(options, Console(options.quiet), returns_frame=True)[1])
 
 
 def how_to_convert(table: Any) -> str:
@@ -611,7 +605,8 @@ def run(options: Options, console: Console, returns_frame: bool = False) -> tupl
     options, requested = fit_to_table(options, table)
     server = Server(options)
     prompt, gold = read_prompt(options, server.address), read_gold(options, table)
-    preset = merge(example_cells(table, prompt.examples, options.labels), table.given)
+    from_examples = example_cells(table, prompt.examples, options.labels)
+    preset = merge(from_examples, table.given)
     # Made before the first call: a frame that cannot be made would be found out after all is paid.
     frame = table.to_frame() if returns_frame else None
     fill_frame(frame, preset, options.labels)
@@ -628,7 +623,7 @@ def run(options: Options, console: Console, returns_frame: bool = False) -> tupl
         # 1. What is not known yet, in batches of rows that lack the same labels.
         cells = task.cells(answers=not options.fresh)
         batches = plan_batches(task, cells)
-        plan = make_plan(task, cells, batches)
+        plan = make_plan(task, cells, batches, complete(from_examples))
         say(*plan_lines(plan, options, store.other_answers(prompt)))
         if options.dry_run:
             say(*request_lines(task, batches), verbatim=True)
@@ -762,7 +757,7 @@ def ask(task: Task, attempts: Iterable[Attempt], count: int) -> None:
         task.console.progress(count, server.knows_price) as progress,
     ):
         budget = Budget(options.max_cost, *task.store.money())
-        evidence = Evidence(first_parameters_of(task))
+        evidence = Evidence(starting_parameters(task))
         sender = (JobSender if options.use_batch_api else LiveSender)(task, evidence, budget, stop, progress)
         save_at = time.monotonic() + SAVE_SECONDS
         with contextlib.closing(sender.send(attempts)) as landed:
@@ -772,7 +767,7 @@ def ask(task: Task, attempts: Iterable[Attempt], count: int) -> None:
                 save_at = autosave(task, save_at)
 
 
-def first_parameters_of(task: Task) -> Parameters:
+def starting_parameters(task: Task) -> Parameters:
     """Those under which this server, model and form answered last, if they have what a cap needs."""
     first, last = task.server.first_parameters, task.store.last_parameters(task.prompt)
     return (
@@ -3649,11 +3644,8 @@ class LiveSender:
             if not self.is_running:
                 return None
             attempt.parameters, attempt.departure = parameters, self.pace.leave(tokens, time.monotonic())
-            self.calls.start(partial(self.server.call, "/chat/completions", build_body(attempt, parameters)))
-            returned = None
-            while not returned:
-                returned = self.calls.wait_for_one(0.2, is_stopping=not self.is_running)
-            reply, now = returned[1], time.monotonic()
+            body = build_body(attempt, parameters)
+            reply, now = self._reply_to(partial(self.server.call, "/chat/completions", body)), time.monotonic()
             self._settle(attempt, reply, now)
             self.evidence.reached |= reply.status > 0
             self.progress.expect(1)
@@ -3666,6 +3658,14 @@ class LiveSender:
                 self._end_by(long_wait_line(self.server.host, 0.0) + self.server.server_message(reply, ()))
             self._note_limit(reply, attempt, verdict, now)
         return None
+
+    def _reply_to(self, call: Callable[[], Reply]) -> Reply:
+        """Make a call while no other is in flight."""
+        self.calls.start(call)
+        returned = None
+        while not returned:
+            returned = self.calls.wait_for_one(0.2, is_stopping=not self.is_running)
+        return returned[1]
 
     def _pause(self, seconds: float) -> None:
         """Wait, unless the run is to stop."""
@@ -4026,11 +4026,7 @@ class JobSender(LiveSender):
         """
         started, failures, limits = time.monotonic(), 0, 0
         while True:
-            self.calls.start(call)
-            returned = None
-            while not returned:
-                returned = self.calls.wait_for_one(0.2, is_stopping=self.stop.is_set())
-            reply = returned[1]
+            reply = self._reply_to(call)
             if self.stop.is_set() and not reply.status:
                 raise Stopped
             self.evidence.reached |= reply.status > 0
@@ -5107,16 +5103,15 @@ class Plan:
         return self.requested - self.blank_texts - self.example_rows - self.in_jobs - self.pending
 
 
-def make_plan(task: Task, cells: Cells, batches: Sequence[Batch]) -> Plan:
+def make_plan(task: Task, cells: Cells, batches: Sequence[Batch], is_example: BoolArray) -> Plan:
     table, requested = task.table, task.requested
     with_text = requested & (table.lengths > 0)
     pending = with_text & (cells == BLANK).any(axis=1)
-    examples = example_cells(table, task.prompt.examples, task.options.labels)
     lacks = {batch.lacks for batch in batches}
     return Plan(
         requested=int(requested.sum()),
         blank_texts=int((requested & (table.lengths == 0)).sum()),
-        example_rows=int((requested & complete(examples)).sum()),
+        example_rows=int((requested & is_example).sum()),
         in_jobs=int((with_text & (cells == IN_JOB).any(axis=1) & ~pending).sum()),
         pending=int(pending.sum()),
         distinct=sum(len(batch.numbers) for batch in batches),
