@@ -2391,7 +2391,7 @@ class Server:
 
     @functools.cached_property
     def client(self) -> Any:
-        """One client for all workers. It does not retry: waits are shared by all workers and can be interrupted."""
+        """One client for all workers. Chat calls are not retried by it: all workers share their waits."""
         if not self.api_key:
             raise InputError("No API key: set OPENAI_API_KEY, or pass `api_key`.")
         import openai
@@ -2432,20 +2432,20 @@ class Server:
             del self.client
             client.close()
 
-    def call(self, path: str, body: Any = None, **settings: Any) -> Reply:
-        """A call of any kind, in any thread: POST with a body, else GET. A file's content is read into an open file.
+    def chat(self, body: Mapping[str, Any]) -> Reply:
+        """A chat call. `client.post` rather than `chat.completions.create`, which takes twice the processor time."""
+        import openai
 
-        `client.post` rather than `chat.completions.create`, which takes twice the processor time.
-        """
+        raw = openai.HttpxBinaryResponseContent  # the response as it came
+        return self.call(lambda client: client.post("/chat/completions", cast_to=raw, body=body).response)
+
+    def call(self, make: Callable[[Any], Any], max_retries: int = 0) -> Reply:
+        """What comes of a call by the SDK, in any thread; a file's content is read into an open file."""
         import openai
 
         started = time.perf_counter()
-        raw = openai.HttpxBinaryResponseContent  # the response as it came, through the SDK's own HTTP library
         try:
-            if body is None:
-                response = self.client.get(path, cast_to=raw, **settings).response
-            else:
-                response = self.client.post(path, cast_to=raw, body=body, **settings).response
+            response = make(self.client.with_options(max_retries=max_retries) if max_retries else self.client)
         except openai.APIStatusError as error:
             response = error.response
         except ReplyRejected as error:
@@ -2601,6 +2601,7 @@ class Evidence:
     refusals: int = 0  # in a row, without an answer between
     server_errors: int = 0  # replies with 5xx before anything was answered
     failing_since: float = math.inf  # since when nothing but failures has come
+    limited_since: float = math.inf  # since when nothing but 429s has come
     replies: dict[int, int] = field(default_factory=dict)  # hash of a reply -> hash of the request it came to first
     false_alarms: int = 0  # replies that looked like another request's and were not
     # Of replies that billed well under what was sent: by each of their rows, the tokens sent and billed.
@@ -2621,6 +2622,8 @@ class Evidence:
     def note(self, reply: Reply, attempt: Attempt, verdict: Verdict, now: float) -> str:
         """Take in what came of a call; return what the user should be told, if anything."""
         self.reached |= reply.status > 0
+        if verdict.action is not Action.STOP:
+            self.limited_since = min(self.limited_since, now) if verdict.is_rate else math.inf
         if verdict.action is Action.DONE:
             self.forms.add(attempt.parameters.form)
             self.answered_at, self.refusals, self.failing_since = now, 0, math.inf
@@ -2672,6 +2675,7 @@ MAX_WAIT = 3600.0  # seconds that a server may ask for
 UNREACHABLE_SECONDS = 10.0  # give up on a server that has never answered after this long
 MAX_LONE_FAILURES = 4  # of a lone row; two that are alike suffice, since a good row fails now this way, now that
 MAX_LONE_ALIKE = 2
+MAX_JOBS = 3  # that a request goes into
 MAX_TRIES_ALONE = 3  # calls that fail for one request while others are answered
 MAX_ROOM = 32_768  # tokens; a model that needs more will never finish
 MIN_ROOM = 2048
@@ -2697,6 +2701,18 @@ FILTER_WORDS = re.compile(r"content.?(filter|policy|management)|responsibleai|in
 
 
 def judge(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, now: float) -> Verdict:
+    """What a reply means, to a live call or in a line of a job."""
+    return within_jobs(first_rule(reply, attempt, evidence, server, now), attempt)
+
+
+def within_jobs(verdict: Verdict, attempt: Attempt) -> Verdict:
+    """A job may take a day: a request goes into three at most, as far as this run has its texts."""
+    is_over = attempt.jobs and (attempt.jobs >= MAX_JOBS or not attempt.with_texts)
+    is_again = verdict.action in {Action.RETRY, Action.SPLIT}
+    return replace(verdict, action=Action.GIVE_UP) if is_over and is_again else verdict
+
+
+def first_rule(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, now: float) -> Verdict:
     """The first rule that fits decides."""
     status, words = reply.error_status, " ".join([*reply.error.names, reply.error.message]).lower()
     wait, is_limit = requested_wait(reply), status == 429 or "rate_limit_exceeded" in reply.error.names
@@ -2731,6 +2747,9 @@ def judge(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, no
     # 5. A rate. Its "too many tokens" are those of a minute; its "too large" is about this request alone.
     is_too_large = status == 413 or reply.reason == TOO_LARGE
     if is_limit and "too large" not in words:
+        if now - evidence.limited_since > MAX_WAIT:
+            said = server.server_message(reply, attempt.rows)
+            return Verdict(Action.STOP, long_wait_line(server.host, 0.0) + said)
         return Verdict(Action.RETRY, f"HTTP {status}", seconds=wait or None, is_rate=True)
 
     # 6. Too long, or cut off at our own bound, which gets room before rows are split.
@@ -2773,8 +2792,10 @@ def is_failure(reply: Reply) -> bool:
 
 def judge_failure(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, now: float) -> Verdict:
     """Rule 7: by whether others are answered meanwhile; `attempt.tries` has this failure already."""
-    reason = reply.reason if reply.status == 0 else f"HTTP {reply.error_status}"
+    reason = reply.reason if not reply.error_status else f"HTTP {reply.error_status}"
     since = min(evidence.failing_since, now)
+    if attempt.jobs:
+        return Verdict(Action.SPLIT if attempt.jobs == MAX_JOBS - 1 else Action.RETRY, reason)
     if not evidence.reached and reply.status == 0 and now - since > UNREACHABLE_SECONDS:
         return Verdict(
             Action.STOP,
@@ -3229,25 +3250,24 @@ class Budget:
 
     cap: float | None
     spent: float  # by all runs on this store
-    for_jobs: float  # that open jobs may cost
-    in_flight: float = 0.0  # the sum of the calls' bounds
+    set_aside: float  # the most that calls in flight and open jobs can cost
 
     def reserve(self, bound: float) -> bool:
         """Set a call's bound aside, if it fits."""
-        fits = self.cap is None or self.spent + self.for_jobs + self.in_flight + bound <= self.cap
-        self.in_flight += bound if fits else 0.0
+        fits = self.cap is None or self.spent + self.set_aside + bound <= self.cap
+        self.set_aside += bound if fits else 0.0
         return fits
 
     def settle(self, bound: float, cost: float) -> None:
-        """Put the bill in place of a call's bound, or what it may have cost if no bill came."""
-        self.in_flight = max(0.0, self.in_flight - bound)
+        """Put the bill in place of a bound, or what it may have cost if no bill came."""
+        self.set_aside = max(0.0, self.set_aside - bound)
         self.spent += cost
 
     def exceeded(self, bound: float) -> BudgetExceeded:
-        aside = dollars(self.for_jobs + self.in_flight)
         return BudgetExceeded(
             f"The next call may cost up to {dollars(bound)}, which could exceed `max_cost` {self.cap:g} (spent: "
-            f"{dollars(self.spent)}, set aside: {aside}): raise it and run the same command to continue."
+            f"{dollars(self.spent)}, set aside: {dollars(self.set_aside)}): raise it and run the same command to "
+            "continue."
         )
 
 
@@ -3336,7 +3356,6 @@ class LiveSender:
         self.again: deque[Attempt] = deque()  # parts of attempts, which go before new ones
         self.waiting: list[Attempt] = []  # a heap
         self.parked: list[Attempt] = []  # until the probe has found what the server takes
-        self.limited_since = math.inf  # since when only 429s have come
         self.error: EnrichmentError | None = None  # the first one after which no call is made
         self.told: set[str] = set()  # the reasons of rows given up that were reported in the server's words
 
@@ -3415,7 +3434,7 @@ class LiveSender:
             heapq.heappop(self.waiting)
             attempt.parameters, attempt.bound = parameters, bound
             attempt.departure = self.pace.leave(tokens, now)
-            call = partial(self.server.call, "/chat/completions", build_body(attempt, parameters))
+            call = partial(self.server.chat, build_body(attempt, parameters))
             self.in_flight[self.calls.start(call)] = attempt
         return 0.5
 
@@ -3427,22 +3446,22 @@ class LiveSender:
         """Add a reply to its attempt, and to all that is learned from replies."""
         now = time.monotonic()
         self._settle(attempt, reply, now)
+        verdict = self._judge(attempt, reply, now)
+        if verdict.action is Action.DONE or verdict.is_refusal:
+            self.pace.succeed()
+            self.calls.slowest = max(self.calls.slowest, reply.seconds)
+        if verdict.is_rate:
+            self._note_limit(reply, attempt, verdict, now)
+        return verdict
+
+    def _judge(self, attempt: Attempt, reply: Reply, now: float) -> Verdict:
+        """The verdict on a reply, which adds to the evidence."""
         if is_failure(reply):
             attempt.tries += 1
             attempt.failing_since = min(attempt.failing_since, now)
         verdict = judge(reply, attempt, self.evidence, self.server, now)
-        news = self.evidence.note(reply, attempt, verdict, now)
-        if news:
+        if news := self.evidence.note(reply, attempt, verdict, now):
             self.warn(f"{self.server.host} {news}")
-        if verdict.action is Action.DONE or verdict.is_refusal:
-            self.pace.succeed()
-            self.calls.slowest = max(self.calls.slowest, reply.seconds)
-        self.limited_since = min(self.limited_since, now) if verdict.is_rate else math.inf
-        if now - self.limited_since > MAX_WAIT:
-            line = long_wait_line(self.server.host, 0.0) + self.server.server_message(reply, attempt.rows)
-            return Verdict(Action.STOP, line)
-        if verdict.is_rate:
-            self._note_limit(reply, attempt, verdict, now)
         return verdict
 
     def _settle(self, attempt: Attempt, reply: Reply, now: float) -> None:
@@ -3480,6 +3499,10 @@ class LiveSender:
             self._adopt(verdict.parameters)
         if verdict.is_refusal:
             attempt.reasons += (verdict.reason,)
+        return self._send_again(attempt, verdict)
+
+    def _send_again(self, attempt: Attempt, verdict: Verdict) -> bool:
+        """Let an attempt wait for its next call; return whether it has landed."""
         wait = 0.0 if verdict.is_rate or verdict.parameters else verdict.seconds  # a rate makes all calls wait
         wait = backoff(attempt.tries, self.pace.jitter()) if wait is None else wait
         due, id_set = time.monotonic() + wait, verdict.id_set or attempt.id_set
@@ -3492,10 +3515,6 @@ class LiveSender:
         if verdict.action is Action.GIVE_UP and said and verdict.reason not in self.told:
             self.told.add(verdict.reason)
             self.warn(f"A row is left blank: {verdict.reason}.{said}")
-
-    def _limit(self, attempt: Attempt, verdict: Verdict) -> Verdict:  # noqa: ARG002 # jobs look at it
-        """A verdict within what this way of sending allows."""
-        return verdict
 
     def _parts(self, attempt: Attempt, verdict: Verdict) -> list[Attempt]:
         """What is sent again of an attempt that has landed; one that failed on the server leaves its parts one try."""
@@ -3534,8 +3553,7 @@ class LiveSender:
                     attempt.tries = min(attempt.tries, max_tries_alone(self.server) - 1)
                 verdict = judge(reply, attempt, self.evidence, self.server, now)
                 if is_probed and verdict.action is Action.ADAPT and not verdict.parameters:
-                    verdict = Verdict(Action.RETRY, verdict.reason)
-                verdict = self._limit(attempt, verdict)
+                    verdict = within_jobs(Verdict(Action.RETRY, verdict.reason), attempt)
                 if self._follow(attempt, verdict):
                     yield attempt, verdict
             if not self.parked or is_probed:
@@ -3631,7 +3649,6 @@ class LiveSender:
         self, parameters: Parameters, prompt: Prompt
     ) -> Generator[tuple[Attempt, Verdict], None, Attempt | None]:
         """An attempt about the harmless text, once its call has come back; a rate limit is waited for."""
-        limited_since = math.inf
         while self.is_running:
             attempt = Attempt((Row(digest(HARMLESS), HARMLESS, None),), prompt, is_probe=True)
             tokens = float(prompt_tokens(attempt, parameters))
@@ -3645,7 +3662,7 @@ class LiveSender:
                 return None
             attempt.parameters, attempt.departure = parameters, self.pace.leave(tokens, time.monotonic())
             body = build_body(attempt, parameters)
-            reply, now = self._reply_to(partial(self.server.call, "/chat/completions", body)), time.monotonic()
+            reply, now = self._reply_to(partial(self.server.chat, body)), time.monotonic()
             self._settle(attempt, reply, now)
             self.evidence.reached |= reply.status > 0
             self.progress.expect(1)
@@ -3653,9 +3670,7 @@ class LiveSender:
             verdict = judge(reply, attempt, self.evidence, self.server, now)
             if not verdict.is_rate:
                 return attempt
-            limited_since = min(limited_since, now)
-            if now - limited_since > MAX_WAIT:
-                self._end_by(long_wait_line(self.server.host, 0.0) + self.server.server_message(reply, ()))
+            self.evidence.limited_since = min(self.evidence.limited_since, now)
             self._note_limit(reply, attempt, verdict, now)
         return None
 
@@ -3728,7 +3743,7 @@ def with_extra(found: Parameters, wanted: Parameters, name: str) -> Parameters:
 # --- Jobs -------------------------------------------------------------------------------------------------
 #
 # In: attempts. Out: the same pairs as above, by way of OpenAI's Batch API, whose own object is called `remote` here.
-# Collect what has ended, submit the rest, wait or leave.
+# In turn: collect what has ended, submit the rest, wait or leave. The SDK repeats calls that fail.
 
 # OpenAI, guides/batch.
 JOB_REQUESTS = 50_000
@@ -3738,14 +3753,11 @@ ENDED = {"completed", "failed", "expired", "cancelled"}
 QUEUE_FULL = re.compile(r"enqueued token limit|token_limit_exceeded", re.IGNORECASE)
 # Of a file that was uploaded, and is not there yet for those who make jobs of it.
 FILE_UNKNOWN = re.compile(
-    r"file.*(pending|find|found|exist|ready|processed)|(pending|find|such).*file", re.DOTALL | re.IGNORECASE
+    r"file.*(pending|running|find|found|exist|ready|processed)|(pending|find|such).*file", re.DOTALL | re.IGNORECASE
 )
 FIND_SECONDS = 60.0  # how long a job is looked for whose creation was not confirmed: lists may lag behind
 FILE_SECONDS = 300.0  # how long an uploaded file may take until a job can be made of it
 MAX_PAGES = 50  # of a list of jobs, which may claim to have no end
-MAX_LOOKS = 5  # at files with fewer lines than the job reports
-MAX_EMPTY_JOBS = 3  # in a row, that expire or are cancelled with nothing done
-MAX_JOBS = 3  # that a request goes into: each may take a day
 
 
 @dataclass
@@ -3760,20 +3772,10 @@ class Job:
     set_aside: float = 0.0  # US dollars
     remote_id: str | None = None
     attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
-    looks: int = 0  # times that its files were incomplete
-    uploaded_at: float = field(default_factory=time.monotonic)  # its file, or when this run took the job up
 
     @property
     def rows(self) -> Iterator[Row]:
         return (row for attempt in self.attempts.values() for row in attempt.rows)
-
-
-class CallRefused(ProviderError):  # noqa: N818
-    """The server refused a call of the Batch API; `words` are its own."""
-
-    def __init__(self, message: str, status: int, words: str) -> None:
-        super().__init__(message)
-        self.status, self.words = status, words
 
 
 class JobSender(LiveSender):
@@ -3791,48 +3793,42 @@ class JobSender(LiveSender):
         super().__init__(task, evidence, budget, stop, progress)
         self.task, self.store = task, task.store
         self.jobs: list[Job] = []
-        self.max_requests = JOB_REQUESTS  # per job; fewer once a file or the account's queue has proved to be smaller
+        self.max_requests = JOB_REQUESTS  # per job; fewer once the account's queue has proved to be smaller
         self.queue_is_full = False  # then nothing is submitted until a job ends
-        self.empty_jobs = 0  # in a row
-        self.is_tried = self.store.last_parameters(self.prompt) is not None  # whether this server has ever answered
 
     def send(self, attempts: Iterable[Attempt]) -> Landed:
         new = iter(attempts)
         with self.calls:
             self._resume()
+            if self._fill(new) and self.store.last_parameters(self.prompt) is None:
+                yield from self._try_live()
             while self.jobs or self._fill(new):
-                if self._fill(new) and not self.is_tried:
-                    yield from self._try_live()
+                has_ended = yield from self._collect_ended()
                 self._submit(new)
-                ended = self._poll()
-                for job, remote in ended:
-                    yield from self._collect(job, remote)
-                has_to_wait = not ended or any(job.looks for job in self.jobs)
-                if has_to_wait and self.options.no_wait:
+                if not has_ended and self.options.no_wait:
                     return
-                if has_to_wait:
+                if not has_ended:
                     self._sleep(self.options.poll_interval)
 
     def _sleep(self, seconds: float) -> None:
         if self.stop.wait(seconds):
             raise Stopped
 
-    def _try_live(self) -> Landed:
-        """Probe a server before its first job, which may take a day; where live calls are refused, the job goes."""
-        self.is_tried = True
-        reply = Reply(0, {}, None, 0.0)
-        for attempt, verdict in self.probe(self.prompt):
-            reply = attempt.reply or reply
-            yield attempt, verdict
-        if self.error and (reply.error_status // 100 == 4 or not reply.status):  # what is not reached, the upload tells
-            self.error = None
-        self._raise_error()
-
     def _raise_error(self) -> None:
         if self.error:
             raise self.error
         if self.stop.is_set():
             raise Stopped
+
+    def _try_live(self) -> Landed:
+        """Probe a server that has never answered before its first job; where it refuses live calls, the job goes."""
+        status = 0
+        for attempt, verdict in self.probe(self.prompt):
+            status = attempt.reply.error_status if attempt.reply else 0
+            yield attempt, verdict
+        if self.error and status // 100 == 4:
+            self.error = None
+        self._raise_error()
 
     def _resume(self) -> None:
         """Take up the jobs of earlier runs. What never reached the provider goes into the next one."""
@@ -3842,14 +3838,12 @@ class JobSender(LiveSender):
                 continue
             for attempt in job.attempts.values():
                 self._restore(attempt)
+            self.progress.expect(len(job.attempts))
             if job.remote_id is None:
                 job.remote_id = (self._find(job) or {}).get("id")
                 self.store.note_job(job)
-            ours = self.evidence.parameters
-            self.evidence.parameters = replace(ours, room=max(ours.room, job.parameters.room))
-            self.progress.expect(len(job.attempts))
             if job.remote_id is None:
-                self._release(job)
+                self._requeue(job)
                 continue
             self.jobs.append(job)
             self.warn(f"Job {job.remote_id} of an earlier run is resumed: {len(job.attempts)} requests.")
@@ -3864,27 +3858,114 @@ class JobSender(LiveSender):
             attempt.rows = tuple(row if place < 0 else next(found) for row, place in pairs)
             attempt.prompt = replace(attempt.prompt, examples=prompt.examples)
 
-    def _release(self, job: Job) -> list[Attempt]:
-        """End a job: what it left undone goes into the next one, as far as this run has the texts; return the rest."""
-        self.store.forget_job(job)
-        self._free(job.set_aside)
-        undone = [attempt.again(attempt.with_texts) for attempt in job.attempts.values() if attempt.with_texts]
-        self.again.extendleft(reversed(undone))
-        return [attempt for attempt in job.attempts.values() if not attempt.with_texts]
+    def _collect_ended(self) -> Generator[tuple[Attempt, Verdict], None, bool]:
+        """Collect the jobs that have ended; return whether there were any."""
+        done, ended = 0, []
+        for job in self.jobs:
+            name = str(job.remote_id)
+            remote = self._get(lambda client, name=name: client.batches.with_raw_response.retrieve(name), name)
+            done += min(len(job.attempts), sum(count_of(remote, kind) for kind in ("completed", "failed")))
+            if remote.get("status") in ENDED:
+                ended.append((job, remote))
+        self.progress.ahead(done)
+        for job, remote in ended:
+            self.jobs.remove(job)
+            self.queue_is_full = False
+            yield from self._collect(job, remote)
+        return bool(ended)
 
-    def _free(self, set_aside: float) -> None:
-        self.budget.for_jobs = max(0.0, self.budget.for_jobs - set_aside)
+    def _collect(self, job: Job, remote: dict[str, Any]) -> Landed:
+        """What an ended job has settled; the rest goes into the next one."""
+        status, seen = remote.get("status"), set()
+        if status == "failed" and not remote.get("output_file_id"):
+            self._take_back(job, remote)
+            return
+        for kind in ("output_file_id", "error_file_id"):
+            file_id = remote.get(kind)
+            if not file_id:  # "" at some servers, null at others
+                continue
+            reply = self._call(lambda client, name=file_id: client.files.with_raw_response.content(name))
+            if not has_content(reply) and kind == "output_file_id":
+                raise self._refused(reply, thing=str(file_id))
+            with reply.body if has_content(reply) else io.BytesIO() as file:
+                for line in read_lines(file):
+                    seen.add(line["custom_id"])
+                    yield from self._take_line(job, line)
+        if self.parked and self.is_running:
+            yield from self._settle_parked()
+        self._raise_error()
+        if len(seen) < count_of(remote, "completed"):  # they were paid for
+            self.warn(
+                f"Job {job.remote_id} reports {count_of(remote, 'completed')} completed requests, but its files hold "
+                "fewer; keeping it open: run the same command later, or abandon it with `forget_jobs`."
+            )
+            return
+        if job.attempts:
+            self.warn(f"Job {job.remote_id} {status} before all was done: {len(job.attempts)} requests are left.")
+        for attempt in job.attempts.values():
+            attempt.jobs += 1
+        for attempt in self._requeue(job):
+            yield attempt, Verdict(Action.STOP, f"its Batch API job {status} before it was done")
+
+    def _take_line(self, job: Job, line: dict[str, Any]) -> Landed:
+        """What a line of a job's files means for its attempt, if it has one."""
+        attempt = job.attempts.get(str(line["custom_id"]))
+        if attempt is None or not isinstance(line.get("response"), dict):
+            return
+        del job.attempts[attempt.custom_id]
+        status = get_nested(line, "response", "status_code")
+        unsaid = "the job's file holds no answer to it"  # of a line with status 0
+        reply = Reply(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0, unsaid)
+        cost = self.server.billed(reply, self.tier, job.user_price, attempt.prompt.model)
+        self.budget.settle(0.0, cost or 0.0)
+        attempt.take_in(reply, cost, 0.0)
+        attempt.jobs += 1
+        verdict = self._judge(attempt, reply, time.monotonic())
+        if self._follow(attempt, verdict):
+            yield attempt, verdict
+
+    def _send_again(self, attempt: Attempt, verdict: Verdict) -> bool:
+        """In the next job, by an attempt of its own: what this one has cost is recorded whatever becomes of that."""
+        if verdict.action is not Action.STOP and attempt.with_texts:
+            self.again.append(attempt.again(attempt.with_texts, id_set=verdict.id_set or attempt.id_set))
+            self.progress.expect(1)
+        return True
+
+    def _parts(self, attempt: Attempt, verdict: Verdict) -> list[Attempt]:
+        """Each row alone, as far as this run has the texts."""
+        rows = [row for part in super()._parts(attempt, verdict) for row in part.with_texts]
+        return [attempt.again([row], reasons=()) for row in rows] if attempt.jobs < MAX_JOBS else []
+
+    def _take_back(self, job: Job, remote: dict[str, Any]) -> None:
+        """A job that was refused as a whole: the queue is full, its file is not there yet, or for good."""
+        errors = remote["errors"].get("data") if isinstance(remote.get("errors"), dict) else remote.get("errors")
+        said = errors if isinstance(errors, list) else [errors]
+        words = "; ".join(f"{get_nested(error, 'message') or error} ({get_nested(error, 'code')})" for error in said)
+        if self._has_full_queue(job, words):
+            return
+        quoted = self.server.quote(words, job.rows)
+        is_early = FILE_UNKNOWN.search(words) and time.time() - job.planned_at < FILE_SECONDS
+        self._requeue(job)
+        if not is_early:
+            raise ProviderError(f"{self.server.host} rejected job {job.remote_id}: {quoted}")
+
+    def _requeue(self, job: Job) -> list[Attempt]:
+        """End a job: what it left undone goes into the next one, three in all; return what does not."""
+        self.store.forget_job(job)
+        self.budget.settle(job.set_aside, 0.0)
+        undone = list(job.attempts.values())
+        again = [attempt for attempt in undone if attempt.with_texts and attempt.jobs < MAX_JOBS]
+        self.again.extendleft(attempt.again(attempt.with_texts) for attempt in reversed(again))
+        return [attempt for attempt in undone if attempt not in again]
 
     def _submit(self, new: Iterator[Attempt]) -> None:
         """Submit as many jobs as the attempts need and the queue and the budget allow."""
         while self._fill(new) and not self.queue_is_full and not self.stop.is_set():
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                path = Path(folder) / "requests.jsonl"
-                with path.open("wb") as file:
-                    job = self._pack(new, file)
+            with tempfile.TemporaryFile() as file:
+                job = self._pack(new, file)
                 if not job.attempts:
                     break
-                self._start(job, path)
+                self._create(job, file)
         if self._fill(new) and not self.jobs and not self.stop.is_set():
             raise self.budget.exceeded(self.server.worst_cost(self.again[0], self.evidence.parameters, self.tier))
 
@@ -3900,34 +3981,57 @@ class JobSender(LiveSender):
             bound = self.server.worst_cost(attempt, parameters, self.tier)
             if (file.tell() + len(encoded) > JOB_BYTES and job.attempts) or not self.budget.reserve(bound):
                 break
-            self.budget.in_flight -= bound  # the store has it with the job
-            self.budget.for_jobs += bound
             job.set_aside += bound
             file.write(encoded)
             attempt.parameters, attempt.tier = parameters, self.tier
             job.attempts[attempt.custom_id] = self.again.popleft()
         return job
 
-    def _start(self, job: Job, path: Path) -> None:
-        """Upload a job's file and create the job; where it is too large, its requests go into smaller ones."""
-
-        def upload() -> Reply:
-            with path.open("rb") as file:  # of its own, since an upload that was given up may still be reading
-                files = [("file", (f"{job.tag}.jsonl", file))]
-                form = {"headers": {"Content-Type": "multipart/form-data"}}
-                return self.server.call("/files", {"purpose": "batch"}, files=files, options=form)
-
-        try:
-            uploaded = self._call(upload, rows=job.rows)
-            job.uploaded_at = time.monotonic()
-            self._await_file(job, uploaded)
-            self._create(job, str(uploaded.get("id")))
-        except CallRefused as error:
-            if error.status == 413 and len(job.attempts) > 1:
-                self.max_requests = len(job.attempts) // 2
-                self._release(job)
-            elif not self._has_full_queue(job, error.words):
-                raise
+    def _create(self, job: Job, file: IO[bytes]) -> None:
+        """Upload a job's file and create the job from it, which may take a while to be found."""
+        file.seek(0)
+        named = (f"{job.tag}.jsonl", file)
+        uploaded = self._call(lambda client: client.files.with_raw_response.create(file=named, purpose="batch"))
+        if not has_content(uploaded):
+            raise self._refused(uploaded, rows=job.rows)
+        file_id, until = str(uploaded.body.get("id")), time.monotonic() + FILE_SECONDS
+        order = {
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+            "metadata": {"enrich_dataset": job.tag},
+        }
+        for tries in itertools.count(1):
+            self.store.plan_job(job)
+            reply = self._call(
+                lambda client: client.batches.with_raw_response.create(input_file_id=file_id, **order),
+                max_retries=0,  # else the SDK might create it twice
+            )
+            job.remote_id = reply.body.get("id") if has_content(reply) else None
+            if not job.remote_id and (is_failure(reply) or reply.status // 100 == 2):
+                job.remote_id = (self._find(job) or {}).get("id")  # which may be there all the same
+            if job.remote_id:
+                break
+            words = " ".join([*reply.error.names, reply.error.message])
+            if self._has_full_queue(job, words):
+                return
+            is_early = reply.status in {400, 404} and FILE_UNKNOWN.search(words.replace(file_id, "file"))
+            may_pass = is_early or (is_temporary(reply) and tries <= self.options.max_retries)
+            if time.monotonic() > until or not may_pass:
+                if has_content(reply) or reply.status // 100 == 4:
+                    self.store.forget_job(job)
+                if has_content(reply):
+                    raise ProviderError(
+                        f"{self.server.host} created a job without an id, so that it could not be collected: its Batch "
+                        "API is not OpenAI's; drop `use_batch_api`."
+                    )
+                raise self._refused(reply, rows=job.rows)
+            self._sleep(requested_wait(reply) or min(self.options.poll_interval, FILE_SECONDS / 60))
+        self.store.note_job(job)
+        self.jobs.append(job)
+        self.warn(
+            f"Job {job.remote_id} submitted: {len(job.attempts)} requests. It continues without this program, which "
+            "you may close; the same command collects the answers."
+        )
 
     def _has_full_queue(self, job: Job, words: str) -> bool:
         """Whether a job was refused because the account's queue is full: its requests wait, or go into smaller jobs."""
@@ -3936,60 +4040,8 @@ class JobSender(LiveSender):
         self.queue_is_full = bool(self.jobs)
         if not self.jobs:
             self.max_requests = (len(job.attempts) + 1) // 2
-        self._release(job)
+        self._requeue(job)
         return True
-
-    def _await_file(self, job: Job, file: dict[str, Any]) -> None:
-        """Wait until an uploaded file is processed, where the server says how far it is."""
-        while file.get("status") in {"uploaded", "pending", "running"} and self._may_wait(job):
-            self._sleep(min(self.options.poll_interval, FILE_SECONDS / 60))
-            try:
-                file = self._call(partial(self.server.call, f"/files/{file.get('id')}"), "its file")
-            except CallRefused:  # it has no such call; the job's creation will tell
-                return
-        if file.get("status") in {"error", "failed"}:
-            quoted = self.server.quote(str(file.get("status_details") or "no reason given"), job.rows)
-            raise ProviderError(f"{self.server.host} could not process the file of a job. Server message: {quoted}.")
-
-    def _may_wait(self, job: Job) -> bool:
-        return time.monotonic() - job.uploaded_at < FILE_SECONDS
-
-    def _create(self, job: Job, file_id: str) -> None:
-        """Create a job from its uploaded file, which may take a while to be found."""
-        order = {
-            "input_file_id": file_id,
-            "endpoint": "/v1/chat/completions",
-            "completion_window": "24h",
-            "metadata": {"enrich_dataset": job.tag},
-        }
-        while True:
-            self.store.plan_job(job)
-            try:
-                created = self._call(partial(self.server.call, "/batches", order), rows=job.rows, creates=job)
-                break
-            except CallRefused as error:
-                if error.status not in {400, 404} or not FILE_UNKNOWN.search(error.words.replace(file_id, "file")):
-                    raise
-                if not self._may_wait(job):
-                    raise ProviderError(
-                        f"{self.server.host} does not find the file of a job {FILE_SECONDS / 60:.0f} minutes after it "
-                        "took it: run the same command later. Server message: "
-                        f"{self.server.quote(error.words, job.rows)}"
-                    ) from None
-            self._sleep(min(self.options.poll_interval, FILE_SECONDS / 60))
-        job.remote_id = created.get("id") or (self._find(job) or {}).get("id")
-        if not job.remote_id:
-            self.store.forget_job(job)
-            raise ProviderError(
-                f"{self.server.host} created a job without an id, so that it could not be collected: its Batch API "
-                "is not OpenAI's; drop `use_batch_api`."
-            )
-        self.store.note_job(job)
-        self.jobs.append(job)
-        self.warn(
-            f"Job {job.remote_id} submitted: {len(job.attempts)} requests. It continues without this program, which "
-            "you may close; the same command collects the answers."
-        )
 
     def _find(self, job: Job) -> dict[str, Any] | None:
         """The job among the account's, by its tag; looked for until a minute after it was planned, in any order."""
@@ -4004,198 +4056,66 @@ class JobSender(LiveSender):
             self._sleep(min(self.options.poll_interval, FIND_SECONDS / 12))
 
     def _all_remote(self) -> Iterator[dict[str, Any]]:
-        path, seen = "/batches?limit=100", {""}
+        after: dict[str, str] = {}
         for _ in range(MAX_PAGES):
-            page = self._call(partial(self.server.call, path))
+            page = self._get(lambda client, after=after: client.batches.with_raw_response.list(limit=100, **after))
             found = page.get("data")
             remotes = [remote for remote in found if isinstance(remote, dict)] if isinstance(found, list) else []
             yield from remotes
-            last = str(remotes[-1].get("id")) if remotes else ""
-            if last in seen or not page.get("has_more"):
+            last = {"after": str(remotes[-1].get("id"))} if remotes else after
+            if last == after or not page.get("has_more"):
                 return
-            seen.add(last)
-            path = f"/batches?limit=100&after={last}"
+            after = last
 
-    def _call(
-        self, call: Callable[[], Reply], thing: str = "", rows: Iterable[Row] = (), creates: Job | None = None
-    ) -> Any:
-        """A reply's body, for a call that may be repeated: retried while the network or the server fails.
+    def _get(self, make: Callable[..., Any], thing: str = "") -> dict[str, Any]:
+        """The object that a call returns; `thing`: what a 404 means to be unknown."""
+        reply = self._call(make)
+        if not has_content(reply):
+            raise self._refused(reply, thing)
+        return cast("dict[str, Any]", reply.body)
 
-        `thing`: what a 404 means to be unknown. `rows`: what it sends. `creates`: the job that it creates, which may be
-        there although the call failed, and is forgotten if the call is refused for good.
-        """
-        started, failures, limits = time.monotonic(), 0, 0
-        while True:
-            reply = self._reply_to(call)
-            if self.stop.is_set() and not reply.status:
-                raise Stopped
-            self.evidence.reached |= reply.status > 0
-            has_body = not isinstance(reply.body, (str, int, float, list, type(None)))
-            if reply.status // 100 == 2 and has_body:
-                return reply.body
-            is_limited = reply.status == 429 and not is_out_of_money(reply)
-            is_broken = is_failure(reply) or reply.status // 100 == 2
-            failures, limits = failures + (not is_limited), limits + is_limited
-            wait, passed = requested_wait(reply), time.monotonic() - started
-            if wait > MAX_WAIT or (is_limited and passed > MAX_WAIT):
-                raise ProviderError(long_wait_line(self.server.host, wait))
-            is_unreachable = not self.evidence.reached and passed > UNREACHABLE_SECONDS
-            if not is_limited and (not is_broken or failures > self.options.max_retries or is_unreachable):
-                if not is_broken and creates:
-                    self.store.forget_job(creates)
-                raise self._refused(reply, is_broken, thing, rows)
-            self._sleep(wait or backoff(failures + limits, draw_jitter()))
-            found = self._find(creates) if creates and not is_limited else None
-            if found:
-                return found
+    def _call(self, make: Callable[..., Any], max_retries: int | None = None) -> Reply:
+        """A call by the SDK, which repeats it if it fails; a stop does not wait for it."""
+        retries = self.options.max_retries if max_retries is None else max_retries
+        reply = self._reply_to(partial(self.server.call, lambda client: make(client).http_response, retries))
+        if self.stop.is_set() and not reply.status:
+            raise Stopped
+        return reply
 
-    def _refused(self, reply: Reply, is_broken: bool, thing: str, rows: Iterable[Row]) -> ProviderError:
-        host, words = self.server.host, " ".join([*sorted(reply.error.names), reply.error.message])
-        if is_broken:
-            reason = reply.reason or f"HTTP {reply.status}"
+    def _refused(self, reply: Reply, thing: str = "", rows: Iterable[Row] = ()) -> ProviderError:
+        """The error of a call that did not succeed; `rows` are what it sent, `thing` what a 404 means to be unknown."""
+        host, status, rows = self.server.host, reply.status, list(rows)
+        said, words = self.server.server_message(reply, rows), " ".join([*reply.error.names, reply.error.message])
+        if requested_wait(reply) > MAX_WAIT:
+            return ProviderError(long_wait_line(host, requested_wait(reply)) + said)
+        if is_temporary(reply) or status // 100 == 2:
             jobs = " Submitted jobs continue." if self.jobs else ""
-            return ProviderError(f"{host} fails ({reason}): run the same command later.{jobs}")
-        line = self.server.explain(reply, rows)
-        if reply.status == 413:
-            line = f"{host} rejects uploads of this size (HTTP 413): check its limit."
-        elif reply.status in {404, 405} and thing:
-            line = (
+            reason = reply.reason or f"HTTP {status}"
+            return ProviderError(f"{host} fails ({reason}): run the same command later.{jobs}{said}")
+        if status == 413:
+            return ProviderError(f"{host} rejects uploads of this size (HTTP 413): check its limit.{said}")
+        if status in {404, 405} and thing:
+            return ProviderError(
                 f"{host} does not know {thing}: use the key and address it was submitted with, or abandon it with "
                 "`forget_jobs`."
             )
-        elif reply.status == 405 or (reply.status == 404 and not FILE_UNKNOWN.search(words)):
-            line = f"{host} has no Batch API (HTTP {reply.status}): drop `use_batch_api`."
-        return CallRefused(line, reply.status, words)
-
-    def _poll(self) -> list[tuple[Job, dict[str, Any]]]:
-        """Ask for the status of the jobs, and return those that have ended."""
-        ended, done = [], 0
-        for job in list(self.jobs):
-            name = str(job.remote_id)
-            remote = self._call(partial(self.server.call, f"/batches/{name}"), name)
-            done += min(len(job.attempts), sum(count_of(remote, kind) for kind in ("completed", "failed")))
-            if remote.get("status") in ENDED:
-                self.jobs.remove(job)
-                ended.append((job, remote))
-        self.progress.ahead(done)
-        return ended
-
-    def _collect(self, job: Job, remote: dict[str, Any]) -> Landed:
-        """What an ended job has settled; the rest waits for the next one."""
-        self.queue_is_full = False
-        status, output = remote.get("status"), remote.get("output_file_id")
-        if status == "failed" and not output:
-            self._take_back(job, remote)
-            return
-        before = len(job.attempts)
-        with contextlib.ExitStack() as opened:
-            files = []
-            # A file that the job does not have is "" at some servers, and null at others.
-            for file_id in filter(None, (output, remote.get("error_file_id"))):
-                with contextlib.suppress(*() if file_id == output else (CallRefused,)):
-                    file = self._call(partial(self.server.call, f"/files/{file_id}/content"), file_id)
-                    files.append(opened.enter_context(file))
-            replies = index_replies(files)
-            for line in itertools.chain.from_iterable(map(read_lines, files)):
-                if replies[str(line["custom_id"])] == reply_mark(line):
-                    yield from self._take_line(job, line)
-        if self.parked and self.is_running:
-            yield from self._settle_parked()
-        self._raise_error()
-        good, done = sum(mark != b"" for mark in replies.values()), count_of(remote, "completed")
-        if good < done and len(replies) < done + count_of(remote, "failed"):
-            self._look_again(job, remote)
-            return
-        left = len(job.attempts)
-        for attempt in self._release(job):
-            yield attempt, Verdict(Action.STOP, "its Batch API job ended before it was done")
-        self.empty_jobs = self.empty_jobs + 1 if left == before else 0
-        if left and self.empty_jobs and (status == "completed" or self.empty_jobs >= MAX_EMPTY_JOBS):
-            raise ProviderError(f"Job {job.remote_id} {status} before any request was done: try live calls instead.")
-
-    def _look_again(self, job: Job, remote: dict[str, Any]) -> None:
-        """A job whose files lack what it says that it has done is looked at again: it was paid for."""
-        job.looks += 1
-        self.jobs.append(job)
-        if job.looks > MAX_LOOKS:
-            raise ProviderError(
-                f"Job {job.remote_id} reports {count_of(remote, 'completed')} completed requests, but its files hold "
-                "fewer; keeping it open. Run the same command later, or abandon it with `forget_jobs`."
+        if status in {400, 404} and FILE_UNKNOWN.search(words):
+            return ProviderError(
+                f"{host} does not find the file of a job that it took: run the same command later.{said}"
             )
+        if status in {404, 405}:
+            return ProviderError(f"{host} has no Batch API (HTTP {status}): drop `use_batch_api`.")
+        return ProviderError(self.server.explain(reply, rows))
 
-    def _take_back(self, job: Job, remote: dict[str, Any]) -> None:
-        """A job that was refused as a whole: the queue is full, its file is not there yet, or for good."""
-        errors = remote["errors"].get("data") if isinstance(remote.get("errors"), dict) else remote.get("errors")
-        said = errors if isinstance(errors, list) else [errors]
-        words = "; ".join(f"{get_nested(error, 'message') or error} ({get_nested(error, 'code')})" for error in said)
-        if self._has_full_queue(job, words):
-            return
-        if FILE_UNKNOWN.search(words) and remote.get("input_file_id") and self._may_wait(job):
-            self._sleep(min(self.options.poll_interval, FILE_SECONDS / 60))
-            self.store.forget_job(job)
-            again = replace(job, tag=uuid.uuid4().hex, planned_at=time.time())
-            try:
-                self._create(again, remote["input_file_id"])
-            except CallRefused as error:
-                if not self._has_full_queue(again, error.words):
-                    raise
-            return
-        self._release(job)
-        quoted = self.server.quote(words, job.rows)
-        raise ProviderError(f"{self.server.host} rejected job {job.remote_id}: {quoted}")
 
-    def _take_line(self, job: Job, line: dict[str, Any]) -> Landed:
-        """What a line of a job's files means for its attempt, if it has one."""
-        attempt = job.attempts.get(str(line.get("custom_id")))
-        if attempt is None or not isinstance(line.get("response"), dict):
-            return
-        del job.attempts[attempt.custom_id]
-        status = get_nested(line, "response", "status_code")
-        unsaid = "the job's file holds no answer to it"  # of a line with status 0
-        reply = Reply(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0, unsaid)
-        cost = self.server.billed(reply, self.tier, job.user_price, attempt.prompt.model)
-        self.budget.settle(0.0, cost or 0.0)
-        attempt.take_in(reply, cost, 0.0)
-        attempt.jobs += 1
-        now = time.monotonic()
-        verdict = judge(reply, attempt, self.evidence, self.server, now)
-        if is_failure(reply):  # by the jobs that it has been in
-            reason = reply.reason if status == 0 else f"HTTP {status}"
-            verdict = Verdict(Action.SPLIT if attempt.jobs == MAX_JOBS - 1 else Action.RETRY, reason)
-        if news := self.evidence.note(reply, attempt, verdict, now):
-            self.warn(f"{self.server.host} {news}")
-        verdict = self._limit(attempt, verdict)
-        if self._follow(attempt, verdict):
-            yield attempt, verdict
+def is_temporary(reply: Reply) -> bool:
+    """Whether the same call may succeed later."""
+    return is_failure(reply) or (reply.status == 429 and not is_out_of_money(reply))
 
-    def _limit(self, attempt: Attempt, verdict: Verdict) -> Verdict:
-        """What was to be sent again is given up after three jobs, or if this run does not have its texts."""
-        is_again = verdict.action in {Action.RETRY, Action.SPLIT}
-        is_over = attempt.jobs >= MAX_JOBS or not attempt.with_texts
-        return replace(verdict, action=Action.GIVE_UP) if is_again and is_over else verdict
 
-    def _follow(self, attempt: Attempt, verdict: Verdict) -> bool:
-        """As for live calls, but that what is sent again goes into the next job: alone, and into three at most."""
-        action, rows = verdict.action, attempt.with_texts
-        if action is Action.STOP:
-            self.error = self.error or ProviderError(verdict.reason)
-        if action is Action.ADAPT and verdict.parameters is None:
-            self.parked.append(attempt)
-            return False
-        if verdict.parameters:
-            self._adopt(verdict.parameters)
-        again: list[Attempt] = []
-        if action in {Action.RETRY, Action.ADAPT}:
-            reasons = (*attempt.reasons, verdict.reason) if verdict.is_refusal else attempt.reasons
-            again = [attempt.again(rows, reasons=reasons, id_set=verdict.id_set or attempt.id_set)] if rows else []
-        elif action in {Action.DONE, Action.SPLIT} and attempt.jobs < MAX_JOBS:
-            lacking = [row for row in rows if action is Action.SPLIT or row in verdict.problems]
-            again = [attempt.again([row], reasons=()) for row in lacking]
-        # In attempts of their own, so that what this one has cost is recorded whatever becomes of the next job.
-        self.again.extend(again)
-        self.progress.expect(len(again))
-        self._report_refusal(attempt, verdict)
-        return True
+def has_content(reply: Reply) -> bool:
+    """Whether a call returned what it was made for: an object, or an open file."""
+    return reply.status // 100 == 2 and not isinstance(reply.body, (str, int, float, list, type(None)))
 
 
 def count_of(remote: dict[str, Any], kind: str) -> int:
@@ -4204,33 +4124,12 @@ def count_of(remote: dict[str, Any], kind: str) -> int:
 
 
 def read_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """The lines of a job's file that are about a request, from its beginning; others leave their request open."""
-    file.seek(0)
+    """The lines of a job's file that are about a request; others leave their request open."""
     while raw := file.readline(LINE_BYTES):
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(raw)
             if isinstance(line, dict) and "custom_id" in line:
                 yield line
-
-
-def index_replies(files: Iterable[IO[bytes]]) -> dict[str, bytes | None]:
-    """For each custom id the mark of the line that counts: a reply's before an error's; None where replies differ."""
-    marks: dict[str, bytes | None] = {}
-    for line in itertools.chain.from_iterable(map(read_lines, files)):
-        name, mark = str(line["custom_id"]), reply_mark(line)
-        before = marks.setdefault(name, mark)
-        if mark != before and mark != b"":
-            marks[name] = mark if before == b"" else None
-    return marks
-
-
-def reply_mark(line: dict[str, Any]) -> bytes:
-    """Identifies the reply of a line; b"" for an error's."""
-    response = line.get("response")
-    if not isinstance(response, dict) or response.get("status_code") != 200:
-        return b""
-    body = response.get("body")
-    return digest(body.get("choices") if isinstance(body, dict) else body)
 
 
 # --- Store ------------------------------------------------------------------------------------------------

@@ -200,7 +200,9 @@ class StandIn(ThreadingHTTPServer):
         self.jobs: dict[str, BatchJob] = {}
         self.odd_fields: dict[str, Any] = {}  # that replace those of a job as it is shown
         self.no_file: str | None = None  # what a job shows as the id of a file that it does not have
-        self.file_states: deque[str] = deque()  # of the next looks at an uploaded file; then "processed"
+        self.file_states: deque[str] = (
+            deque()
+        )  # of an uploaded file, at the next jobs that are made of it; then "processed"
         self.pages_lag = 0  # how many lists of jobs do not show the newest
         self.drips_everywhere = ""  # a way to drip, for calls of all kinds
         self.endless_pages = False  # has_more is always true
@@ -699,6 +701,8 @@ class Handler(BaseHTTPRequestHandler):
         scripted = server.script.popleft() if server.script else None
         if scripted:
             return self.send(scripted[0], scripted[2], scripted[1])
+        if point == "create" and server.file_states:  # as Azure has it (openai-dotnet issue 312)
+            return self.send(400, error_body(f"The file is in state {server.file_states.popleft()}"))
         if point == "create":
             job = server.add_job(json.loads(raw))
             server.hold("created")
@@ -714,7 +718,7 @@ class Handler(BaseHTTPRequestHandler):
         states = self.server.file_states
         self.send(200, {
             "id": name, "object": "file", "bytes": len(self.server.files[name]), "filename": "x.jsonl", "purpose": "batch",
-            "created_at": int(time.time() + self.server.clock_skew), "status": states.popleft() if states else "processed",
+            "created_at": int(time.time() + self.server.clock_skew), "status": states[0] if states else "processed",
         })  # fmt: skip
 
     def show_job_or_file(self) -> None:
