@@ -159,14 +159,23 @@ def default_model(today: date) -> str:
 
 
 def option(
-    default: T, text: str, limits: tuple[float, float] | None = None, flag: str = "", heading: str = "", **argument: Any
+    default: T,
+    text: str,
+    kind: type = str,
+    limits: tuple[float, float] = (-math.inf, math.inf),
+    *,
+    or_auto: bool = False,
+    flag: str = "",
+    heading: str = "",
+    **argument: Any,
 ) -> T:
     """A field for one option.
 
-    `limits` bound a number; `heading` starts a group of the help, up to the next one; `argument` goes to argparse.
+    `limits` bound an int or a float; `or_auto`: "auto" is allowed too; `heading` starts a group of the help, up to the
+    next one; `argument` goes to argparse.
     """
-    metadata = {"help": text, "limits": limits, "flag": flag, "heading": heading, "argument": argument}
-    return field(default=default, metadata=metadata)
+    metadata = {"help": text, "kind": kind, "limits": limits, "or_auto": or_auto, "flag": flag, "heading": heading}
+    return field(default=default, metadata={**metadata, "argument": argument})
 
 
 REQUIRED: Any = dataclasses.MISSING
@@ -194,43 +203,45 @@ class Options:
     )  # fmt: skip
     model: str = option(default_model(date.today()), "the chat model")
     batch_size: int | Literal["auto"] = option(
-        10, "rows per call, 1 to 500, or auto (by the texts' length)", (1, 500), heading=SPEED
+        10, "rows per call, 1 to 500, or auto (by the texts' length)", int, (1, 500), or_auto=True, heading=SPEED
     )
-    start_index: int = option(0, "the first row to label, counted from 0", ANY_COUNT, heading=FILES)
+    start_index: int = option(0, "the first row to label, counted from 0", int, ANY_COUNT, heading=FILES)
     max_workers: int | Literal["auto"] = option(
-        3, "calls at once, 1 to 500, or auto (by the number of rows)", (1, 500), heading=SPEED
+        3, "calls at once, 1 to 500, or auto (by the number of rows)", int, (1, 500), or_auto=True, heading=SPEED
     )
     _: KW_ONLY
     timeout: float = option(
-        120.0, "seconds to wait for data before a call is retried", (0.001, 86_400), metavar="SECONDS"
+        120.0, "seconds to wait for data before a call is retried", float, (0.001, 86_400), metavar="SECONDS"
     )
-    max_retries: int = option(8, "retries of a call that failed; rate-limit waits don't count", (0, 1000))
+    max_retries: int = option(8, "retries of a call that failed; rate-limit waits don't count", int, (0, 1000))
     limit: int | None = option(
-        None, "label at most N rows, counted from the first row to label", (1, math.inf), heading=FILES
+        None, "label at most N rows, counted from the first row to label", int, (1, math.inf), heading=FILES
     )
     store_filepath: str | Path | None = option(
-        None, "the file of answers (default: OUTPUT.answers.sqlite3)", flag="--store"
+        None, "the file of answers (default: OUTPUT.answers.sqlite3)", Path, flag="--store"
     )
-    fresh: bool = option(False, "ask again even if the store has an answer")
+    fresh: bool = option(False, "ask again even if the store has an answer", bool)
     encoding: str | None = option(
         None, "the input's encoding, by Python's name of it (default: UTF-8, UTF-16 with a mark, or cp1252)",
         metavar="NAME",
     )  # fmt: skip
-    overwrite: bool = option(False, "overwrite existing files")
-    quiet: bool = option(False, "print nothing but errors")
+    overwrite: bool = option(False, "overwrite existing files", bool)
+    quiet: bool = option(False, "print nothing but errors", bool)
     base_url: str | None = option(
         None, "another server's address (default: $OPENAI_BASE_URL, or OpenAI's)", heading=SERVER, metavar="URL"
     )
     dry_run: bool = option(
-        False, "send and write nothing; print what would be sent, and what it would cost", heading="cost"
+        False, "send and write nothing; print what would be sent, and what it would cost", bool, heading="cost"
     )
-    max_cost: float | None = option(None, "US dollars for all runs on this store; stop before exceeding it", ANY_COUNT)
+    max_cost: float | None = option(
+        None, "US dollars for all runs on this store; stop before exceeding it", float, ANY_COUNT
+    )
     price: tuple[float, float] | None = option(
         None, "US dollars per million prompt and completion tokens, not halved for jobs (default: genai-prices)",
-        ANY_COUNT, nargs=2, metavar=("IN", "OUT"),
+        float, ANY_COUNT, nargs=2, metavar=("IN", "OUT"),
     )  # fmt: skip
     instructions: str | Path | None = option(
-        None, "extra instructions for the model, in a file (in Python also a text)", heading="better labels"
+        None, "extra instructions for the model, in a file (in Python also a text)", Path, heading="better labels"
     )
     examples: Source | None = option(
         None, "texts with the right labels, which go into the prompt (a CSV, in Python also a DataFrame)", metavar="CSV"
@@ -247,21 +258,29 @@ class Options:
         "a column by which shares are broken down, never sent (default: the label column)",
         heading="checking labels",
     )
-    audit: int = option(0, "number of labelled rows to re-query individually, and compare", ANY_COUNT)
-    sample: int = option(0, "number of distinct texts to draw for people to code, into OUTPUT.sample.csv", ANY_COUNT)
-    seed: int = option(0, "decides which rows are audited and drawn", ANY_COUNT)
+    audit: int = option(0, "number of labelled rows to re-query individually, and compare", int, ANY_COUNT)
+    sample: int = option(
+        0, "number of distinct texts to draw for people to code, into OUTPUT.sample.csv", int, ANY_COUNT
+    )
+    seed: int = option(0, "decides which rows are audited and drawn", int, ANY_COUNT)
     gold: Source | None = option(
         None, "labels made by people, to compare with: a coded sample, or any CSV (in Python also a DataFrame)",
         metavar="CSV",
     )  # fmt: skip
     gold_key: str | None = option(None, "the column by which gold rows are matched (default: the text)")
-    plot: str | Path | None = option(None, "an image file: how common the labels are, and which occur together")
+    plot: str | Path | None = option(None, "an image file: how common the labels are, and which occur together", Path)
     use_batch_api: bool = option(
-        False, "send jobs to OpenAI's Batch API: half the price, within a day", flag="--batch-api", heading="Batch API"
+        False,
+        "send jobs to OpenAI's Batch API: half the price, within a day",
+        bool,
+        flag="--batch-api",
+        heading="Batch API",
     )
-    no_wait: bool = option(False, "submit jobs, collect what has ended, and leave; the next run collects the rest")
-    forget_jobs: bool = option(False, "abandon open jobs and resend their rows (may be billed twice)")
-    poll_interval: float = option(60.0, "seconds between checks of the jobs", (0.01, 86_400), metavar="SECONDS")
+    no_wait: bool = option(
+        False, "submit jobs, collect what has ended, and leave; the next run collects the rest", bool
+    )
+    forget_jobs: bool = option(False, "abandon open jobs and resend their rows (may be billed twice)", bool)
+    poll_interval: float = option(60.0, "seconds between checks of the jobs", float, (0.01, 86_400), metavar="SECONDS")
 
     def __post_init__(self) -> None:
         """Reject what can be known to fail before a file is read or a call is made."""
@@ -423,7 +442,7 @@ def check_option(value: Any, declared: dataclasses.Field[Any]) -> Any:
     choices, count = argument.get("choices"), argument.get("nargs")
     if choices and not is_absent and value not in choices:
         raise InputError(f"`{declared.name}` must be {', '.join(choices)}, not {value!r}.")
-    if is_absent or not declared.metadata["limits"] or ("auto" in str(declared.type) and value == "auto"):
+    if is_absent or declared.metadata["kind"] not in {int, float} or (declared.metadata["or_auto"] and value == "auto"):
         return value
     if not count:
         return check_number(value, declared)
@@ -436,9 +455,9 @@ def check_option(value: Any, declared: dataclasses.Field[Any]) -> Any:
 
 def check_number(value: Any, declared: dataclasses.Field[Any]) -> int | float:
     """The number, checked against its limits, as Python's own int or float."""
-    whole, (low, high) = "int" in str(declared.type), declared.metadata["limits"]
+    whole, (low, high) = declared.metadata["kind"] is int, declared.metadata["limits"]
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
-        or_auto = " or auto" if "auto" in str(declared.type) else ""
+        or_auto = " or auto" if declared.metadata["or_auto"] else ""
         raise InputError(f"`{declared.name}` must be a {'whole ' if whole else ''}number{or_auto}, not {value!r}.")
     if not low <= value <= high:
         limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
@@ -3743,7 +3762,7 @@ def with_extra(found: Parameters, wanted: Parameters, name: str) -> Parameters:
 # --- Jobs -------------------------------------------------------------------------------------------------
 #
 # In: attempts. Out: the same pairs as above, by way of OpenAI's Batch API, whose own object is called `remote` here.
-# In turn: collect what has ended, submit the rest, wait or leave. The SDK repeats calls that fail.
+# In turn: submit what is not asked yet, collect what has ended, wait or leave. The SDK repeats calls that fail.
 
 # OpenAI, guides/batch.
 JOB_REQUESTS = 50_000
@@ -3803,8 +3822,8 @@ class JobSender(LiveSender):
             if self._fill(new) and self.store.last_parameters(self.prompt) is None:
                 yield from self._try_live()
             while self.jobs or self._fill(new):
-                has_ended = yield from self._collect_ended()
                 self._submit(new)
+                has_ended = yield from self._collect_ended()
                 if not has_ended and self.options.no_wait:
                     return
                 if not has_ended:
@@ -5714,18 +5733,17 @@ def build_parser() -> Parser:
     groups = {heading: parser.add_argument_group(heading) for heading in dict.fromkeys(filter(None, headings))}
     keys, group = groups[SERVER].add_mutually_exclusive_group(), groups[FILES]
     for name, declared in OPTIONS.items():
-        about, kind = declared.metadata, str(declared.type)
+        about, kind = declared.metadata, declared.metadata["kind"]
         group = groups.get(about["heading"], group)
         default = None if declared.default is dataclasses.MISSING else declared.default
-        shown = "" if default is None or kind == "bool" else f" (default: {default})"
+        shown = "" if default is None or kind is bool else f" (default: {default})"
         settings = {"dest": name, "default": default, "help": about["help"] + shown}
-        if kind == "bool":
+        if kind is bool:
             settings["action"] = "store_true"
         else:
-            metavars = {"int": "N", "float": "USD", "str | Path": "FILE"}
-            settings["type"] = parse_number if about["limits"] else str
+            settings["type"] = parse_number if kind in {int, float} else str
             if "choices" not in about["argument"]:  # which argparse shows
-                settings["metavar"] = next((metavars[start] for start in metavars if kind.startswith(start)), "NAME")
+                settings["metavar"] = {int: "N", float: "USD", Path: "FILE"}.get(kind, "NAME")
             settings |= about["argument"]
         (keys if name == "api_key" else group).add_argument(flag_of(name), **settings)
     keys.add_argument("--api-key-file", metavar="FILE", help="a file that holds the key")
