@@ -7,6 +7,7 @@ paid for twice: kill the program, add rows, add a label, and run it again.
     options -> table -> attempts -> verdicts -> store -> table and report
 
 The store of answers is the only state. What it does not know is sent; the table and the report are read from it.
+Read the story below, `run`, first; it calls all the other sections, of which each uses only those above it.
 
 In Python:
 
@@ -156,6 +157,9 @@ DEFAULT_MODELS = ("gpt-4o-mini", date(2027, 1, 14), "gpt-6-luna")
 def default_model(today: date) -> str:
     before, day, after = DEFAULT_MODELS
     return before if today < day else after
+
+
+AnswerForm: TypeAlias = Literal["list", "each", "one"]
 
 
 def option(
@@ -387,10 +391,6 @@ class Options:
         return {what: Path(path) for what, path in files.items() if path is not None}
 
     @property
-    def columns(self) -> Columns:
-        return Columns(self.text_column, self.label_column, self.labels, self.by_column)
-
-    @property
     def by_column(self) -> str | None:
         """The column that shares are broken down by."""
         return self.label_column if self.by is None else self.by
@@ -491,6 +491,24 @@ def check_labels(labels: Sequence[str] | Mapping[str, str]) -> None:
             raise InputError(f"The definition of {label!r} must be a non-empty string: write one.")
 
 
+def how_to_convert(table: Any) -> str:
+    """What to call so that a table of another library becomes pandas'."""
+    if hasattr(table, "map_partitions"):  # Dask
+        return "call .map_partitions(enrich_dataframe, ...) on it, as the README shows"
+    return "call .to_pandas() on it" if hasattr(table, "to_pandas") else "convert it with pandas.DataFrame(...)"
+
+
+def require_matplotlib(path: Path | None = None) -> None:
+    """Refuse, before anything is sent, a picture that could not be drawn."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise InputError("A plot needs matplotlib: pip install matplotlib.") from None
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path and path.suffix[1:].lower() not in kinds:
+        raise InputError(f"The plot {path} must end in a kind of picture that can be drawn: .{', .'.join(kinds)}.")
+
+
 def accepts(make: Callable[P, Options]) -> Callable[[Callable[[Options], T]], Callable[P, T]]:
     """Turn a function of Options into one of `make`'s arguments; **options are all options that have a default."""
     own, named = (inspect.signature(each).parameters for each in (make, Options))
@@ -582,13 +600,6 @@ def enrich_dataframe(options: Options) -> pd.DataFrame:
     `meta`.
     """
     return cast("pd.DataFrame", run(options, Console(options.quiet), returns_frame=True)[1])
-
-
-def how_to_convert(table: Any) -> str:
-    """What to call so that a table of another library becomes pandas'."""
-    if hasattr(table, "map_partitions"):  # Dask
-        return "call .map_partitions(enrich_dataframe, ...) on it, as the README shows"
-    return "call .to_pandas() on it" if hasattr(table, "to_pandas") else "convert it with pandas.DataFrame(...)"
 
 
 @dataclass(frozen=True)
@@ -684,7 +695,8 @@ def load_table(options: Options, console: Console) -> Table:
     is_file = isinstance(options.input_filepath, (str, Path))
     if is_file:
         console.say(f"Loading dataset from {options.input_filepath}...")
-    table = read_table(options.input_filepath, options.columns, options.encoding)
+    columns = Columns(options.text_column, options.label_column, options.labels, options.by_column)
+    table = read_table(options.input_filepath, columns, options.encoding)
     if is_file:
         console.say(f"Dataset loaded: {len(table)} rows")
     if table.encoding not in {"utf-8", "utf-16-le", "utf-16-be"}:
@@ -788,7 +800,7 @@ def ask(task: Task, attempts: Iterable[Attempt], count: int) -> None:
 
 def starting_parameters(task: Task) -> Parameters:
     """Those under which this server, model and form answered last, if they have what a cap needs."""
-    first, last = task.server.first_parameters, task.store.last_parameters(task.prompt)
+    first, last = task.server.default_parameters, task.store.last_parameters(task.prompt)
     return (
         last if last and (last.completion_bound or not first.completion_bound or not task.server.is_capped) else first
     )
@@ -929,7 +941,7 @@ def dry_run_lines(task: Task, plan: Plan, batches: Sequence[Batch]) -> list[str]
 def request_lines(task: Task, batches: Sequence[Batch]) -> list[str]:
     """The first request, with one row of it, as it would be sent."""
     for attempt in itertools.islice(make_attempts(task, batches), 1):
-        body = build_body(replace(attempt, rows=attempt.rows[:1]), task.server.first_parameters)
+        body = build_body(replace(attempt, rows=attempt.rows[:1]), task.server.default_parameters)
         system, user = (message["content"] for message in body.pop("messages"))
         rest = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()]
         sent_with = [f"=== Sent with it, to {task.server.address} ===", *rest, ""]
@@ -1228,7 +1240,7 @@ IMPLAUSIBLE = re.compile(
     r"|(?<=[a-z\xdf-\xf6\xf8-\xff])[\xc0-\xd6\xd8-\xde\u0152\u0160\u0178\u017d]"
     rf"|(?<=[^\W\d_])[^\x00-\x7f\w{WESTERN_SIGNS}](?=[^\W\d_])"
 )
-MOST_IMPLAUSIBLE = 0.2  # of the letters and signs beyond ASCII
+MAX_IMPLAUSIBLE = 0.2  # of the letters and signs beyond ASCII
 
 
 def check_cp1252(content: bytes, source: str) -> None:
@@ -1252,7 +1264,7 @@ def check_cp1252(content: bytes, source: str) -> None:
         raise InputError(f"{source} is not text in UTF-8, UTF-16 or cp1252 (is it a binary file?): {advice}.")
     implausible = sum(len(found[0]) for found in IMPLAUSIBLE.finditer(text))
     letters_and_signs = len(re.findall(rf"[^\x00-\x7f{WESTERN_SIGNS}]", text))
-    if implausible > MOST_IMPLAUSIBLE * letters_and_signs:
+    if implausible > MAX_IMPLAUSIBLE * letters_and_signs:
         raise InputError(f"{source} is not UTF-8, and as cp1252 its words make no sense: {advice}.")
 
 
@@ -1465,99 +1477,11 @@ def csv_fields(values: Iterable[str], delimiter: str, quoted: bool) -> str:
     )
 
 
-# --- Files ------------------------------------------------------------------------------------------------
-#
-# In: paths, and what the store knows of them. Out: files, each written whole or not at all. A file that this program
-# did not write is never replaced.
-
-
-class Files:
-    """The files that a run writes, by what they are."""
-
-    def __init__(self, store: Store, options: Options) -> None:
-        self.store, self.paths, self.options = store, options.written, options
-        self.folder = None if store.path is None else store.path.resolve().parent  # None: the working directory
-
-    def check(self) -> None:
-        """Refuse to replace a file, unless it is unchanged since this program wrote it, or one that cannot be written.
-
-        Whether it can is tried with a draft: permissions, disks and the length of names have no other common sign.
-        """
-        for what, path in self.paths.items():
-            if what == "store":  # which has been opened
-                continue
-            draft = draft_of(path)
-            try:
-                draft.unlink(missing_ok=True)  # left by a run that was killed
-                if not self.options.dry_run:
-                    draft.touch()
-                    draft.unlink()
-            except OSError as error:
-                raise InputError(
-                    f"The {what} {path} could not be written ({error.strerror}): choose another folder or shorter name."
-                ) from None
-            found, known = file_digest(path), self.store.noted(f"digests of {self.name(path)}")
-            if found and not path.stat().st_mode & stat.S_IWUSR:
-                raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
-            if found and what != "sample" and not self.options.overwrite and found not in known.split():
-                why = "was changed since it was written" if known else "was not written by a run on this store"
-                advice = (
-                    " To keep corrections of cells, make it the input of a run with another output: existing 0 and 1 "
-                    "cells are kept."
-                )
-                raise InputError(
-                    f"The {what} {path} {why}, and would be lost: choose another file, or pass `overwrite`."
-                    + (advice if what == "output" else "")
-                )
-
-    @contextlib.contextmanager
-    def replacing(self, what: str) -> Iterator[IO[bytes]]:
-        """A draft that takes the file's place when it is whole, and not before."""
-        path = self.paths[what]
-        target, draft = path.resolve(), draft_of(path)  # behind a link, the file that it points to
-        try:
-            draft.unlink(missing_ok=True)  # also a link that somebody laid there
-            with draft.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(OSError):  # network drives may allow neither
-                before = target.stat()
-                draft.chmod(stat.S_IMODE(before.st_mode))
-                os.chown(draft, before.st_uid, before.st_gid)
-            # Noted before the move, so that a kill between the two leaves a file that is known.
-            note = f"digests of {self.name(path)}"
-            last = self.store.noted(note).split()[-1:]
-            self.store.note(note, " ".join([*last, file_digest(draft)]))
-            draft.replace(target)
-        except OSError as error:
-            raise EnrichmentError(
-                f"{path} cannot be written ({error.strerror}): close the program that has it open, or free some space, "
-                "then run the same command; no answers are lost."
-            ) from None
-        finally:
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
-
-    def name(self, path: Path) -> str:
-        """The name under which the store knows it: relative to its own folder, so that both can be moved together."""
-        with contextlib.suppress(ValueError):  # on another drive
-            return os.path.relpath(path.resolve(), self.folder)
-        return str(path.resolve())
-
-
-def draft_of(path: Path) -> Path:
-    """Beside the file, always the same, so that the next run finds what a killed one has left; short enough for any."""
-    target = path.resolve()
-    return target.with_name(f".{digest(target.name).hex()}.tmp")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes; "" if there is no file."""
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_text(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"The {what} {path} cannot be read: check the path, and that it is UTF-8 text.") from None
 
 
 # --- Batches ----------------------------------------------------------------------------------------------
@@ -1604,6 +1528,109 @@ def make_batches(table: Table, lacking: BoolArray, batch_size: int) -> list[Batc
     return batches
 
 
+# --- Parameters -------------------------------------------------------------------------------------------
+#
+# The optional parts of a request. In: a model's name, and what a server says when it refuses one. Out: parameters that
+# it may take.
+
+
+class Format(StrEnum):
+    """How the answer's form is asked for, from the strictest down to the prompt's words alone; stores have these."""
+
+    SCHEMA = "a strict schema"
+    BARE_SCHEMA = "a strict schema without maxItems"
+    PLAIN_SCHEMA = "a schema"
+    JSON = "JSON"
+    TEXT = "no response format"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The optional parts of a request, as far as this server and model support them."""
+
+    format: Format = Format.SCHEMA
+    extras: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})  # sent as they are
+    completion_bound: str | None = None  # the name of the parameter that bounds the completion
+    room: int = 0  # tokens that the bound leaves besides the answer's: for reasoning, or another tokenizer
+    has_system_role: bool = True
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """As a run's record has them."""
+        return {"format": self.format, **self.extras, "completion_bound": self.completion_bound}
+
+    @functools.cached_property
+    def as_json(self) -> str:
+        """As the store keeps it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @functools.cached_property
+    def without_room(self) -> str:
+        """What a server has to accept."""
+        return replace(self, room=0).as_json
+
+    @classmethod
+    def from_json(cls, text: str) -> Parameters:
+        found = json.loads(text)
+        return cls(**{**found, "format": Format(found["format"])})
+
+
+REASONING_ROOM = 8192  # to begin with, for a model that cannot be asked not to reason
+EFFORTS = ("none", "minimal", "low", "medium")
+BOUND_TOO_LARGE = "_tokens is too large"
+FORM_WORDS = re.compile(r"response_format|schema|maxitems|structured output|json_object")
+
+
+def default_parameters(model: str, is_capped: bool, extra_body: Mapping[str, Any]) -> Parameters:
+    """What a model of this name is known to support; a cost cap needs a bound on any model's completion."""
+    is_reasoning = re.match(r"(ft:)?(gpt-[5-9]|o\d)", model)
+    is_bounded = is_reasoning or re.match(r"(ft:)?(gpt-4|chatgpt-4)", model) or is_capped  # others may refuse it
+    extras = {"temperature": 0.0} | ({"reasoning_effort": "none"} if is_reasoning else {})
+    bound = "max_completion_tokens" if is_bounded and not {*BOUNDS} & extra_body.keys() else None
+    return Parameters(extras={k: v for k, v in extras.items() if k not in extra_body}, completion_bound=bound)
+
+
+BOUNDS = ("max_completion_tokens", "max_tokens")
+
+
+def fall_back(parameters: Parameters, message: str) -> Parameters | None:
+    """The parameters without what a server's words point at; None if they point at nothing that is sent."""
+    message, extras, bound = message.lower(), parameters.extras, parameters.completion_bound
+    refused = next((name for name in extras if re.search(name.replace("_", "[._]"), message)), "")
+    kept = {name: value for name, value in extras.items() if name != refused}
+    if refused == "reasoning_effort":
+        # The least effort that the message offers. A model that reasons takes no temperature, and needs room.
+        lower_efforts = EFFORTS[EFFORTS.index(extras[refused]) + 1 :]
+        effort = next((each for each in lower_efforts if f"'{each}'" in message), None)
+        kept = {name: value for name, value in kept.items() if name != "temperature"}
+        kept |= {refused: effort} if effort else {}
+        return replace(parameters, extras=kept, room=max(parameters.room, REASONING_ROOM))
+    if refused:
+        return replace(parameters, extras=kept)
+    if bound and BOUND_TOO_LARGE in message:
+        return replace(parameters, completion_bound=None)
+    if bound and bound in message:
+        return replace(parameters, completion_bound="max_tokens" if bound == BOUNDS[0] else None)
+    if parameters.format is not Format.TEXT and FORM_WORDS.search(message):
+        return replace(parameters, format=list(Format)[list(Format).index(parameters.format) + 1])
+    if parameters.has_system_role and re.search(r"\bsystem\b.*\b(role|message)|\brole\b.*\bsystem\b", message):
+        return replace(parameters, has_system_role=False)
+    return None
+
+
+def differences(before: Parameters, after: Parameters) -> str:
+    """What a server takes instead of what it was sent, in words."""
+    words = [] if after.format is before.format else [str(after.format)]
+    for name, value in before.extras.items():
+        if after.extras.get(name) != value:
+            words.append(f"{name} {after.extras[name]!r}" if name in after.extras else f"no {name}")
+    if after.completion_bound != before.completion_bound:
+        words.append(after.completion_bound or "no bound on completions")
+    if after.has_system_role != before.has_system_role:
+        words.append("no system role")
+    return ", ".join(words)
+
+
 # --- Prompt -----------------------------------------------------------------------------------------------
 #
 # All words that are sent to a model, and what decides an answer. In: labels, definitions, instructions, examples. Out:
@@ -1632,7 +1659,6 @@ SHAPES = {
 LABEL_NOTE = "Each text comes with an earlier label, which is context only. "
 EXAMPLE_CHARACTERS = 20_000  # a third of what a batch's texts may have
 ROW_CHARACTERS = len('"660":["",""],')  # around a text in a message
-AnswerForm: TypeAlias = Literal["list", "each", "one"]
 
 
 class Example(NamedTuple):
@@ -1805,10 +1831,10 @@ def read_examples(
     if any(known.setdefault(row.text, cells) != cells for row, cells in zip(rows, given, strict=True)):
         raise InputError(f"The examples ({table.source}) have one text with different labels: keep one of its rows.")
     size = sum(len(row.text) + ROW_CHARACTERS for row in rows)
-    if size > EXAMPLE_CHARACTERS or len(rows) > MOST_EXAMPLES:
+    if size > EXAMPLE_CHARACTERS or len(rows) > MAX_EXAMPLES:
         raise InputError(
             f"The examples ({table.source}) are too many: {size:,} characters (at most {EXAMPLE_CHARACTERS:,}, a third "
-            f"of what a batch may have), rows: {len(rows)} (at most {MOST_EXAMPLES}): choose fewer or shorter ones."
+            f"of what a batch may have), rows: {len(rows)} (at most {MAX_EXAMPLES}): choose fewer or shorter ones."
         )
     return tuple(Example(row.text, frozenset(compress(labels, x))) for row, x in zip(rows, given, strict=True))
 
@@ -1859,7 +1885,7 @@ def row_ids(count: int, id_set: int = 0) -> tuple[str, ...]:
 # Those of the 900 ids that no batch's rows have, for the instructions and the examples: a model that repeats what it
 # was shown then says nothing about any row.
 FREE_IDS = row_ids(900)[int(OPTIONS["batch_size"].metadata["limits"][1]) :]
-MOST_EXAMPLES = 390
+MAX_EXAMPLES = 390
 
 
 def expected_answer(form: AnswerForm, applying: frozenset[str], labels: Sequence[str]) -> Any:
@@ -1884,104 +1910,6 @@ def answer_schema(form: AnswerForm, labels: Sequence[str], kind: Format) -> dict
     return {"type": "array", "items": name} | ({"maxItems": len(labels)} if kind is Format.SCHEMA else {})
 
 
-# --- Attempts ---------------------------------------------------------------------------------------------
-#
-# The one thing in flight. In: rows, a prompt, and the parameters that a server supports. Out: the JSON body of a call.
-# What waits, flies, is in a job and is recorded is an attempt.
-
-
-@dataclass(eq=False)
-class Attempt:
-    """One request on its way, over as many calls as that takes.
-
-    One of an earlier run's job may have rows without a text, enough to read a reply by; only `with_texts` may be sent.
-    """
-
-    rows: tuple[Row, ...]
-    prompt: Prompt
-    id_set: int = 0  # 1: under the second set of row ids, after a reply to it that looked like another request's
-    has_one_try: bool = False  # its row was given up by an earlier run
-    reasons: tuple[str, ...] = ()  # why its lone row has failed so far
-    tries: int = 0  # calls that failed on their way or in the server
-    failing_since: float = math.inf
-    jobs: int = 0  # that it has been in
-    is_probe: bool = False  # about a text of ours, of which nothing is kept but what it cost
-    # Of its calls:
-    parameters: Parameters = field(default_factory=lambda: Parameters())
-    tier: str = "standard"  # at which it is billed; genai-prices calls it "processing"
-    calls: int = 0
-    seconds: float = 0.0  # summed
-    cost: float | None = None  # US dollars, of the calls whose cost is known; None: of none
-    unconfirmed_cost: float = 0.0  # at most, of calls that returned no usage and may have been billed
-    unconfirmed_calls: int = 0
-    usage: Usage | None = None  # None: no reply has reported any
-    reply: Reply | None = None  # the last one
-    # Of the call in flight, or the next one:
-    due: float = 0.0  # when it may leave
-    departure: Departure = field(default_factory=lambda: Departure(0.0, {"requests": 0.0, "tokens": 0.0}))
-    bound: float = 0.0  # US dollars that it may cost at most
-
-    def __lt__(self, other: Attempt) -> bool:
-        """In a heap, the one that is due first comes first."""
-        return self.due < other.due
-
-    @property
-    def custom_id(self) -> str:
-        """Its name in a Batch API job, however often it is sent."""
-        return digest(compact_json(self.prompt.questions), [row.key.hex() for row in self.rows]).hex()
-
-    @functools.cached_property
-    def message(self) -> str:
-        """The user's message."""
-        return user_message(self.rows, self.id_set)
-
-    @functools.cached_property
-    def message_tokens(self) -> int:
-        """By its first 600 characters: over many calls within 1.5 % of a full count, in a third of the time."""
-        beginning = self.message[:600]
-        return round(count_tokens(beginning) * len(self.message) / len(beginning))
-
-    @property
-    def with_texts(self) -> tuple[Row, ...]:
-        """Its rows whose text this run has: those of an earlier run's job may have left the table."""
-        return tuple(row for row in self.rows if row.text)
-
-    def again(self, rows: Sequence[Row], **changes: Any) -> Attempt:
-        """A new attempt about some of its rows."""
-        kept = replace(self, rows=tuple(rows), calls=0, seconds=0.0, usage=None, reply=None)
-        return replace(kept, cost=None, unconfirmed_cost=0.0, unconfirmed_calls=0, **changes)
-
-    def halves(self, rows: Sequence[Row], **changes: Any) -> list[Attempt]:
-        middle = (len(rows) + 1) // 2
-        return [self.again(half, **changes) for half in (rows[:middle], rows[middle:]) if half]
-
-    def take_in(self, reply: Reply, cost: float | None, unconfirmed_cost: float) -> None:
-        """Add a call that has come back."""
-        self.reply = reply
-        self.calls += 1
-        self.seconds += reply.seconds
-        self.cost = self.cost if cost is None else (self.cost or 0.0) + cost
-        self.unconfirmed_cost += unconfirmed_cost
-        self.unconfirmed_calls += unconfirmed_cost > 0
-        usages = [usage for usage in (self.usage, reply.usage) if usage]
-        self.usage = Usage(*map(sum, zip(*usages, strict=True))) if usages else None
-
-
-def build_body(attempt: Attempt, parameters: Parameters) -> dict[str, Any]:
-    """The JSON body of a call; what the user adds goes over our own parameters."""
-    prompt, message = attempt.prompt, attempt.message
-    messages = [{"role": "system", "content": prompt.system_message}, {"role": "user", "content": message}]
-    if not parameters.has_system_role:
-        messages = [{"role": "user", "content": f"{prompt.system_message}\n\n{message}"}]
-    body: dict[str, Any] = {"model": prompt.model, "messages": messages, "stream": False}
-    if parameters.format is not Format.TEXT:
-        body["response_format"] = answer_format(prompt, len(attempt.rows), parameters.format, attempt.id_set)
-    body |= parameters.extras
-    if parameters.completion_bound is not None:
-        body[parameters.completion_bound] = max_completion_tokens(attempt, parameters)
-    return body | prompt.extra_body
-
-
 @lru_cache(maxsize=1024)
 def answer_format(prompt: Prompt, row_count: int, kind: Format, id_set: int = 0) -> dict[str, Any]:
     """The `response_format`: at best a schema under which each row is answered once, with known labels only."""
@@ -2002,107 +1930,15 @@ def answer_format(prompt: Prompt, row_count: int, kind: Format, id_set: int = 0)
     return {"type": "json_schema", "json_schema": {"name": "labels", "strict": True, "schema": schema}}
 
 
-# --- Parameters -------------------------------------------------------------------------------------------
-#
-# The optional parts of a request. In: a model's name, and what a server says when it refuses one. Out: parameters that
-# it may take.
+def drop_repeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without the keys that appear in it more than once: none of their values can be trusted."""
+    counts = Counter(key for key, _ in pairs)
+    return {key: value for key, value in pairs if counts[key] == 1}
 
 
-class Format(StrEnum):
-    """How the answer's form is asked for, from the strictest down to the prompt's words alone; stores have these."""
-
-    SCHEMA = "a strict schema"
-    BARE_SCHEMA = "a strict schema without maxItems"
-    PLAIN_SCHEMA = "a schema"
-    JSON = "JSON"
-    TEXT = "no response format"
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """The optional parts of a request, as far as this server and model support them."""
-
-    format: Format = Format.SCHEMA
-    extras: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})  # sent as they are
-    completion_bound: str | None = None  # the name of the parameter that bounds the completion
-    room: int = 0  # tokens that the bound leaves besides the answer's: for reasoning, or another tokenizer
-    has_system_role: bool = True
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """As a run's record has them."""
-        return {"format": self.format, **self.extras, "completion_bound": self.completion_bound}
-
-    @functools.cached_property
-    def as_json(self) -> str:
-        """As the store keeps it."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @functools.cached_property
-    def form(self) -> str:
-        """What a server has to accept: all but the room."""
-        return replace(self, room=0).as_json
-
-    @classmethod
-    def from_json(cls, text: str) -> Parameters:
-        found = json.loads(text)
-        return cls(**{**found, "format": Format(found["format"])})
-
-
-REASONING_ROOM = 8192  # to begin with, for a model that cannot be asked not to reason
-EFFORTS = ("none", "minimal", "low", "medium")
-BOUND_TOO_LARGE = "_tokens is too large"
-FORM_WORDS = re.compile(r"response_format|schema|maxitems|structured output|json_object")
-
-
-def first_parameters(model: str, is_capped: bool, extra_body: Mapping[str, Any]) -> Parameters:
-    """What a model of this name is known to support; a cost cap needs a bound on any model's completion."""
-    is_reasoning = re.match(r"(ft:)?(gpt-[5-9]|o\d)", model)
-    is_bounded = is_reasoning or re.match(r"(ft:)?(gpt-4|chatgpt-4)", model) or is_capped  # others may refuse it
-    extras = {"temperature": 0.0} | ({"reasoning_effort": "none"} if is_reasoning else {})
-    bound = "max_completion_tokens" if is_bounded and not {*BOUNDS} & extra_body.keys() else None
-    return Parameters(extras={k: v for k, v in extras.items() if k not in extra_body}, completion_bound=bound)
-
-
-BOUNDS = ("max_completion_tokens", "max_tokens")
-
-
-def fall_back(parameters: Parameters, message: str) -> Parameters | None:
-    """The parameters without what a server's words point at; None if they point at nothing that is sent."""
-    message, extras, bound = message.lower(), parameters.extras, parameters.completion_bound
-    refused = next((name for name in extras if re.search(name.replace("_", "[._]"), message)), "")
-    kept = {name: value for name, value in extras.items() if name != refused}
-    if refused == "reasoning_effort":
-        # The least effort that the message offers. A model that reasons takes no temperature, and needs room.
-        lower_efforts = EFFORTS[EFFORTS.index(extras[refused]) + 1 :]
-        effort = next((each for each in lower_efforts if f"'{each}'" in message), None)
-        kept = {name: value for name, value in kept.items() if name != "temperature"}
-        kept |= {refused: effort} if effort else {}
-        return replace(parameters, extras=kept, room=max(parameters.room, REASONING_ROOM))
-    if refused:
-        return replace(parameters, extras=kept)
-    if bound and BOUND_TOO_LARGE in message:
-        return replace(parameters, completion_bound=None)
-    if bound and bound in message:
-        return replace(parameters, completion_bound="max_tokens" if bound == BOUNDS[0] else None)
-    if parameters.format is not Format.TEXT and FORM_WORDS.search(message):
-        return replace(parameters, format=list(Format)[list(Format).index(parameters.format) + 1])
-    if parameters.has_system_role and re.search(r"\bsystem\b.*\b(role|message)|\brole\b.*\bsystem\b", message):
-        return replace(parameters, has_system_role=False)
-    return None
-
-
-def differences(before: Parameters, after: Parameters) -> str:
-    """What a server takes instead of what it was sent, in words."""
-    words = [] if after.format is before.format else [str(after.format)]
-    for name, value in before.extras.items():
-        if after.extras.get(name) != value:
-            words.append(f"{name} {after.extras[name]!r}" if name in after.extras else f"no {name}")
-    if after.completion_bound != before.completion_bound:
-        words.append(after.completion_bound or "no bound on completions")
-    if after.has_system_role != before.has_system_role:
-        words.append("no system role")
-    return ", ".join(words)
+def near(name: Any) -> str:
+    """A label as it may be spelled: near(" Some-Label") == "some label"."""
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", str(name))).strip().casefold()
 
 
 # --- Tokens -----------------------------------------------------------------------------------------------
@@ -2160,38 +1996,208 @@ def fixed_tokens(prompt: Prompt, row_count: int, kind: Format) -> int:
     return MESSAGE_TOKENS + count_tokens(prompt.system_message) + schema
 
 
-def prompt_tokens(attempt: Attempt, parameters: Parameters) -> int:
-    """About how many tokens a call's prompt has: the messages, and the schema, which is billed like them."""
-    return fixed_tokens(attempt.prompt, len(attempt.rows), parameters.format) + attempt.message_tokens
+# --- Pace -------------------------------------------------------------------------------------------------
+#
+# In: headers, refusals and a clock's time, all passed in. Out: how long the next call has to wait, and how many calls
+# there may be at once. It sends nothing and sleeps nowhere.
+
+MAX_LIMIT_AGE = 60.0  # how long what a server said of a limit may hold up all calls; then one of them probes it
+CLOCK_MARGIN = 0.05  # beyond a wait that a server asks for, whose clock may lag a little behind
+MAX_BACKOFF = 60.0
+DECAY = 0.98  # of what is known of the charge, with each report
+RESERVE_STEP = 0.5  # calls, with each refusal
+MAX_RESERVE = 50.0
+MAX_CHARGE = 8.0  # times our guess, or a part of it; beyond that a report is taken to be about something else
 
 
-def max_answer_tokens(attempt: Attempt) -> int:
-    """The tokens of the longest answer, at 3 bytes per token.
+def draw_jitter() -> float:
+    """A factor of waits, so that many programs do not come back at the same moment."""
+    return random.uniform(0.75, 1.25)
 
-    A row's answer is `"660":[...],`, 12 bytes with a margin for spaces, and besides its name each label has two quotes,
-    a colon, a digit, a comma and a space; 50 tokens more are for what a model may write around the object.
+
+@dataclass
+class Bucket:
+    """One rate limit as the server reports it: a bucket that holds `capacity` and refills at `rate` per second."""
+
+    capacity: float
+    level: float
+    rate: float
+    at: float
+    remaining: float  # what the server said last, to the call that left then
+    departure: Departure
+
+    def level_at(self, now: float) -> float:
+        return min(self.capacity, self.level + (now - self.at) * self.rate)
+
+
+class Departure(NamedTuple):
+    """When a call left, and what had been spent by then, itself included: by kind, "requests" and "tokens"."""
+
+    at: float
+    spent: Mapping[str, float]
+    tokens: float = 0.0  # its own
+
+
+class Pace:
+    """Paces all calls before the server has to refuse them, and makes all wait when it does."""
+
+    def __init__(self, max_workers: int, jitter: Callable[[], float] = draw_jitter) -> None:
+        self.max_workers = max_workers
+        self.slots = float(max_workers)  # calls at once; after a refusal half, then one more per round of successes
+        self.jitter = jitter
+        self.resume_at = -math.inf
+        self.refusals = 0  # in a row
+        self.refused_at = -math.inf
+        self.spent = {"requests": 0.0, "tokens": 0.0}
+        # Calls for which a limit must have room besides the next one, since levels are estimates: at first one in eight
+        # of those that may be in flight, whose completions may still have to be charged.
+        self.reserve = max(1.0, max_workers / 8)
+        self.charge = 1.0  # what the server takes off its limit of tokens for one of ours
+        self.charged_tokens = self.estimated_tokens = 0.0  # over the calls seen lately
+        self.buckets: dict[str, Bucket] = {}
+
+    def delay(self, tokens: float, now: float) -> float:
+        """Seconds until a call of so many tokens may leave; 0 or less: now."""
+        waits = [self.resume_at - now]
+        for name, bucket in self.buckets.items():
+            cost = tokens * self.charge if kind_of(name) == "tokens" else 1.0
+            needed = min(bucket.capacity, (1 + self.reserve) * cost)
+            until_full_enough = (needed - bucket.level_at(now)) / bucket.rate
+            waits.append(min(until_full_enough, bucket.at + MAX_LIMIT_AGE - now))
+        return max(waits)
+
+    def note_start(self, tokens: float, now: float) -> Departure:
+        self.spent = {"requests": self.spent["requests"] + 1, "tokens": self.spent["tokens"] + tokens}
+        for name, bucket in self.buckets.items():
+            cost = tokens * self.charge if kind_of(name) == "tokens" else 1.0
+            bucket.level, bucket.at = bucket.level_at(now) - cost, now
+        return Departure(now, self.spent, tokens)
+
+    def note_headers(self, headers: Mapping[str, str], departure: Departure, now: float) -> None:
+        """Learn capacity, level and refill from the x-ratelimit headers of the latest call that was answered.
+
+        What the server had left then, less what has been spent since, plus what has flowed in since.
+        """
+        for name, (limit, remaining, reset) in rate_limits(headers).items():
+            before = self.buckets.get(name)
+            if before and departure.at < before.departure.at:
+                continue
+            rate = (limit - remaining) / reset if limit > remaining and reset > 0 else limit / 60
+            since = self.spent[kind_of(name)] - departure.spent[kind_of(name)]
+            if kind_of(name) == "tokens":
+                if before and remaining < limit:  # a full limit hides what it lost
+                    self._learn_charge(before, remaining, rate, departure)
+                since *= self.charge
+            level = min(limit, remaining - since + rate * (now - departure.at))
+            self.buckets[name] = Bucket(limit, level, rate, now, remaining, departure)
+
+    def _learn_charge(self, before: Bucket, remaining: float, rate: float, departure: Departure) -> None:
+        """Compare how far the limit has fallen between two reports with what was spent in between by our guess.
+
+        Servers charge more or less than a prompt has: the bound of the completion, or what it came to, in the end. The
+        sums are over many calls and fade, because single reports come out of order.
+        """
+        (at, spent_before, _), (now, spent, _) = before.departure, departure
+        if spent["tokens"] <= spent_before["tokens"]:
+            return
+        self.charged_tokens = DECAY * self.charged_tokens + before.remaining - remaining + rate * (now - at)
+        self.estimated_tokens = DECAY * self.estimated_tokens + spent["tokens"] - spent_before["tokens"]
+        if self.estimated_tokens > 20 * (
+            spent["tokens"] / max(1.0, spent["requests"])
+        ):  # the calls that make it reliable
+            self.charge = min(MAX_CHARGE, max(1 / MAX_CHARGE, self.charged_tokens / self.estimated_tokens))
+
+    def note_rate_limit(self, seconds: float, departure: Departure, now: float) -> None:
+        """Make all calls wait: as long as the server asks, else longer with each refusal in a row."""
+        if departure.at >= self.refused_at:  # else it left before the last refusal came, and tells nothing new
+            self.refused_at = now
+            self.refusals += 1
+            if not self.buckets:  # with nothing known of the limit, fewer calls at once are all we have
+                self.slots = max(1.0, self.slots / 2)
+        if self.buckets:  # the limit was lower than it looked; what is refused takes nothing off it
+            self.reserve = min(MAX_RESERVE, self.reserve + RESERVE_STEP)
+            self.spent = self.spent | {"tokens": self.spent["tokens"] - departure.tokens}
+        if seconds:
+            self.resume_at = max(self.resume_at, now + seconds + CLOCK_MARGIN)
+        else:
+            self.resume_at = max(self.resume_at, self.refused_at + backoff(self.refusals, self.jitter()))
+
+    def note_success(self) -> None:
+        self.refusals = 0
+        self.slots = min(self.max_workers, self.slots + 1 / self.slots)
+        self.reserve = max(1.0, self.reserve - RESERVE_STEP / 200)  # so that one call in 200 may be refused
+
+
+def kind_of(limit_name: str) -> str:
+    """Of the limit "project-tokens": "tokens"."""
+    return "tokens" if "tokens" in limit_name else "requests"
+
+
+def backoff(failures: int, jitter: float) -> float:
+    """Seconds to wait after so many failures in a row: half a second, doubled each time, a minute at most."""
+    return min(MAX_BACKOFF, 0.5 * 2.0 ** (failures - 1)) * jitter
+
+
+def rate_limits(headers: Mapping[str, str]) -> dict[str, tuple[float, float, float]]:
+    """Limit, remaining and seconds until full, by the limit's name: {"requests": (60.0, 59.0, 1.0)}."""
+    prefix = "x-ratelimit-limit-"
+    found = {}
+    for name in [header.lower().removeprefix(prefix) for header in headers if header.lower().startswith(prefix)]:
+        with contextlib.suppress(KeyError, ValueError):
+            limit, remaining = (float(headers[f"x-ratelimit-{what}-{name}"]) for what in ("limit", "remaining"))
+            if 0 <= remaining <= limit > 0:  # Azure sends 0 and -1
+                found[name] = limit, remaining, seconds_of(headers.get(f"x-ratelimit-reset-{name}", ""))
+    return found
+
+
+def seconds_of(duration: str) -> float:
+    """seconds_of("6m0.5s") == 360.5."""
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", duration))
+
+
+# --- Budget -----------------------------------------------------------------------------------------------
+#
+# In: a cap and amounts of US dollars. Out: whether a call may leave. Earlier runs on the store and open jobs count.
+
+
+@dataclass
+class Budget:
+    """The most that a call can cost counts until its bill is there, and stays where none comes.
+
+    So the cap is passed at most by what calls in flight cost beyond their bounds.
     """
-    row = sum(len(label.encode()) + 6 for label in attempt.prompt.labels) + 12
-    return 50 + len(attempt.rows) * row // 3
+
+    cap: float | None
+    spent: float  # by all runs on this store
+    set_aside: float  # the most that calls in flight and open jobs can cost
+
+    def reserve(self, bound: float) -> bool:
+        """Set a call's bound aside, if it fits."""
+        fits = self.cap is None or self.spent + self.set_aside + bound <= self.cap
+        self.set_aside += bound if fits else 0.0
+        return fits
+
+    def settle(self, bound: float, cost: float) -> None:
+        """Put the bill in place of a bound, or what it may have cost if no bill came."""
+        self.set_aside = max(0.0, self.set_aside - bound)
+        self.spent += cost
+
+    def exceeded(self, bound: float) -> BudgetExceeded:
+        return BudgetExceeded(
+            f"The next call may cost up to {dollars(bound)}, which could exceed `max_cost` {self.cap:g} (spent: "
+            f"{dollars(self.spent)}, set aside: {dollars(self.set_aside)}): raise it and run the same command to "
+            "continue."
+        )
 
 
-def max_completion_tokens(attempt: Attempt, parameters: Parameters) -> int:
-    """The bound of a call's completion."""
-    return max_answer_tokens(attempt) + parameters.room
+def dollars(amount: float) -> str:
+    """More decimals for smaller amounts.
 
-
-USUAL_PREVALENCE = 0.05  # the share of texts that a label is assumed to have, until there are answers
-
-
-def usual_answer_tokens(attempt: Attempt, prevalence: float) -> float:
-    """The tokens of an answer if each label applies to this share of the texts: `"660":[],` has 3."""
-    names = list(map(count_tokens, attempt.prompt.labels))
-    row = {
-        "list": 3 + prevalence * sum(name + 2 for name in names),
-        "each": 3 + sum(name + 3.5 for name in names),
-        "one": 4 + sum(names) / len(names),
-    }
-    return 1 + len(attempt.rows) * row[attempt.prompt.form]
+    dollars(1234.5) == "$1,234.50"
+    dollars(0.000411) == "$0.000411"
+    """
+    return f"${amount:,.{2 if amount >= 1 or not amount else 4 if amount >= 0.01 else 6}f}"
 
 
 # --- Server -----------------------------------------------------------------------------------------------
@@ -2403,7 +2409,7 @@ class Server:
         self.is_local = parts.hostname in {"localhost", "127.0.0.1", "::1"}
         if not self.api_key and not f".{parts.hostname}".endswith(".openai.com"):
             self.api_key = PLACEHOLDER_KEY
-        self.first_parameters = first_parameters(options.model, self.is_capped, options.extra_body or {})
+        self.default_parameters = default_parameters(options.model, self.is_capped, options.extra_body or {})
         self.knows_price = self.cost(Usage(), "standard") is not None
         if self.is_capped and not self.knows_price:
             raise InputError(f"No price of {self.model!r} is known, so its cost cannot be capped: pass `price`.")
@@ -2490,14 +2496,6 @@ class Server:
     def cost(self, usage: Usage, tier: str) -> float | None:
         return price_of(usage, tier, self.user_price, self.model)
 
-    def worst_cost(self, attempt: Attempt, parameters: Parameters, tier: str) -> float:
-        """What a call may cost at most: a token has at least one byte, and the completion its bound."""
-        body = build_body(attempt, parameters)
-        prompt = len(json.dumps(body, ensure_ascii=False).encode())
-        bounds = [body[name] for name in BOUNDS if isinstance(body.get(name), int)]
-        completion = bounds[0] if bounds else max_completion_tokens(attempt, parameters)
-        return self.cost(Usage(prompt=prompt, written=prompt, completion=completion), tier) or 0.0
-
     # What it says.
 
     def quote(self, words: str, rows: Iterable[Row] = ()) -> str:
@@ -2580,6 +2578,206 @@ def list_price(model: str, tier: str, usage: Usage) -> float | None:
     return float(priced.total_price)
 
 
+# OpenAI, guides/error-codes; the last three are other servers' and older words.
+MONEY_CODES = {
+    "insufficient_quota",
+    "credit_balance_exhausted",
+    "organization_spend_limit_exceeded",
+    "project_spend_limit_exceeded",
+    "organization_usage_limit_exceeded",
+    "billing_hard_limit_reached",
+    "billing_not_active",
+    "budget_exceeded",
+}
+MONEY_WORDS = re.compile(r"insufficient.(balance|funds|credit|quota)|credit balance|out of credits|recharge|top up")
+
+
+def is_failure(reply: Reply) -> bool:
+    """Whether the network or the server failed, so that the same may succeed later."""
+    return reply.error_status in {0, 408, 409, 425} or reply.error_status >= 500
+
+
+def is_out_of_money(reply: Reply) -> bool:
+    error, words = reply.error, reply.error.message.lower()
+    is_refused = reply.error_status >= 400
+    by_words = reply.error_status in {402, 429} and MONEY_WORDS.search(words) and not requested_wait(reply)
+    return is_refused and (reply.error_status == 402 or bool(error.names & MONEY_CODES) or bool(by_words))
+
+
+def requested_wait(reply: Reply) -> float:
+    """The seconds that a reply asks to wait, by its headers or words; 0 if nothing does."""
+    headers = reply.headers
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        with contextlib.suppress(KeyError, ValueError):
+            wait = float(headers[name]) * unit
+            if wait > 0 and math.isfinite(wait):
+                return wait
+    with contextlib.suppress(KeyError, ValueError, TypeError, OverflowError):
+        until, now = (parsedate_to_datetime(headers[name]) for name in ("retry-after", "date"))  # both by its clock
+        return max(0.0, (until - now).total_seconds())
+    asked = re.search(r"(?:try again|retry)\w* in ((?:[\d.]+ ?(?:ms|s|m|h|d)[a-z]*\s?)+)", reply.error.message.lower())
+    return seconds_of(asked[1].replace(" ", "")) if asked and reply.error_status >= 400 else 0.0
+
+
+# --- Attempts ---------------------------------------------------------------------------------------------
+#
+# The one thing in flight. In: rows, a prompt, and the parameters that a server supports. Out: the JSON body of a call.
+# What waits, flies, is in a job and is recorded is an attempt.
+
+
+@dataclass(eq=False)
+class Attempt:
+    """One request on its way, over as many calls as that takes.
+
+    One of an earlier run's job may have rows without a text, enough to read a reply by; only `with_texts` may be sent.
+    """
+
+    rows: tuple[Row, ...]
+    prompt: Prompt
+    id_set: int = 0  # 1: under the second set of row ids, after a reply to it that looked like another request's
+    has_one_try: bool = False  # its row was given up by an earlier run
+    reasons: tuple[str, ...] = ()  # why its lone row has failed so far
+    tries: int = 0  # calls that failed on their way or in the server
+    failing_since: float = math.inf
+    jobs: int = 0  # that it has been in
+    is_probe: bool = False  # about a text of ours, of which nothing is kept but what it cost
+    # Of its calls:
+    parameters: Parameters = field(default_factory=lambda: Parameters())
+    tier: str = "standard"  # at which it is billed; genai-prices calls it "processing"
+    calls: int = 0
+    seconds: float = 0.0  # summed
+    cost: float | None = None  # US dollars, of the calls whose cost is known; None: of none
+    unconfirmed_cost: float = 0.0  # at most, of calls that returned no usage and may have been billed
+    unconfirmed_calls: int = 0
+    usage: Usage | None = None  # None: no reply has reported any
+    reply: Reply | None = None  # the last one
+    # Of the call in flight, or the next one:
+    due: float = 0.0  # when it may leave
+    departure: Departure = field(default_factory=lambda: Departure(0.0, {"requests": 0.0, "tokens": 0.0}))
+    bound: float = 0.0  # US dollars that it may cost at most
+
+    def __lt__(self, other: Attempt) -> bool:
+        """In a heap, the one that is due first comes first."""
+        return self.due < other.due
+
+    @property
+    def custom_id(self) -> str:
+        """Its name in a Batch API job, however often it is sent."""
+        return digest(compact_json(self.prompt.questions), [row.key.hex() for row in self.rows]).hex()
+
+    @functools.cached_property
+    def message(self) -> str:
+        """The user's message."""
+        return user_message(self.rows, self.id_set)
+
+    @functools.cached_property
+    def message_tokens(self) -> int:
+        """By its first 600 characters: over many calls within 1.5 % of a full count, in a third of the time."""
+        beginning = self.message[:600]
+        return round(count_tokens(beginning) * len(self.message) / len(beginning))
+
+    @property
+    def with_texts(self) -> tuple[Row, ...]:
+        """Its rows whose text this run has: those of an earlier run's job may have left the table."""
+        return tuple(row for row in self.rows if row.text)
+
+    def again(self, rows: Sequence[Row], **changes: Any) -> Attempt:
+        """A new attempt about some of its rows."""
+        kept = replace(self, rows=tuple(rows), calls=0, seconds=0.0, usage=None, reply=None)
+        return replace(kept, cost=None, unconfirmed_cost=0.0, unconfirmed_calls=0, **changes)
+
+    def halves(self, rows: Sequence[Row], **changes: Any) -> list[Attempt]:
+        middle = (len(rows) + 1) // 2
+        return [self.again(half, **changes) for half in (rows[:middle], rows[middle:]) if half]
+
+    def take_in(self, reply: Reply, cost: float | None, unconfirmed_cost: float) -> None:
+        """Add a call that has come back."""
+        self.reply = reply
+        self.calls += 1
+        self.seconds += reply.seconds
+        self.cost = self.cost if cost is None else (self.cost or 0.0) + cost
+        self.unconfirmed_cost += unconfirmed_cost
+        self.unconfirmed_calls += unconfirmed_cost > 0
+        usages = [usage for usage in (self.usage, reply.usage) if usage]
+        self.usage = Usage(*map(sum, zip(*usages, strict=True))) if usages else None
+
+
+def build_body(attempt: Attempt, parameters: Parameters) -> dict[str, Any]:
+    """The JSON body of a call; what the user adds goes over our own parameters."""
+    prompt, message = attempt.prompt, attempt.message
+    messages = [{"role": "system", "content": prompt.system_message}, {"role": "user", "content": message}]
+    if not parameters.has_system_role:
+        messages = [{"role": "user", "content": f"{prompt.system_message}\n\n{message}"}]
+    body: dict[str, Any] = {"model": prompt.model, "messages": messages, "stream": False}
+    if parameters.format is not Format.TEXT:
+        body["response_format"] = answer_format(prompt, len(attempt.rows), parameters.format, attempt.id_set)
+    body |= parameters.extras
+    if parameters.completion_bound is not None:
+        body[parameters.completion_bound] = max_completion_tokens(attempt, parameters)
+    return body | prompt.extra_body
+
+
+def prompt_tokens(attempt: Attempt, parameters: Parameters) -> int:
+    """About how many tokens a call's prompt has: the messages, and the schema, which is billed like them."""
+    return fixed_tokens(attempt.prompt, len(attempt.rows), parameters.format) + attempt.message_tokens
+
+
+def max_answer_tokens(attempt: Attempt) -> int:
+    """The tokens of the longest answer, at 3 bytes per token.
+
+    A row's answer is `"660":[...],`, 12 bytes with a margin for spaces, and besides its name each label has two quotes,
+    a colon, a digit, a comma and a space; 50 tokens more are for what a model may write around the object.
+    """
+    row = sum(len(label.encode()) + 6 for label in attempt.prompt.labels) + 12
+    return 50 + len(attempt.rows) * row // 3
+
+
+def max_completion_tokens(attempt: Attempt, parameters: Parameters) -> int:
+    """The bound of a call's completion."""
+    return max_answer_tokens(attempt) + parameters.room
+
+
+def worst_cost(attempt: Attempt, parameters: Parameters, server: Server, tier: str) -> float:
+    """US dollars that a call may cost at most: a token has at least one byte, and the completion its bound."""
+    body = build_body(attempt, parameters)
+    prompt = len(json.dumps(body, ensure_ascii=False).encode())
+    bounds = [body[name] for name in BOUNDS if isinstance(body.get(name), int)]
+    completion = bounds[0] if bounds else max_completion_tokens(attempt, parameters)
+    return server.cost(Usage(prompt=prompt, written=prompt, completion=completion), tier) or 0.0
+
+
+USUAL_PREVALENCE = 0.05  # the share of texts that a label is assumed to have, until there are answers
+
+
+def usual_answer_tokens(attempt: Attempt, prevalence: float) -> float:
+    """The tokens of an answer if each label applies to this share of the texts: `"660":[],` has 3."""
+    names = list(map(count_tokens, attempt.prompt.labels))
+    row = {
+        "list": 3 + prevalence * sum(name + 2 for name in names),
+        "each": 3 + sum(name + 3.5 for name in names),
+        "one": 4 + sum(names) / len(names),
+    }
+    return 1 + len(attempt.rows) * row[attempt.prompt.form]
+
+
+@dataclass
+class Job:
+    """A Batch API job of ours, from before it is created until its last attempt is in the store."""
+
+    tag: str  # by which it is found among the account's jobs, in its metadata
+    server: str  # its address
+    parameters: Parameters
+    user_price: tuple[float, float] | None  # US dollars per million tokens; it is billed as it was ordered
+    planned_at: float = field(default_factory=time.time)  # seconds since 1970
+    set_aside: float = 0.0  # US dollars
+    remote_id: str | None = None
+    attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
+
+    @property
+    def rows(self) -> Iterator[Row]:
+        return (row for attempt in self.attempts.values() for row in attempt.rows)
+
+
 # --- Verdict ----------------------------------------------------------------------------------------------
 #
 # What a reply means: for live calls and for the lines of jobs, in one place and by evidence. In: a reply, the attempt
@@ -2614,7 +2812,7 @@ class Evidence:
     """What this run has seen: `judge` reads it, and `note` adds to it what a verdict has made of a reply."""
 
     parameters: Parameters  # in force now
-    forms: set[str] = field(default_factory=set)  # of parameters that have been answered
+    answered: set[str] = field(default_factory=set)  # parameters under which something was, without their room
     answered_at: float = -math.inf
     reached: bool = False  # whether anything has come back
     refusals: int = 0  # in a row, without an answer between
@@ -2632,7 +2830,7 @@ class Evidence:
     @property
     def works(self) -> bool:
         """Whether something was answered under the parameters in force."""
-        return self.parameters.form in self.forms
+        return self.parameters.without_room in self.answered
 
     def is_too_long(self, attempt: Attempt) -> bool:
         """Whether an attempt can be split, and has a size that this server cuts or refuses."""
@@ -2644,7 +2842,7 @@ class Evidence:
         if verdict.action is not Action.STOP:
             self.limited_since = min(self.limited_since, now) if verdict.is_rate else math.inf
         if verdict.action is Action.DONE:
-            self.forms.add(attempt.parameters.form)
+            self.answered.add(attempt.parameters.without_room)
             self.answered_at, self.refusals, self.failing_since = now, 0, math.inf
             self.false_alarms += attempt.id_set
         elif verdict.is_refusal:
@@ -2687,7 +2885,7 @@ CUT_ADVICE = (
     "Ollama num_ctx), or pass a smaller `batch_size`."
 )
 LONG_PROMPT = 1500  # estimated tokens, below which a prompt is taken to fit into any context
-LEAST_BILLED = 0.6  # of the tokens that are estimated; estimates for texts of any script are closer than that
+MIN_BILLED = 0.6  # of the tokens that are estimated; estimates for texts of any script are closer than that
 MAX_FALSE_ALARMS = 2  # after which replies that look like another's are believed
 MAX_REFUSALS = 20  # in a row, after which a harmless text is asked whether everything is refused
 MAX_WAIT = 3600.0  # seconds that a server may ask for
@@ -2698,18 +2896,6 @@ MAX_JOBS = 3  # that a request goes into
 MAX_TRIES_ALONE = 3  # calls that fail for one request while others are answered
 MAX_ROOM = 32_768  # tokens; a model that needs more will never finish
 MIN_ROOM = 2048
-# OpenAI, guides/error-codes; the last three are other servers' and older words.
-MONEY_CODES = {
-    "insufficient_quota",
-    "credit_balance_exhausted",
-    "organization_spend_limit_exceeded",
-    "project_spend_limit_exceeded",
-    "organization_usage_limit_exceeded",
-    "billing_hard_limit_reached",
-    "billing_not_active",
-    "budget_exceeded",
-}
-MONEY_WORDS = re.compile(r"insufficient.(balance|funds|credit|quota)|credit balance|out of credits|recharge|top up")
 # Of a quota that no waiting of ours cures: a day's, or one of 0.
 QUOTA_WORDS = re.compile(r"per.?day|daily|limit['\"]?: ?0\b(?!\.)")
 LENGTH_WORDS = re.compile(
@@ -2804,11 +2990,6 @@ def split(attempt: Attempt, reason: str) -> Verdict:
     return Verdict(Action.SPLIT if len(attempt.rows) > 1 else Action.GIVE_UP, reason)
 
 
-def is_failure(reply: Reply) -> bool:
-    """Whether the network or the server failed, so that the same may succeed later."""
-    return reply.error_status in {0, 408, 409, 425} or reply.error_status >= 500
-
-
 def judge_failure(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, now: float) -> Verdict:
     """Rule 7: by whether others are answered meanwhile; `attempt.tries` has this failure already."""
     reason = reply.reason if not reply.error_status else f"HTTP {reply.error_status}"
@@ -2824,7 +3005,7 @@ def judge_failure(reply: Reply, attempt: Attempt, evidence: Evidence, server: Se
     if evidence.answered_at > attempt.failing_since:
         if attempt.has_one_try or attempt.tries >= max_tries_alone(server):
             return split(attempt, f"the server failed {attempt.tries} times on this request ({reason})")
-    elif attempt.tries > server.max_retries or (reply.status and not evidence.forms and evidence.server_errors >= 2):
+    elif attempt.tries > server.max_retries or (reply.status and not evidence.answered and evidence.server_errors >= 2):
         return Verdict(Action.ADAPT, reason)
     return Verdict(Action.RETRY, reason, seconds=requested_wait(reply) or None)
 
@@ -2844,13 +3025,6 @@ def refusal_reason(reply: Reply, problems: Mapping[Row, str]) -> str:
     return f"refused by the server (HTTP {status}{''.join(f' {name}' for name in sorted(error.names))})"
 
 
-def is_out_of_money(reply: Reply) -> bool:
-    error, words = reply.error, reply.error.message.lower()
-    is_refused = reply.error_status >= 400
-    by_words = reply.error_status in {402, 429} and MONEY_WORDS.search(words) and not requested_wait(reply)
-    return is_refused and (reply.error_status == 402 or bool(error.names & MONEY_CODES) or bool(by_words))
-
-
 def with_room(reply: Reply, attempt: Attempt, parameters: Parameters) -> Parameters | None:
     """Parameters with room for an answer that was cut off at our own bound; None if it was not, or has had enough."""
     choice = first_choice(reply.body)
@@ -2864,21 +3038,6 @@ def with_room(reply: Reply, attempt: Attempt, parameters: Parameters) -> Paramet
     room = max(MIN_ROOM, 2 * bound, 2 * usage.reasoning if usage else 0) if is_thinking else bound
     limit = MAX_ROOM if is_thinking else 7 * max_answer_tokens(attempt)
     return replace(parameters, room=min(room, limit)) if parameters.room < limit else None
-
-
-def requested_wait(reply: Reply) -> float:
-    """The seconds that a reply asks to wait, by its headers or words; 0 if nothing does."""
-    headers = reply.headers
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        with contextlib.suppress(KeyError, ValueError):
-            wait = float(headers[name]) * unit
-            if wait > 0 and math.isfinite(wait):
-                return wait
-    with contextlib.suppress(KeyError, ValueError, TypeError, OverflowError):
-        until, now = (parsedate_to_datetime(headers[name]) for name in ("retry-after", "date"))  # both by its clock
-        return max(0.0, (until - now).total_seconds())
-    asked = re.search(r"(?:try again|retry)\w* in ((?:[\d.]+ ?(?:ms|s|m|h|d)[a-z]*\s?)+)", reply.error.message.lower())
-    return seconds_of(asked[1].replace(" ", "")) if asked and reply.error_status >= 400 else 0.0
 
 
 def long_wait_line(host: str, wait: float) -> str:
@@ -2933,13 +3092,11 @@ def is_cut(reply: Reply, attempt: Attempt, evidence: Evidence) -> bool:
     sent, before = prompt_tokens(attempt, attempt.parameters), evidence.underbilled.get(attempt.rows[0].key)
     if before and reply.prompt_billed / sent <= 1.1 * before[1] / before[0]:
         return False  # no larger a share with fewer rows: the server counts in another way
-    is_under = reply.prompt_billed < LEAST_BILLED * evidence.least_billed * sent
+    is_under = reply.prompt_billed < MIN_BILLED * evidence.least_billed * sent
     return sent >= LONG_PROMPT and is_under and sent - reply.prompt_billed > 1.25 * evidence.most_unbilled
 
 
 # How an answer is found and read: the envelope tolerantly, the content strictly.
-
-
 MISSING = object()  # stands for a row that no reply names, or that two answers differ about
 NO_ANSWER = "the answer was not valid JSON"
 # Marks of thinking, closed or to the end, and a closing mark alone: some servers swallow the opening one.
@@ -3049,12 +3206,6 @@ def as_answers(value: Any, ids: frozenset[str]) -> dict[str, Any]:
     return drop_repeated(found)
 
 
-def drop_repeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without the keys that appear in it more than once: none of their values can be trusted."""
-    counts = Counter(key for key, _ in pairs)
-    return {key: value for key, value in pairs if counts[key] == 1}
-
-
 def check_answers(by_id: dict[str, Any] | str, attempt: Attempt) -> tuple[dict[Row, str], dict[Row, str]]:
     """Each row's answer, a 0 or 1 per label, or what is wrong with it; rows are found by their id, never by order."""
     answers: dict[Row, str] = {}
@@ -3088,1067 +3239,6 @@ def read_answer(prompt: Prompt, answer: Any) -> tuple[str, Sequence[str]]:
         return "its answer was not a list" if prompt.form == "list" else "its answer was not one label", []
     known = [prompt.spelled(label) if isinstance(label, str) else None for label in given]
     return ("its answer had an unknown label", []) if None in known else ("", [str(label) for label in known])
-
-
-def near(name: Any) -> str:
-    """A label as it may be spelled: near(" Some-Label") == "some label"."""
-    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", str(name))).strip().casefold()
-
-
-# --- Pace -------------------------------------------------------------------------------------------------
-#
-# In: headers, refusals and a clock's time, all passed in. Out: how long the next call has to wait, and how many calls
-# there may be at once. It sends nothing and sleeps nowhere.
-
-MAX_LIMIT_AGE = 60.0  # how long what a server said of a limit may hold up all calls; then one of them probes it
-CLOCK_MARGIN = 0.05  # beyond a wait that a server asks for, whose clock may lag a little behind
-MAX_BACKOFF = 60.0
-DECAY = 0.98  # of what is known of the charge, with each report
-RESERVE_STEP = 0.5  # calls, with each refusal
-MAX_RESERVE = 50.0
-MAX_CHARGE = 8.0  # times our guess, or a part of it; beyond that a report is taken to be about something else
-
-
-def draw_jitter() -> float:
-    """A factor of waits, so that many programs do not come back at the same moment."""
-    return random.uniform(0.75, 1.25)
-
-
-@dataclass
-class Bucket:
-    """One rate limit as the server reports it: a bucket that holds `capacity` and refills at `rate` per second."""
-
-    capacity: float
-    level: float
-    rate: float
-    at: float
-    remaining: float  # what the server said last, to the call that left then
-    departure: Departure
-
-    def level_at(self, now: float) -> float:
-        return min(self.capacity, self.level + (now - self.at) * self.rate)
-
-
-class Departure(NamedTuple):
-    """When a call left, and what had been spent by then, itself included: by kind, "requests" and "tokens"."""
-
-    at: float
-    spent: Mapping[str, float]
-    tokens: float = 0.0  # its own
-
-
-class Pace:
-    """Paces all calls before the server has to refuse them, and makes all wait when it does."""
-
-    def __init__(self, max_workers: int, jitter: Callable[[], float] = draw_jitter) -> None:
-        self.max_workers = max_workers
-        self.slots = float(max_workers)  # calls at once; after a refusal half, then one more per round of successes
-        self.jitter = jitter
-        self.resume_at = -math.inf
-        self.refusals = 0  # in a row
-        self.refused_at = -math.inf
-        self.spent = {"requests": 0.0, "tokens": 0.0}
-        # Calls for which a limit must have room besides the next one, since levels are estimates: at first one in eight
-        # of those that may be in flight, whose completions may still have to be charged.
-        self.reserve = max(1.0, max_workers / 8)
-        self.charge = 1.0  # what the server takes off its limit of tokens for one of ours
-        self.charged_tokens = self.estimated_tokens = 0.0  # over the calls seen lately
-        self.buckets: dict[str, Bucket] = {}
-
-    def delay(self, tokens: float, now: float) -> float:
-        """Seconds until a call of so many tokens may leave; 0 or less: now."""
-        waits = [self.resume_at - now]
-        for name, bucket in self.buckets.items():
-            cost = tokens * self.charge if kind_of(name) == "tokens" else 1.0
-            needed = min(bucket.capacity, (1 + self.reserve) * cost)
-            until_full_enough = (needed - bucket.level_at(now)) / bucket.rate
-            waits.append(min(until_full_enough, bucket.at + MAX_LIMIT_AGE - now))
-        return max(waits)
-
-    def leave(self, tokens: float, now: float) -> Departure:
-        self.spent = {"requests": self.spent["requests"] + 1, "tokens": self.spent["tokens"] + tokens}
-        for name, bucket in self.buckets.items():
-            cost = tokens * self.charge if kind_of(name) == "tokens" else 1.0
-            bucket.level, bucket.at = bucket.level_at(now) - cost, now
-        return Departure(now, self.spent, tokens)
-
-    def observe(self, headers: Mapping[str, str], departure: Departure, now: float) -> None:
-        """Learn capacity, level and refill from the x-ratelimit headers of the latest call that was answered.
-
-        What the server had left then, less what has been spent since, plus what has flowed in since.
-        """
-        for name, (limit, remaining, reset) in rate_limits(headers).items():
-            before = self.buckets.get(name)
-            if before and departure.at < before.departure.at:
-                continue
-            rate = (limit - remaining) / reset if limit > remaining and reset > 0 else limit / 60
-            since = self.spent[kind_of(name)] - departure.spent[kind_of(name)]
-            if kind_of(name) == "tokens":
-                if before and remaining < limit:  # a full limit hides what it lost
-                    self._learn_charge(before, remaining, rate, departure)
-                since *= self.charge
-            level = min(limit, remaining - since + rate * (now - departure.at))
-            self.buckets[name] = Bucket(limit, level, rate, now, remaining, departure)
-
-    def _learn_charge(self, before: Bucket, remaining: float, rate: float, departure: Departure) -> None:
-        """Compare how far the limit has fallen between two reports with what was spent in between by our guess.
-
-        Servers charge more or less than a prompt has: the bound of the completion, or what it came to, in the end. The
-        sums are over many calls and fade, because single reports come out of order.
-        """
-        (at, spent_before, _), (now, spent, _) = before.departure, departure
-        if spent["tokens"] <= spent_before["tokens"]:
-            return
-        self.charged_tokens = DECAY * self.charged_tokens + before.remaining - remaining + rate * (now - at)
-        self.estimated_tokens = DECAY * self.estimated_tokens + spent["tokens"] - spent_before["tokens"]
-        if self.estimated_tokens > 20 * (
-            spent["tokens"] / max(1.0, spent["requests"])
-        ):  # the calls that make it reliable
-            self.charge = min(MAX_CHARGE, max(1 / MAX_CHARGE, self.charged_tokens / self.estimated_tokens))
-
-    def refuse(self, seconds: float, departure: Departure, now: float) -> None:
-        """Make all calls wait: as long as the server asks, else longer with each refusal in a row."""
-        if departure.at >= self.refused_at:  # else it left before the last refusal came, and tells nothing new
-            self.refused_at = now
-            self.refusals += 1
-            if not self.buckets:  # with nothing known of the limit, fewer calls at once are all we have
-                self.slots = max(1.0, self.slots / 2)
-        if self.buckets:  # the limit was lower than it looked; what is refused takes nothing off it
-            self.reserve = min(MAX_RESERVE, self.reserve + RESERVE_STEP)
-            self.spent = self.spent | {"tokens": self.spent["tokens"] - departure.tokens}
-        if seconds:
-            self.resume_at = max(self.resume_at, now + seconds + CLOCK_MARGIN)
-        else:
-            self.resume_at = max(self.resume_at, self.refused_at + backoff(self.refusals, self.jitter()))
-
-    def succeed(self) -> None:
-        self.refusals = 0
-        self.slots = min(self.max_workers, self.slots + 1 / self.slots)
-        self.reserve = max(1.0, self.reserve - RESERVE_STEP / 200)  # so that one call in 200 may be refused
-
-
-def kind_of(limit_name: str) -> str:
-    """Of the limit "project-tokens": "tokens"."""
-    return "tokens" if "tokens" in limit_name else "requests"
-
-
-def backoff(failures: int, jitter: float) -> float:
-    """Seconds to wait after so many failures in a row: half a second, doubled each time, a minute at most."""
-    return min(MAX_BACKOFF, 0.5 * 2.0 ** (failures - 1)) * jitter
-
-
-def rate_limits(headers: Mapping[str, str]) -> dict[str, tuple[float, float, float]]:
-    """Limit, remaining and seconds until full, by the limit's name: {"requests": (60.0, 59.0, 1.0)}."""
-    prefix = "x-ratelimit-limit-"
-    found = {}
-    for name in [header.lower().removeprefix(prefix) for header in headers if header.lower().startswith(prefix)]:
-        with contextlib.suppress(KeyError, ValueError):
-            limit, remaining = (float(headers[f"x-ratelimit-{what}-{name}"]) for what in ("limit", "remaining"))
-            if 0 <= remaining <= limit > 0:  # Azure sends 0 and -1
-                found[name] = limit, remaining, seconds_of(headers.get(f"x-ratelimit-reset-{name}", ""))
-    return found
-
-
-def seconds_of(duration: str) -> float:
-    """seconds_of("6m0.5s") == 360.5."""
-    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-    return sum(float(number) * units[unit] for number, unit in re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", duration))
-
-
-# --- Budget -----------------------------------------------------------------------------------------------
-#
-# In: a cap and amounts of US dollars. Out: whether a call may leave. Earlier runs on the store and open jobs count.
-
-
-@dataclass
-class Budget:
-    """The most that a call can cost counts until its bill is there, and stays where none comes.
-
-    So the cap is passed at most by what calls in flight cost beyond their bounds.
-    """
-
-    cap: float | None
-    spent: float  # by all runs on this store
-    set_aside: float  # the most that calls in flight and open jobs can cost
-
-    def reserve(self, bound: float) -> bool:
-        """Set a call's bound aside, if it fits."""
-        fits = self.cap is None or self.spent + self.set_aside + bound <= self.cap
-        self.set_aside += bound if fits else 0.0
-        return fits
-
-    def settle(self, bound: float, cost: float) -> None:
-        """Put the bill in place of a bound, or what it may have cost if no bill came."""
-        self.set_aside = max(0.0, self.set_aside - bound)
-        self.spent += cost
-
-    def exceeded(self, bound: float) -> BudgetExceeded:
-        return BudgetExceeded(
-            f"The next call may cost up to {dollars(bound)}, which could exceed `max_cost` {self.cap:g} (spent: "
-            f"{dollars(self.spent)}, set aside: {dollars(self.set_aside)}): raise it and run the same command to "
-            "continue."
-        )
-
-
-# --- Sending ----------------------------------------------------------------------------------------------
-#
-# In: attempts. Out: pairs of an attempt and a verdict, each as it lands. A sender waits, retries, splits and probes as
-# the verdicts say; it never looks into an answer.
-
-Landed: TypeAlias = Generator[tuple[Attempt, Verdict], None, None]
-
-CALL_SECONDS = 600.0  # after which a call is given up whose reply only trickles in; the timeout, if that is longer
-STOP_SECONDS = 8.0  # how long a stop waits for calls in flight, or as long as the slowest answer has taken
-MAX_UNPROVEN = 20  # calls at once, until a row has been answered
-MAX_PROBE_CALLS = 16
-HARMLESS = "The library is open from nine to five."
-
-
-class Calls:
-    """Calls in threads, at most `workers` at once, each of which ends, however slowly its reply trickles in.
-
-    Threads only call. All decisions are made in the main thread, so there is no lock.
-    """
-
-    def __init__(self, workers: int, timeout: float) -> None:
-        self.longest = max(CALL_SECONDS, timeout)
-        self.new_pool = partial(ThreadPoolExecutor, workers, thread_name_prefix="enrich")
-        self.pool = self.new_pool()
-        self.completed: queue.SimpleQueue[Future[Reply]] = queue.SimpleQueue()
-        self.started: dict[Future[Reply], float] = {}  # calls that have not come back, the oldest first
-        self.slowest = 0.0  # seconds that an answer has taken
-        self.stopped_at = math.inf
-
-    def __enter__(self) -> Calls:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
-    def start(self, call: Callable[[], Reply]) -> Future[Reply]:
-        """Start a call, which `wait_for_one` will return."""
-        made = self.pool.submit(call)
-        self.started[made] = time.monotonic()
-        made.add_done_callback(self.completed.put)
-        return made
-
-    def wait_for_one(self, pause: float, is_stopping: bool) -> tuple[Future[Reply], Reply] | None:
-        """A call that came back, and its reply; None if none does within `pause` seconds.
-
-        The oldest comes back as if it had timed out if it takes too long; its thread is left behind with its pool.
-        """
-        now, oldest = time.monotonic(), next(iter(self.started), None)
-        self.stopped_at = min(self.stopped_at, now) if is_stopping else math.inf
-        if oldest is not None:
-            age, stopped_for = now - self.started[oldest], now - self.stopped_at
-            if age > self.longest or stopped_for > max(STOP_SECONDS, self.slowest):
-                self.pool.shutdown(wait=False)
-                self.pool = self.new_pool()
-                del self.started[oldest]
-                return oldest, Reply(0, {}, None, age, "no whole answer in time")
-        try:
-            made = self.completed.get(timeout=pause)
-        except queue.Empty:
-            return None
-        if self.started.pop(made, None) is None:  # it had been given up
-            return None
-        return made, made.result()  # a bug in it is raised here, in the main thread
-
-
-class LiveSender:
-    """Makes chat calls, at most `max_workers` at once.
-
-    No worker sleeps while an attempt waits, and what is in flight is all that can still be billed after a stop.
-    """
-
-    tier = "standard"  # at which its calls are billed
-
-    def __init__(
-        self, task: Task, evidence: Evidence, budget: Budget, stop: threading.Event, progress: Progress
-    ) -> None:
-        self.options, self.server, self.warn = task.options, task.server, task.console.warn
-        self.evidence, self.budget, self.stop, self.progress = evidence, budget, stop, progress
-        self.prompt = task.prompt
-        self.pace = Pace(int(self.options.max_workers))
-        self.calls = Calls(int(self.options.max_workers), self.options.timeout)
-        self.in_flight: dict[Future[Reply], Attempt] = {}
-        self.again: deque[Attempt] = deque()  # parts of attempts, which go before new ones
-        self.waiting: list[Attempt] = []  # a heap
-        self.parked: list[Attempt] = []  # until the probe has found what the server takes
-        self.error: EnrichmentError | None = None  # the first one after which no call is made
-        self.told: set[str] = set()  # the reasons of rows given up that were reported in the server's words
-
-    def send(self, attempts: Iterable[Attempt]) -> Landed:
-        """Yield each attempt with its verdict; at the end raise what ended the run early, if anything did."""
-        new = iter(attempts)
-        with self.calls:
-            while self.in_flight or (self.is_running and (self.parked or self.waiting or self._fill(new))):
-                if self.parked and not self.in_flight:
-                    yield from self._settle_parked()
-                    continue
-                pause = self._launch(new)
-                if self.stop.is_set() and self.calls.stopped_at == math.inf:
-                    self.warn(f"Stopping: calls in flight: {len(self.in_flight)}. Ctrl-C again stops without waiting.")
-                returned = self.calls.wait_for_one(pause, is_stopping=not self.is_running)
-                if not returned:
-                    continue
-                attempt = self.in_flight.pop(returned[0])
-                verdict = self._take_in(attempt, returned[1])
-                has_landed = self._follow(attempt, verdict)
-                self._launch(new)  # before the caller spends time on the attempt
-                if has_landed:
-                    yield attempt, verdict
-            for attempt in [*self.waiting, *self.parked]:
-                if attempt.calls:  # recorded, since its calls may have been billed
-                    yield attempt, Verdict(Action.STOP, "not answered before the stop")
-        if self.error:
-            raise self.error
-        if self.stop.is_set():
-            raise Stopped
-
-    @property
-    def is_running(self) -> bool:
-        return not self.error and not self.stop.is_set()
-
-    def _fill(self, new: Iterator[Attempt]) -> bool:
-        """Have the next attempt in `again`, if there is one, in a size that is not known to be too long."""
-        if not self.again:
-            self.again.extend(itertools.islice(new, 1))
-        while self.again and self.evidence.is_too_long(self.again[0]):
-            longest = self.again.popleft()
-            self.again.extendleft(reversed(longest.halves(longest.rows)))
-            self.progress.expect(1)
-        return bool(self.again)
-
-    def _launch(self, new: Iterator[Attempt]) -> float:
-        """Start the calls that may start now; return the seconds until another one may, half a second at most."""
-        parameters = self.evidence.parameters
-        while (
-            self.is_running
-            and not self.parked
-            and len(self.in_flight) < self._max_at_once
-            and (self.waiting or self._fill(new))
-        ):
-            now = time.monotonic()
-            # While nothing but failures comes, what waits for its next try is enough to see the end of it.
-            is_held = self.evidence.failing_since < math.inf and len(self.waiting) >= max(5, 2 * self._max_at_once)
-            if not (self.waiting and self.waiting[0].due <= now) and not is_held and self._fill(new):
-                attempt = self.again.popleft()
-                attempt.due, attempt.tier = now, self.tier
-                heapq.heappush(self.waiting, attempt)
-            attempt = self.waiting[0]
-            if attempt.due > now:
-                return min(0.5, attempt.due - now)
-            # OpenAI counts the larger of the two against its limit (guides/rate-limits).
-            tokens = float(max(prompt_tokens(attempt, parameters), max_answer_tokens(attempt)))
-            wait = self.pace.delay(tokens, now)
-            if wait > 0:
-                self.progress.waiting(wait)
-                return min(0.5, wait)
-            bound = 0.0 if self.budget.cap is None else self.server.worst_cost(attempt, parameters, self.tier)
-            if not self.budget.reserve(bound):
-                if not self.in_flight:  # otherwise what these leave of their bounds may do
-                    self.error = self.budget.exceeded(bound)
-                return 0.5
-            heapq.heappop(self.waiting)
-            attempt.parameters, attempt.bound = parameters, bound
-            attempt.departure = self.pace.leave(tokens, now)
-            call = partial(self.server.chat, build_body(attempt, parameters))
-            self.in_flight[self.calls.start(call)] = attempt
-        return 0.5
-
-    @property
-    def _max_at_once(self) -> int:
-        return int(self.pace.slots) if self.evidence.works else min(int(self.pace.slots), MAX_UNPROVEN)
-
-    def _take_in(self, attempt: Attempt, reply: Reply) -> Verdict:
-        """Add a reply to its attempt, and to all that is learned from replies."""
-        now = time.monotonic()
-        self._settle(attempt, reply, now)
-        verdict = self._judge(attempt, reply, now)
-        if verdict.action is Action.DONE or verdict.is_refusal:
-            self.pace.succeed()
-            self.calls.slowest = max(self.calls.slowest, reply.seconds)
-        if verdict.is_rate:
-            self._note_limit(reply, attempt, verdict, now)
-        return verdict
-
-    def _judge(self, attempt: Attempt, reply: Reply, now: float) -> Verdict:
-        """The verdict on a reply, which adds to the evidence."""
-        if is_failure(reply):
-            attempt.tries += 1
-            attempt.failing_since = min(attempt.failing_since, now)
-        verdict = judge(reply, attempt, self.evidence, self.server, now)
-        if news := self.evidence.note(reply, attempt, verdict, now):
-            self.warn(f"{self.server.host} {news}")
-        return verdict
-
-    def _settle(self, attempt: Attempt, reply: Reply, now: float) -> None:
-        """Take in what a live call has cost, and what its reply says of limits."""
-        self.pace.observe(reply.headers, attempt.departure, now)
-        cost, unconfirmed = self.server.billed(reply, LiveSender.tier, self.server.user_price, self.server.model), 0.0
-        if cost is None and reply.may_be_billed and self.server.knows_price:
-            unconfirmed = attempt.bound or self.server.worst_cost(attempt, attempt.parameters, LiveSender.tier)
-        self.budget.settle(attempt.bound, unconfirmed if cost is None else cost)
-        attempt.take_in(reply, cost, unconfirmed)
-
-    def _note_limit(self, reply: Reply, attempt: Attempt, verdict: Verdict, now: float) -> None:
-        """Make all calls wait, and say so where that is long."""
-        known = self.pace.resume_at
-        self.pace.refuse(verdict.seconds or 0.0, attempt.departure, now)
-        if self.pace.resume_at > max(now + 30, known + 1):  # short waits, and those reported already, are no news
-            said = self.server.server_message(reply, attempt.rows)
-            self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.{said}")
-
-    def _follow(self, attempt: Attempt, verdict: Verdict) -> bool:
-        """Do what a verdict says; return whether the attempt has landed."""
-        action = verdict.action
-        if action in {Action.DONE, Action.SPLIT, Action.GIVE_UP}:
-            parts = self._parts(attempt, verdict)
-            self.again.extendleft(reversed(parts))
-            self.progress.expect(len(parts))
-            self._report_refusal(attempt, verdict)
-            return True
-        if action is Action.ADAPT and verdict.parameters is None:
-            self.parked.append(attempt)
-            return False
-        if action is Action.STOP:
-            self.error = self.error or ProviderError(verdict.reason)
-        if verdict.parameters:
-            self._adopt(verdict.parameters)
-        if verdict.is_refusal:
-            attempt.reasons += (verdict.reason,)
-        return self._send_again(attempt, verdict)
-
-    def _send_again(self, attempt: Attempt, verdict: Verdict) -> bool:
-        """Let an attempt wait for its next call; return whether it has landed."""
-        wait = 0.0 if verdict.is_rate or verdict.parameters else verdict.seconds  # a rate makes all calls wait
-        wait = backoff(attempt.tries, self.pace.jitter()) if wait is None else wait
-        due, id_set = time.monotonic() + wait, verdict.id_set or attempt.id_set
-        heapq.heappush(self.waiting, replace(attempt, due=due, id_set=id_set))  # after a stop only to be recorded
-        return False
-
-    def _report_refusal(self, attempt: Attempt, verdict: Verdict) -> None:
-        """Say in the server's words, once for each reason, why a row is given up."""
-        said = self.server.server_message(attempt.reply, attempt.rows) if attempt.reply else ""
-        if verdict.action is Action.GIVE_UP and said and verdict.reason not in self.told:
-            self.told.add(verdict.reason)
-            self.warn(f"A row is left blank: {verdict.reason}.{said}")
-
-    def _parts(self, attempt: Attempt, verdict: Verdict) -> list[Attempt]:
-        """What is sent again of an attempt that has landed; one that failed on the server leaves its parts one try."""
-        if verdict.action is Action.GIVE_UP:
-            return []
-        rows = tuple(verdict.problems) if verdict.action is Action.DONE else attempt.rows
-        if verdict.action is Action.SPLIT and attempt.reply and is_failure(attempt.reply):
-            is_last = len(rows) == 2  # lone rows have two tries: most failures are chance
-            return attempt.halves(rows, tries=max(0, max_tries_alone(self.server) - 1 - is_last))
-        return attempt.halves(rows, tries=0, failing_since=math.inf)
-
-    def _adopt(self, parameters: Parameters) -> None:
-        """Send all that follows under these parameters, and say what is different."""
-        changed = differences(self.evidence.parameters, parameters)
-        if changed:
-            self.warn(f"{self.server.host} rejects a parameter of the request: continuing with {changed}.")
-        if self.evidence.works:  # more room alone is no other form
-            self.evidence.forms.add(parameters.form)
-        self.evidence.parameters = parameters
-        if self.server.is_capped and parameters.completion_bound is None and not {*BOUNDS} & {*self.prompt.extra_body}:
-            self.error = self.error or ProviderError(
-                f"{self.server.host} cannot limit the length of completions, so the cost cannot be capped: drop "
-                "`max_cost`."
-            )
-
-    # The probe: what this server takes is found out with one harmless text, asked alone.
-
-    def _settle_parked(self) -> Landed:
-        """Judge again what waits for the probe: by what has been answered meanwhile, or else after probing."""
-        for is_probed in (False, True):
-            parked, self.parked = self.parked, []
-            for attempt in parked:
-                now, reply = time.monotonic(), attempt.reply or Reply(0, {}, None, 0.0)
-                if self.evidence.answered_at > attempt.failing_since:
-                    # What failed in an outage that is over is asked once more before it is split or given up.
-                    attempt.tries = min(attempt.tries, max_tries_alone(self.server) - 1)
-                verdict = judge(reply, attempt, self.evidence, self.server, now)
-                if is_probed and verdict.action is Action.ADAPT and not verdict.parameters:
-                    verdict = within_jobs(Verdict(Action.RETRY, verdict.reason), attempt)
-                if self._follow(attempt, verdict):
-                    yield attempt, verdict
-            if not self.parked or is_probed:
-                return
-            yield from self.probe(self.parked[0].prompt)
-            if not self.is_running:
-                return
-
-    def probe(self, prompt: Prompt) -> Landed:
-        """Ask one harmless text, at most 16 times, and adopt the parameters under which it is answered.
-
-        (a) as it is; (b) without what the server's words point at; (c) at its simplest; (d) from there with one part
-        after the other put back. If it is answered in no way, the run ends with the words of (a).
-        """
-        evidence, current = self.evidence, self.evidence.parameters
-        tried: list[tuple[Attempt, Verdict]] = []
-        room = current.room  # more, where the answer is cut off at our bound
-
-        def ask(parameters: Parameters, about: Prompt = prompt) -> Generator[tuple[Attempt, Verdict], None, bool]:
-            """Whether it is answered; a reply with 2xx and no answer is asked for once more."""
-            nonlocal room
-            left = 2
-            while left and len(tried) < MAX_PROBE_CALLS:
-                attempt = yield from self._ask_alone(replace(parameters, room=max(room, parameters.room)), about)
-                if not attempt or not attempt.reply:
-                    return False
-                roomier = with_room(attempt.reply, attempt, attempt.parameters)
-                room, left = roomier.room if roomier else room, left if roomier else left - 1
-                answers, problems = check_answers(find_answers(attempt.reply, attempt), attempt)
-                tried.append((attempt, Verdict(Action.DONE, answers=answers, problems=problems)))
-                if answers or attempt.reply.error_status // 100 != 2:
-                    return bool(answers)
-            return False
-
-        def last() -> Reply:
-            return tried[-1][0].reply or Reply(0, {}, None, 0.0)
-
-        if (yield from ask(current)):  # (a)
-            return self._works_with(replace(current, room=room))
-        if not tried or not self.is_running:
-            return None
-        first, problems = last(), tried[-1][1].problems
-        is_failing = is_failure(first)
-        if first_choice(first.body).get("finish_reason") == "length" and current.completion_bound:
-            bound = max_completion_tokens(tried[-1][0], tried[-1][0].parameters)
-            return self._end_by(
-                f"{self.server.host} came to no answer in {bound:,} tokens, not even about a harmless text: try "
-                "another `model`, or have it think less (`extra_body`)."
-            )
-        verdict = judge(first, tried[-1][0], replace(evidence, parameters=current), self.server, time.monotonic())
-        if verdict.action is Action.STOP:
-            return self._end_by(verdict.reason)
-        found, lower = None, current
-        while first.status and not found and len(tried) < MAX_PROBE_CALLS // 2 and self.is_running:  # (b)
-            words = " ".join([*last().error.names, last().error.message])
-            pointed = fall_back(lower, words) if last().error_status >= 400 else None
-            if pointed is None or not self._is_allowed(pointed):
-                break
-            lower = pointed
-            found = lower if (yield from ask(lower)) else None
-        simplest = Parameters(Format.TEXT, {}, current.completion_bound if self.server.is_capped else None, 0, False)
-        if first.status and not found and (yield from ask(simplest)):  # (c)
-            found = simplest
-            for richer in RICHER:  # (d)
-                wanted = richer(found, current)
-                if wanted != found and len(tried) < MAX_PROBE_CALLS and self.is_running and (yield from ask(wanted)):
-                    found = wanted
-        if not self.is_running:
-            return None
-        if found and is_failing:  # a 5xx is no verdict on a form: the form as it is may be answered by now
-            found = current if (yield from ask(current)) else found
-        tries, until = 0, time.monotonic() + UNREACHABLE_SECONDS
-        while not found and is_failing and tries < self.server.max_retries and self.is_running:
-            if not evidence.reached and time.monotonic() > until:
-                break
-            tries += 1
-            self._pause(backoff(tries, self.pace.jitter()))
-            tried[:] = tried[-1:]  # these waits have no end but that of the retries
-            found = current if (yield from ask(current)) else None
-        if not self.is_running:
-            return None
-        if found:
-            return self._works_with(replace(found, room=max(found.room, room)))
-        if is_failing:
-            return self._end_by(self._failing_line(first))
-        is_ours = yield from ask(simplest, prompt.neutral)
-        useless = next((t for t in tried if t[0].reply and t[0].reply.status // 100 == 2), None)
-        if useless and useless[0].reply and not useless[0].reply.error.message:  # answered, at last, but not usably
-            first, problems = useless[0].reply, useless[1].problems
-        return self._end_by(self._useless_line(first, problems, is_ours))
-
-    def _ask_alone(
-        self, parameters: Parameters, prompt: Prompt
-    ) -> Generator[tuple[Attempt, Verdict], None, Attempt | None]:
-        """An attempt about the harmless text, once its call has come back; a rate limit is waited for."""
-        while self.is_running:
-            attempt = Attempt((Row(digest(HARMLESS), HARMLESS, None),), prompt, is_probe=True)
-            tokens = float(prompt_tokens(attempt, parameters))
-            if self.server.is_capped:
-                attempt.bound = self.server.worst_cost(attempt, parameters, LiveSender.tier)
-            if not self.budget.reserve(attempt.bound):
-                self.error = self.budget.exceeded(attempt.bound)
-                return None
-            self._pause(self.pace.delay(tokens, time.monotonic()))
-            if not self.is_running:
-                return None
-            attempt.parameters, attempt.departure = parameters, self.pace.leave(tokens, time.monotonic())
-            body = build_body(attempt, parameters)
-            reply, now = self._reply_to(partial(self.server.chat, body)), time.monotonic()
-            self._settle(attempt, reply, now)
-            self.evidence.reached |= reply.status > 0
-            self.progress.expect(1)
-            yield attempt, Verdict(Action.DONE)
-            verdict = judge(reply, attempt, self.evidence, self.server, now)
-            if not verdict.is_rate:
-                return attempt
-            self.evidence.limited_since = min(self.evidence.limited_since, now)
-            self._note_limit(reply, attempt, verdict, now)
-        return None
-
-    def _reply_to(self, call: Callable[[], Reply]) -> Reply:
-        """Make a call while no other is in flight."""
-        self.calls.start(call)
-        returned = None
-        while not returned:
-            returned = self.calls.wait_for_one(0.2, is_stopping=not self.is_running)
-        return returned[1]
-
-    def _pause(self, seconds: float) -> None:
-        """Wait, unless the run is to stop."""
-        until = time.monotonic() + seconds
-        while self.is_running and (left := until - time.monotonic()) > 0:
-            self.progress.waiting(left)
-            self.stop.wait(min(0.5, left))
-
-    def _is_allowed(self, parameters: Parameters) -> bool:
-        return parameters.completion_bound is not None or not self.server.is_capped
-
-    def _works_with(self, parameters: Parameters) -> None:
-        self._adopt(parameters)
-        self.evidence.forms.add(parameters.form)
-        self.evidence.answered_at, self.evidence.refusals = time.monotonic(), 0
-        self.evidence.failing_since = math.inf
-
-    def _end_by(self, line: str) -> None:
-        self.error = self.error or ProviderError(line)
-
-    def _failing_line(self, reply: Reply) -> str:
-        reason, said = reply.reason or f"HTTP {reply.error_status}", self.server.server_message(reply, ())
-        return (
-            f"{self.server.host} fails every request ({reason}). Try later, then run the same command: what came back "
-            f"is kept.{said}"
-        )
-
-    def _useless_line(self, reply: Reply, problems: Mapping[Row, str], is_ours: bool) -> str:
-        """For a server that answers not even a harmless text; `is_ours`: but it does under two labels of our own."""
-        said = self.server.server_message(reply, ())
-        cause = " It answers without your labels and instructions: look for what it refuses there." if is_ours else ""
-        if self.server.is_capped and str(self.evidence.parameters.completion_bound) in reply.error.message:
-            return (
-                f"{self.server.host} cannot limit the length of completions, so the cost cannot be capped: drop "
-                f"`max_cost`.{said}"
-            )
-        if reply.error_status // 100 == 2 and not reply.error.message:
-            return (
-                f"{self.server.host} gives no answer that can be used, not even about a harmless text: "
-                f"{refusal_reason(reply, problems)}. Try another `model`, or another server.{said}{cause}"
-            )
-        return self.server.explain(reply, [row for attempt in self.parked for row in attempt.rows]) + cause
-
-
-# Parts of a request as they are put back, one after the other; each gives the same parameters where it adds nothing.
-RICHER: tuple[Callable[[Parameters, Parameters], Parameters], ...] = (
-    lambda found, _: replace(found, has_system_role=True),
-    lambda found, _: replace(found, format=Format.PLAIN_SCHEMA),
-    lambda found, _: replace(found, format=Format.JSON) if found.format is Format.TEXT else found,
-    lambda found, wanted: replace(found, completion_bound=wanted.completion_bound),
-    lambda found, wanted: with_extra(found, wanted, "temperature"),
-    lambda found, wanted: with_extra(found, wanted, "reasoning_effort"),
-)
-
-
-def with_extra(found: Parameters, wanted: Parameters, name: str) -> Parameters:
-    return replace(found, extras=found.extras | {k: v for k, v in wanted.extras.items() if k == name})
-
-
-# --- Jobs -------------------------------------------------------------------------------------------------
-#
-# In: attempts. Out: the same pairs as above, by way of OpenAI's Batch API, whose own object is called `remote` here.
-# In turn: submit what is not asked yet, collect what has ended, wait or leave. The SDK repeats calls that fail.
-
-# OpenAI, guides/batch.
-JOB_REQUESTS = 50_000
-JOB_BYTES = 200_000_000
-LINE_BYTES = 8_000_000  # of a line of a job's files, as of a live reply
-ENDED = {"completed", "failed", "expired", "cancelled"}
-QUEUE_FULL = re.compile(r"enqueued token limit|token_limit_exceeded", re.IGNORECASE)
-# Of a file that was uploaded, and is not there yet for those who make jobs of it.
-FILE_UNKNOWN = re.compile(
-    r"file.*(pending|running|find|found|exist|ready|processed)|(pending|find|such).*file", re.DOTALL | re.IGNORECASE
-)
-FIND_SECONDS = 60.0  # how long a job is looked for whose creation was not confirmed: lists may lag behind
-FILE_SECONDS = 300.0  # how long an uploaded file may take until a job can be made of it
-MAX_PAGES = 50  # of a list of jobs, which may claim to have no end
-
-
-@dataclass
-class Job:
-    """A Batch API job of ours, from before it is created until its last attempt is in the store."""
-
-    tag: str  # by which it is found among the account's jobs, in its metadata
-    server: str  # its address
-    parameters: Parameters
-    user_price: tuple[float, float] | None  # US dollars per million tokens; it is billed as it was ordered
-    planned_at: float = field(default_factory=time.time)  # seconds since 1970
-    set_aside: float = 0.0  # US dollars
-    remote_id: str | None = None
-    attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
-
-    @property
-    def rows(self) -> Iterator[Row]:
-        return (row for attempt in self.attempts.values() for row in attempt.rows)
-
-
-class JobSender(LiveSender):
-    """Sends attempts as jobs of OpenAI's Batch API, and collects those of earlier runs.
-
-    The store has each job before the provider has it, so that whatever ends this program, the next run finds the job
-    again, and nothing is submitted twice.
-    """
-
-    tier = "batch"
-
-    def __init__(
-        self, task: Task, evidence: Evidence, budget: Budget, stop: threading.Event, progress: Progress
-    ) -> None:
-        super().__init__(task, evidence, budget, stop, progress)
-        self.task, self.store = task, task.store
-        self.jobs: list[Job] = []
-        self.max_requests = JOB_REQUESTS  # per job; fewer once the account's queue has proved to be smaller
-        self.queue_is_full = False  # then nothing is submitted until a job ends
-
-    def send(self, attempts: Iterable[Attempt]) -> Landed:
-        new = iter(attempts)
-        with self.calls:
-            self._resume()
-            if self._fill(new) and self.store.last_parameters(self.prompt) is None:
-                yield from self._try_live()
-            while self.jobs or self._fill(new):
-                self._submit(new)
-                has_ended = yield from self._collect_ended()
-                if not has_ended and self.options.no_wait:
-                    return
-                if not has_ended:
-                    self._sleep(self.options.poll_interval)
-
-    def _sleep(self, seconds: float) -> None:
-        if self.stop.wait(seconds):
-            raise Stopped
-
-    def _raise_error(self) -> None:
-        if self.error:
-            raise self.error
-        if self.stop.is_set():
-            raise Stopped
-
-    def _try_live(self) -> Landed:
-        """Probe a server that has never answered before its first job; where it refuses live calls, the job goes."""
-        status = 0
-        for attempt, verdict in self.probe(self.prompt):
-            status = attempt.reply.error_status if attempt.reply else 0
-            yield attempt, verdict
-        if self.error and status // 100 == 4:
-            self.error = None
-        self._raise_error()
-
-    def _resume(self) -> None:
-        """Take up the jobs of earlier runs. What never reached the provider goes into the next one."""
-        for job in self.store.open_jobs():
-            if job.server != self.server.address:
-                self.warn(f"Job {job.remote_id} is open at {job.server}: pass that as `base_url` to collect it.")
-                continue
-            for attempt in job.attempts.values():
-                self._restore(attempt)
-            self.progress.expect(len(job.attempts))
-            if job.remote_id is None:
-                job.remote_id = (self._find(job) or {}).get("id")
-                self.store.note_job(job)
-            if job.remote_id is None:
-                self._requeue(job)
-                continue
-            self.jobs.append(job)
-            self.warn(f"Job {job.remote_id} of an earlier run is resumed: {len(job.attempts)} requests.")
-
-    def _restore(self, attempt: Attempt) -> None:
-        """Put texts into an earlier run's attempt, if this run asks the same of the rows that are still here."""
-        table, prompt = self.task.table, self.prompt
-        if {*prompt.questions, *prompt.for_audit().questions}.issuperset(attempt.prompt.questions):
-            places = table.find(b"".join(row.key for row in attempt.rows))
-            found = table.rows(table.first_rows[places[places >= 0]])
-            pairs = zip(attempt.rows, places, strict=True)
-            attempt.rows = tuple(row if place < 0 else next(found) for row, place in pairs)
-            attempt.prompt = replace(attempt.prompt, examples=prompt.examples)
-
-    def _collect_ended(self) -> Generator[tuple[Attempt, Verdict], None, bool]:
-        """Collect the jobs that have ended; return whether there were any."""
-        done, ended = 0, []
-        for job in self.jobs:
-            name = str(job.remote_id)
-            remote = self._get(lambda client, name=name: client.batches.with_raw_response.retrieve(name), name)
-            done += min(len(job.attempts), sum(count_of(remote, kind) for kind in ("completed", "failed")))
-            if remote.get("status") in ENDED:
-                ended.append((job, remote))
-        self.progress.ahead(done)
-        for job, remote in ended:
-            self.jobs.remove(job)
-            self.queue_is_full = False
-            yield from self._collect(job, remote)
-        return bool(ended)
-
-    def _collect(self, job: Job, remote: dict[str, Any]) -> Landed:
-        """What an ended job has settled; the rest goes into the next one."""
-        status, seen = remote.get("status"), set()
-        if status == "failed" and not remote.get("output_file_id"):
-            self._take_back(job, remote)
-            return
-        for kind in ("output_file_id", "error_file_id"):
-            file_id = remote.get(kind)
-            if not file_id:  # "" at some servers, null at others
-                continue
-            reply = self._call(lambda client, name=file_id: client.files.with_raw_response.content(name))
-            if not has_content(reply) and kind == "output_file_id":
-                raise self._refused(reply, thing=str(file_id))
-            with reply.body if has_content(reply) else io.BytesIO() as file:
-                for line in read_lines(file):
-                    seen.add(line["custom_id"])
-                    yield from self._take_line(job, line)
-        if self.parked and self.is_running:
-            yield from self._settle_parked()
-        self._raise_error()
-        if len(seen) < count_of(remote, "completed"):  # they were paid for
-            self.warn(
-                f"Job {job.remote_id} reports {count_of(remote, 'completed')} completed requests, but its files hold "
-                "fewer; keeping it open: run the same command later, or abandon it with `forget_jobs`."
-            )
-            return
-        if job.attempts:
-            self.warn(f"Job {job.remote_id} {status} before all was done: {len(job.attempts)} requests are left.")
-        for attempt in job.attempts.values():
-            attempt.jobs += 1
-        for attempt in self._requeue(job):
-            yield attempt, Verdict(Action.STOP, f"its Batch API job {status} before it was done")
-
-    def _take_line(self, job: Job, line: dict[str, Any]) -> Landed:
-        """What a line of a job's files means for its attempt, if it has one."""
-        attempt = job.attempts.get(str(line["custom_id"]))
-        if attempt is None or not isinstance(line.get("response"), dict):
-            return
-        del job.attempts[attempt.custom_id]
-        status = get_nested(line, "response", "status_code")
-        unsaid = "the job's file holds no answer to it"  # of a line with status 0
-        reply = Reply(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0, unsaid)
-        cost = self.server.billed(reply, self.tier, job.user_price, attempt.prompt.model)
-        self.budget.settle(0.0, cost or 0.0)
-        attempt.take_in(reply, cost, 0.0)
-        attempt.jobs += 1
-        verdict = self._judge(attempt, reply, time.monotonic())
-        if self._follow(attempt, verdict):
-            yield attempt, verdict
-
-    def _send_again(self, attempt: Attempt, verdict: Verdict) -> bool:
-        """In the next job, by an attempt of its own: what this one has cost is recorded whatever becomes of that."""
-        if verdict.action is not Action.STOP and attempt.with_texts:
-            self.again.append(attempt.again(attempt.with_texts, id_set=verdict.id_set or attempt.id_set))
-            self.progress.expect(1)
-        return True
-
-    def _parts(self, attempt: Attempt, verdict: Verdict) -> list[Attempt]:
-        """Each row alone, as far as this run has the texts."""
-        rows = [row for part in super()._parts(attempt, verdict) for row in part.with_texts]
-        return [attempt.again([row], reasons=()) for row in rows] if attempt.jobs < MAX_JOBS else []
-
-    def _take_back(self, job: Job, remote: dict[str, Any]) -> None:
-        """A job that was refused as a whole: the queue is full, its file is not there yet, or for good."""
-        errors = remote["errors"].get("data") if isinstance(remote.get("errors"), dict) else remote.get("errors")
-        said = errors if isinstance(errors, list) else [errors]
-        words = "; ".join(f"{get_nested(error, 'message') or error} ({get_nested(error, 'code')})" for error in said)
-        if self._has_full_queue(job, words):
-            return
-        quoted = self.server.quote(words, job.rows)
-        is_early = FILE_UNKNOWN.search(words) and time.time() - job.planned_at < FILE_SECONDS
-        self._requeue(job)
-        if not is_early:
-            raise ProviderError(f"{self.server.host} rejected job {job.remote_id}: {quoted}")
-
-    def _requeue(self, job: Job) -> list[Attempt]:
-        """End a job: what it left undone goes into the next one, three in all; return what does not."""
-        self.store.forget_job(job)
-        self.budget.settle(job.set_aside, 0.0)
-        undone = list(job.attempts.values())
-        again = [attempt for attempt in undone if attempt.with_texts and attempt.jobs < MAX_JOBS]
-        self.again.extendleft(attempt.again(attempt.with_texts) for attempt in reversed(again))
-        return [attempt for attempt in undone if attempt not in again]
-
-    def _submit(self, new: Iterator[Attempt]) -> None:
-        """Submit as many jobs as the attempts need and the queue and the budget allow."""
-        while self._fill(new) and not self.queue_is_full and not self.stop.is_set():
-            with tempfile.TemporaryFile() as file:
-                job = self._pack(new, file)
-                if not job.attempts:
-                    break
-                self._create(job, file)
-        if self._fill(new) and not self.jobs and not self.stop.is_set():
-            raise self.budget.exceeded(self.server.worst_cost(self.again[0], self.evidence.parameters, self.tier))
-
-    def _pack(self, new: Iterator[Attempt], file: IO[bytes]) -> Job:
-        """Write requests to a job's file, as many as it may hold, and take them from the queue."""
-        parameters = self.evidence.parameters
-        job = Job(uuid.uuid4().hex, self.server.address, parameters, self.server.user_price)
-        while len(job.attempts) < self.max_requests and self._fill(new):
-            attempt = self.again[0]
-            body = build_body(attempt, parameters)
-            line = {"custom_id": attempt.custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
-            encoded = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-            bound = self.server.worst_cost(attempt, parameters, self.tier)
-            if (file.tell() + len(encoded) > JOB_BYTES and job.attempts) or not self.budget.reserve(bound):
-                break
-            job.set_aside += bound
-            file.write(encoded)
-            attempt.parameters, attempt.tier = parameters, self.tier
-            job.attempts[attempt.custom_id] = self.again.popleft()
-        return job
-
-    def _create(self, job: Job, file: IO[bytes]) -> None:
-        """Upload a job's file and create the job from it, which may take a while to be found."""
-        file.seek(0)
-        named = (f"{job.tag}.jsonl", file)
-        uploaded = self._call(lambda client: client.files.with_raw_response.create(file=named, purpose="batch"))
-        if not has_content(uploaded):
-            raise self._refused(uploaded, rows=job.rows)
-        file_id, until = str(uploaded.body.get("id")), time.monotonic() + FILE_SECONDS
-        order = {
-            "endpoint": "/v1/chat/completions",
-            "completion_window": "24h",
-            "metadata": {"enrich_dataset": job.tag},
-        }
-        for tries in itertools.count(1):
-            self.store.plan_job(job)
-            reply = self._call(
-                lambda client: client.batches.with_raw_response.create(input_file_id=file_id, **order),
-                max_retries=0,  # else the SDK might create it twice
-            )
-            job.remote_id = reply.body.get("id") if has_content(reply) else None
-            if not job.remote_id and (is_failure(reply) or reply.status // 100 == 2):
-                job.remote_id = (self._find(job) or {}).get("id")  # which may be there all the same
-            if job.remote_id:
-                break
-            words = " ".join([*reply.error.names, reply.error.message])
-            if self._has_full_queue(job, words):
-                return
-            is_early = reply.status in {400, 404} and FILE_UNKNOWN.search(words.replace(file_id, "file"))
-            may_pass = is_early or (is_temporary(reply) and tries <= self.options.max_retries)
-            if time.monotonic() > until or not may_pass:
-                if has_content(reply) or reply.status // 100 == 4:
-                    self.store.forget_job(job)
-                if has_content(reply):
-                    raise ProviderError(
-                        f"{self.server.host} created a job without an id, so that it could not be collected: its Batch "
-                        "API is not OpenAI's; drop `use_batch_api`."
-                    )
-                raise self._refused(reply, rows=job.rows)
-            self._sleep(requested_wait(reply) or min(self.options.poll_interval, FILE_SECONDS / 60))
-        self.store.note_job(job)
-        self.jobs.append(job)
-        self.warn(
-            f"Job {job.remote_id} submitted: {len(job.attempts)} requests. It continues without this program, which "
-            "you may close; the same command collects the answers."
-        )
-
-    def _has_full_queue(self, job: Job, words: str) -> bool:
-        """Whether a job was refused because the account's queue is full: its requests wait, or go into smaller jobs."""
-        if not QUEUE_FULL.search(words) or not (self.jobs or len(job.attempts) > 1):
-            return False
-        self.queue_is_full = bool(self.jobs)
-        if not self.jobs:
-            self.max_requests = (len(job.attempts) + 1) // 2
-        self._requeue(job)
-        return True
-
-    def _find(self, job: Job) -> dict[str, Any] | None:
-        """The job among the account's, by its tag; looked for until a minute after it was planned, in any order."""
-        started = time.monotonic()
-        while True:
-            for remote in self._all_remote():
-                if get_nested(remote, "metadata", "enrich_dataset") == job.tag:
-                    return remote
-            # By this machine's clock, which may have been set meanwhile, and by the time that has passed here.
-            if max(time.time() - job.planned_at, time.monotonic() - started) >= FIND_SECONDS:
-                return None
-            self._sleep(min(self.options.poll_interval, FIND_SECONDS / 12))
-
-    def _all_remote(self) -> Iterator[dict[str, Any]]:
-        after: dict[str, str] = {}
-        for _ in range(MAX_PAGES):
-            page = self._get(lambda client, after=after: client.batches.with_raw_response.list(limit=100, **after))
-            found = page.get("data")
-            remotes = [remote for remote in found if isinstance(remote, dict)] if isinstance(found, list) else []
-            yield from remotes
-            last = {"after": str(remotes[-1].get("id"))} if remotes else after
-            if last == after or not page.get("has_more"):
-                return
-            after = last
-
-    def _get(self, make: Callable[..., Any], thing: str = "") -> dict[str, Any]:
-        """The object that a call returns; `thing`: what a 404 means to be unknown."""
-        reply = self._call(make)
-        if not has_content(reply):
-            raise self._refused(reply, thing)
-        return cast("dict[str, Any]", reply.body)
-
-    def _call(self, make: Callable[..., Any], max_retries: int | None = None) -> Reply:
-        """A call by the SDK, which repeats it if it fails; a stop does not wait for it."""
-        retries = self.options.max_retries if max_retries is None else max_retries
-        reply = self._reply_to(partial(self.server.call, lambda client: make(client).http_response, retries))
-        if self.stop.is_set() and not reply.status:
-            raise Stopped
-        return reply
-
-    def _refused(self, reply: Reply, thing: str = "", rows: Iterable[Row] = ()) -> ProviderError:
-        """The error of a call that did not succeed; `rows` are what it sent, `thing` what a 404 means to be unknown."""
-        host, status, rows = self.server.host, reply.status, list(rows)
-        said, words = self.server.server_message(reply, rows), " ".join([*reply.error.names, reply.error.message])
-        if requested_wait(reply) > MAX_WAIT:
-            return ProviderError(long_wait_line(host, requested_wait(reply)) + said)
-        if is_temporary(reply) or status // 100 == 2:
-            jobs = " Submitted jobs continue." if self.jobs else ""
-            reason = reply.reason or f"HTTP {status}"
-            return ProviderError(f"{host} fails ({reason}): run the same command later.{jobs}{said}")
-        if status == 413:
-            return ProviderError(f"{host} rejects uploads of this size (HTTP 413): check its limit.{said}")
-        if status in {404, 405} and thing:
-            return ProviderError(
-                f"{host} does not know {thing}: use the key and address it was submitted with, or abandon it with "
-                "`forget_jobs`."
-            )
-        if status in {400, 404} and FILE_UNKNOWN.search(words):
-            return ProviderError(
-                f"{host} does not find the file of a job that it took: run the same command later.{said}"
-            )
-        if status in {404, 405}:
-            return ProviderError(f"{host} has no Batch API (HTTP {status}): drop `use_batch_api`.")
-        return ProviderError(self.server.explain(reply, rows))
-
-
-def is_temporary(reply: Reply) -> bool:
-    """Whether the same call may succeed later."""
-    return is_failure(reply) or (reply.status == 429 and not is_out_of_money(reply))
-
-
-def has_content(reply: Reply) -> bool:
-    """Whether a call returned what it was made for: an object, or an open file."""
-    return reply.status // 100 == 2 and not isinstance(reply.body, (str, int, float, list, type(None)))
-
-
-def count_of(remote: dict[str, Any], kind: str) -> int:
-    count = get_nested(remote, "request_counts", kind)
-    return count if isinstance(count, int) else 0
-
-
-def read_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """The lines of a job's file that are about a request; others leave their request open."""
-    while raw := file.readline(LINE_BYTES):
-        with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(raw)
-            if isinstance(line, dict) and "custom_id" in line:
-                yield line
 
 
 # --- Store ------------------------------------------------------------------------------------------------
@@ -4536,6 +3626,101 @@ class Store:
         return Totals(calls, attempts, seconds, answered, cost, unconfirmed_cost, unconfirmed_calls, usage, *found[12:])
 
 
+# --- Files ------------------------------------------------------------------------------------------------
+#
+# In: paths, and what the store knows of them. Out: files, each written whole or not at all. A file that this program
+# did not write is never replaced.
+
+
+class Files:
+    """The files that a run writes, by what they are."""
+
+    def __init__(self, store: Store, options: Options) -> None:
+        self.store, self.paths, self.options = store, options.written, options
+        self.folder = None if store.path is None else store.path.resolve().parent  # None: the working directory
+
+    def check(self) -> None:
+        """Refuse to replace a file, unless it is unchanged since this program wrote it, or one that cannot be written.
+
+        Whether it can is tried with a draft: permissions, disks and the length of names have no other common sign.
+        """
+        for what, path in self.paths.items():
+            if what == "store":  # which has been opened
+                continue
+            draft = draft_of(path)
+            try:
+                draft.unlink(missing_ok=True)  # left by a run that was killed
+                if not self.options.dry_run:
+                    draft.touch()
+                    draft.unlink()
+            except OSError as error:
+                raise InputError(
+                    f"The {what} {path} could not be written ({error.strerror}): choose another folder or shorter name."
+                ) from None
+            found, known = file_digest(path), self.store.noted(f"digests of {self.name(path)}")
+            if found and not path.stat().st_mode & stat.S_IWUSR:
+                raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
+            if found and what != "sample" and not self.options.overwrite and found not in known.split():
+                why = "was changed since it was written" if known else "was not written by a run on this store"
+                advice = (
+                    " To keep corrections of cells, make it the input of a run with another output: existing 0 and 1 "
+                    "cells are kept."
+                )
+                raise InputError(
+                    f"The {what} {path} {why}, and would be lost: choose another file, or pass `overwrite`."
+                    + (advice if what == "output" else "")
+                )
+
+    @contextlib.contextmanager
+    def replacing(self, what: str) -> Iterator[IO[bytes]]:
+        """A draft that takes the file's place when it is whole, and not before."""
+        path = self.paths[what]
+        target, draft = path.resolve(), draft_of(path)  # behind a link, the file that it points to
+        try:
+            draft.unlink(missing_ok=True)  # also a link that somebody laid there
+            with draft.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(OSError):  # network drives may allow neither
+                before = target.stat()
+                draft.chmod(stat.S_IMODE(before.st_mode))
+                os.chown(draft, before.st_uid, before.st_gid)
+            # Noted before the move, so that a kill between the two leaves a file that is known.
+            note = f"digests of {self.name(path)}"
+            last = self.store.noted(note).split()[-1:]
+            self.store.note(note, " ".join([*last, file_digest(draft)]))
+            draft.replace(target)
+        except OSError as error:
+            raise EnrichmentError(
+                f"{path} cannot be written ({error.strerror}): close the program that has it open, or free some space, "
+                "then run the same command; no answers are lost."
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+    def name(self, path: Path) -> str:
+        """The name under which the store knows it: relative to its own folder, so that both can be moved together."""
+        with contextlib.suppress(ValueError):  # on another drive
+            return os.path.relpath(path.resolve(), self.folder)
+        return str(path.resolve())
+
+
+def draft_of(path: Path) -> Path:
+    """Beside the file, always the same, so that the next run finds what a killed one has left; short enough for any."""
+    target = path.resolve()
+    return target.with_name(f".{digest(target.name).hex()}.tmp")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes; "" if there is no file."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def open_store(options: Options, server: Server) -> Store:
     """The run's store; a file is not made for a dry run, nor where no call to the server could be made."""
     path = options.written.get("store")
@@ -4550,9 +3735,958 @@ def open_store(options: Options, server: Server) -> Store:
     return Store(path)
 
 
+# --- Console ----------------------------------------------------------------------------------------------
+#
+# In: lines. Out: the report on stdout, progress and warnings on stderr, nothing if quiet.
+
+
+class Console:
+    """What is printed; `as_flags` for a command line's users."""
+
+    def __init__(self, quiet: bool, as_flags: bool = False) -> None:
+        self.quiet = quiet
+        self.as_flags = as_flags
+
+    def say(self, *lines: str, verbatim: bool = False) -> None:
+        if not self.quiet:
+            for line in lines:
+                show(line if verbatim else name_options(line, self.as_flags), sys.stdout)
+
+    def warn(self, *lines: str) -> None:
+        for line in lines if not self.quiet else ():
+            from tqdm import tqdm
+
+            with tqdm.external_write_mode(file=sys.stderr):
+                show(name_options(line, self.as_flags), sys.stderr)
+
+    @contextlib.contextmanager
+    def progress(self, total: int, knows_price: bool) -> Iterator[Progress]:
+        with warnings.catch_warnings():  # if a notebook has no widgets, a line of text will do
+            warnings.simplefilter("ignore")
+            from tqdm.auto import tqdm
+
+        live = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        with tqdm(
+            total=total,
+            desc="Processing batches",
+            unit="batch",
+            disable=self.quiet or sys.stderr is None,
+            file=sys.stderr if live else LineWriter(),
+            mininterval=0.1 if live else 10.0,
+            miniters=1,
+            # Rows per second say more than batches do, and both would not fit 80 columns.
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        ) as bar:
+            yield Progress(bar, live, knows_price)
+
+
+class Progress:
+    """The bar: attempts that have landed, of the requests that are known so far."""
+
+    def __init__(self, bar: tqdm[NoReturn], live: bool, knows_price: bool) -> None:
+        self.bar, self.live, self.knows_price = bar, live, knows_price
+        self.done = self.rows = self.failed = 0
+        self.cost = 0.0
+
+    def expect(self, more: int) -> None:
+        """More requests are to be answered."""
+        self.bar.total = (self.bar.total or 0) + more
+
+    def ahead(self, count: int) -> None:
+        """So many are done elsewhere, and have yet to land."""
+        self.bar.n = self.done + count
+        self.bar.refresh()
+
+    def waiting(self, seconds: float) -> None:
+        """No call may leave for so long, because of a rate limit; where no terminal redraws it, no line tells this."""
+        if seconds >= 1 and self.live:
+            self.bar.set_postfix_str(f"rate limit, waiting {seconds:.0f} s")
+
+    def landed(self, attempt: Attempt, verdict: Verdict) -> None:
+        """One more has landed."""
+        self.done += 1
+        self.rows += 0 if attempt.is_probe else len(verdict.answers)
+        self.failed += verdict.action is Action.GIVE_UP
+        self.cost += attempt.cost or 0.0
+        elapsed = self.bar.format_dict["elapsed"]
+        note = [f"{self.rows / elapsed:.0f} rows/s"] if elapsed else []
+        note += [f"{self.failed} failed"] if self.failed else []
+        note += [dollars(self.cost)] if self.knows_price or self.cost else []
+        self.bar.set_postfix_str(", ".join(note), refresh=False)
+        self.bar.n = self.done
+        self.bar.update(0)
+
+
+class LineWriter(io.StringIO):
+    """Where no terminal redraws a line, a bar is lines."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            show(text.strip(), sys.stderr)
+        return len(text)
+
+
+def show(line: str, stream: TextIO | None) -> None:
+    """Print a line in what the stream can show; a stream that is gone does not end a run that is paid for."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        line = line.replace("✓", "*").replace("✗", "!").encode(encoding, "replace").decode(encoding)
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=stream, flush=True)
+
+
+# --- Sending ----------------------------------------------------------------------------------------------
+#
+# In: attempts. Out: pairs of an attempt and a verdict, each as it lands. A sender waits, retries, splits and probes as
+# the verdicts say; it never looks into an answer.
+
+Landed: TypeAlias = Generator[tuple[Attempt, Verdict], None, None]
+
+CALL_SECONDS = 600.0  # after which a call is given up whose reply only trickles in; the timeout, if that is longer
+STOP_SECONDS = 8.0  # how long a stop waits for calls in flight, or as long as the slowest answer has taken
+MAX_UNPROVEN = 20  # calls at once, until a row has been answered
+MAX_PROBE_CALLS = 16
+HARMLESS = "The library is open from nine to five."
+
+
+class Calls:
+    """Calls in threads, at most `workers` at once, each of which ends, however slowly its reply trickles in.
+
+    Threads only call. All decisions are made in the main thread, so there is no lock.
+    """
+
+    def __init__(self, workers: int, timeout: float) -> None:
+        self.longest = max(CALL_SECONDS, timeout)
+        self.new_pool = partial(ThreadPoolExecutor, workers, thread_name_prefix="enrich")
+        self.pool = self.new_pool()
+        self.completed: queue.SimpleQueue[Future[Reply]] = queue.SimpleQueue()
+        self.started: dict[Future[Reply], float] = {}  # calls that have not come back, the oldest first
+        self.slowest = 0.0  # seconds that an answer has taken
+        self.stopped_at = math.inf
+
+    def __enter__(self) -> Calls:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def start(self, call: Callable[[], Reply]) -> Future[Reply]:
+        """Start a call, which `wait_for_one` will return."""
+        made = self.pool.submit(call)
+        self.started[made] = time.monotonic()
+        made.add_done_callback(self.completed.put)
+        return made
+
+    def wait_for_one(self, pause: float, is_stopping: bool) -> tuple[Future[Reply], Reply] | None:
+        """A call that came back, and its reply; None if none does within `pause` seconds.
+
+        The oldest comes back as if it had timed out if it takes too long; its thread is left behind with its pool.
+        """
+        now, oldest = time.monotonic(), next(iter(self.started), None)
+        self.stopped_at = min(self.stopped_at, now) if is_stopping else math.inf
+        if oldest is not None:
+            age, stopped_for = now - self.started[oldest], now - self.stopped_at
+            if age > self.longest or stopped_for > max(STOP_SECONDS, self.slowest):
+                self.pool.shutdown(wait=False)
+                self.pool = self.new_pool()
+                del self.started[oldest]
+                return oldest, Reply(0, {}, None, age, "no whole answer in time")
+        try:
+            made = self.completed.get(timeout=pause)
+        except queue.Empty:
+            return None
+        if self.started.pop(made, None) is None:  # it had been given up
+            return None
+        return made, made.result()  # a bug in it is raised here, in the main thread
+
+
+class LiveSender:
+    """Makes chat calls, at most `max_workers` at once.
+
+    No worker sleeps while an attempt waits, and what is in flight is all that can still be billed after a stop.
+    """
+
+    tier = "standard"  # at which its calls are billed
+
+    def __init__(
+        self, task: Task, evidence: Evidence, budget: Budget, stop: threading.Event, progress: Progress
+    ) -> None:
+        self.options, self.server, self.warn = task.options, task.server, task.console.warn
+        self.evidence, self.budget, self.stop, self.progress = evidence, budget, stop, progress
+        self.prompt = task.prompt
+        self.pace = Pace(int(self.options.max_workers))
+        self.calls = Calls(int(self.options.max_workers), self.options.timeout)
+        self.in_flight: dict[Future[Reply], Attempt] = {}
+        self.to_send: deque[Attempt] = deque()  # parts of attempts, which go before new ones
+        self.waiting: list[Attempt] = []  # a heap
+        self.parked: list[Attempt] = []  # until the probe has found what the server takes
+        self.error: EnrichmentError | None = None  # the first one after which no call is made
+        self.told: set[str] = set()  # the reasons of rows given up that were reported in the server's words
+
+    def send(self, attempts: Iterable[Attempt]) -> Landed:
+        """Yield each attempt with its verdict; at the end raise what ended the run early, if anything did."""
+        new = iter(attempts)
+        with self.calls:
+            while self.in_flight or (self.is_running and (self.parked or self.waiting or self._fill(new))):
+                if self.parked and not self.in_flight:
+                    yield from self._settle_parked()
+                    continue
+                pause = self._launch(new)
+                if self.stop.is_set() and self.calls.stopped_at == math.inf:
+                    self.warn(f"Stopping: calls in flight: {len(self.in_flight)}. Ctrl-C again stops without waiting.")
+                returned = self.calls.wait_for_one(pause, is_stopping=not self.is_running)
+                if not returned:
+                    continue
+                attempt = self.in_flight.pop(returned[0])
+                verdict = self._take_in(attempt, returned[1])
+                has_landed = self._follow(attempt, verdict)
+                self._launch(new)  # before the caller spends time on the attempt
+                if has_landed:
+                    yield attempt, verdict
+            for attempt in [*self.waiting, *self.parked]:
+                if attempt.calls:  # recorded, since its calls may have been billed
+                    yield attempt, Verdict(Action.STOP, "not answered before the stop")
+        if self.error:
+            raise self.error
+        if self.stop.is_set():
+            raise Stopped
+
+    @property
+    def is_running(self) -> bool:
+        return not self.error and not self.stop.is_set()
+
+    def _fill(self, new: Iterator[Attempt]) -> bool:
+        """Have the next attempt in `again`, if there is one, in a size that is not known to be too long."""
+        if not self.to_send:
+            self.to_send.extend(itertools.islice(new, 1))
+        while self.to_send and self.evidence.is_too_long(self.to_send[0]):
+            longest = self.to_send.popleft()
+            self.to_send.extendleft(reversed(longest.halves(longest.rows)))
+            self.progress.expect(1)
+        return bool(self.to_send)
+
+    def _launch(self, new: Iterator[Attempt]) -> float:
+        """Start the calls that may start now; return the seconds until another one may, half a second at most."""
+        parameters = self.evidence.parameters
+        while (
+            self.is_running
+            and not self.parked
+            and len(self.in_flight) < self._max_at_once
+            and (self.waiting or self._fill(new))
+        ):
+            now = time.monotonic()
+            # While nothing but failures comes, what waits for its next try is enough to see the end of it.
+            is_held = self.evidence.failing_since < math.inf and len(self.waiting) >= max(5, 2 * self._max_at_once)
+            if not (self.waiting and self.waiting[0].due <= now) and not is_held and self._fill(new):
+                attempt = self.to_send.popleft()
+                attempt.due, attempt.tier = now, self.tier
+                heapq.heappush(self.waiting, attempt)
+            attempt = self.waiting[0]
+            if attempt.due > now:
+                return min(0.5, attempt.due - now)
+            # OpenAI counts the larger of the two against its limit (guides/rate-limits).
+            tokens = float(max(prompt_tokens(attempt, parameters), max_answer_tokens(attempt)))
+            wait = self.pace.delay(tokens, now)
+            if wait > 0:
+                self.progress.waiting(wait)
+                return min(0.5, wait)
+            bound = 0.0 if self.budget.cap is None else worst_cost(attempt, parameters, self.server, self.tier)
+            if not self.budget.reserve(bound):
+                if not self.in_flight:  # otherwise what these leave of their bounds may do
+                    self.error = self.budget.exceeded(bound)
+                return 0.5
+            heapq.heappop(self.waiting)
+            attempt.parameters, attempt.bound = parameters, bound
+            attempt.departure = self.pace.note_start(tokens, now)
+            call = partial(self.server.chat, build_body(attempt, parameters))
+            self.in_flight[self.calls.start(call)] = attempt
+        return 0.5
+
+    @property
+    def _max_at_once(self) -> int:
+        return int(self.pace.slots) if self.evidence.works else min(int(self.pace.slots), MAX_UNPROVEN)
+
+    def _take_in(self, attempt: Attempt, reply: Reply) -> Verdict:
+        """Add a reply to its attempt, and to all that is learned from replies."""
+        now = time.monotonic()
+        self._settle(attempt, reply, now)
+        verdict = self._judge(attempt, reply, now)
+        if verdict.action is Action.DONE or verdict.is_refusal:
+            self.pace.note_success()
+            self.calls.slowest = max(self.calls.slowest, reply.seconds)
+        if verdict.is_rate:
+            self._note_limit(reply, attempt, verdict, now)
+        return verdict
+
+    def _judge(self, attempt: Attempt, reply: Reply, now: float) -> Verdict:
+        """The verdict on a reply, which adds to the evidence."""
+        if is_failure(reply):
+            attempt.tries += 1
+            attempt.failing_since = min(attempt.failing_since, now)
+        verdict = judge(reply, attempt, self.evidence, self.server, now)
+        if news := self.evidence.note(reply, attempt, verdict, now):
+            self.warn(f"{self.server.host} {news}")
+        return verdict
+
+    def _settle(self, attempt: Attempt, reply: Reply, now: float) -> None:
+        """Take in what a live call has cost, and what its reply says of limits."""
+        self.pace.note_headers(reply.headers, attempt.departure, now)
+        cost, unconfirmed = self.server.billed(reply, LiveSender.tier, self.server.user_price, self.server.model), 0.0
+        if cost is None and reply.may_be_billed and self.server.knows_price:
+            unconfirmed = attempt.bound or worst_cost(attempt, attempt.parameters, self.server, LiveSender.tier)
+        self.budget.settle(attempt.bound, unconfirmed if cost is None else cost)
+        attempt.take_in(reply, cost, unconfirmed)
+
+    def _note_limit(self, reply: Reply, attempt: Attempt, verdict: Verdict, now: float) -> None:
+        """Make all calls wait, and say so where that is long."""
+        known = self.pace.resume_at
+        self.pace.note_rate_limit(verdict.seconds or 0.0, attempt.departure, now)
+        if self.pace.resume_at > max(now + 30, known + 1):  # short waits, and those reported already, are no news
+            said = self.server.server_message(reply, attempt.rows)
+            self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.{said}")
+
+    def _follow(self, attempt: Attempt, verdict: Verdict) -> bool:
+        """Do what a verdict says; return whether the attempt has landed."""
+        action = verdict.action
+        if action in {Action.DONE, Action.SPLIT, Action.GIVE_UP}:
+            parts = self._parts(attempt, verdict)
+            self.to_send.extendleft(reversed(parts))
+            self.progress.expect(len(parts))
+            self._report_refusal(attempt, verdict)
+            return True
+        if action is Action.ADAPT and verdict.parameters is None:
+            self.parked.append(attempt)
+            return False
+        if action is Action.STOP:
+            self.error = self.error or ProviderError(verdict.reason)
+        if verdict.parameters:
+            self._adopt(verdict.parameters)
+        if verdict.is_refusal:
+            attempt.reasons += (verdict.reason,)
+        return self._send_again(attempt, verdict)
+
+    def _send_again(self, attempt: Attempt, verdict: Verdict) -> bool:
+        """Let an attempt wait for its next call; return whether it has landed."""
+        wait = 0.0 if verdict.is_rate or verdict.parameters else verdict.seconds  # a rate makes all calls wait
+        wait = backoff(attempt.tries, self.pace.jitter()) if wait is None else wait
+        due, id_set = time.monotonic() + wait, verdict.id_set or attempt.id_set
+        heapq.heappush(self.waiting, replace(attempt, due=due, id_set=id_set))  # after a stop only to be recorded
+        return False
+
+    def _report_refusal(self, attempt: Attempt, verdict: Verdict) -> None:
+        """Say in the server's words, once for each reason, why a row is given up."""
+        said = self.server.server_message(attempt.reply, attempt.rows) if attempt.reply else ""
+        if verdict.action is Action.GIVE_UP and said and verdict.reason not in self.told:
+            self.told.add(verdict.reason)
+            self.warn(f"A row is left blank: {verdict.reason}.{said}")
+
+    def _parts(self, attempt: Attempt, verdict: Verdict) -> list[Attempt]:
+        """What is sent again of an attempt that has landed; one that failed on the server leaves its parts one try."""
+        if verdict.action is Action.GIVE_UP:
+            return []
+        rows = tuple(verdict.problems) if verdict.action is Action.DONE else attempt.rows
+        if verdict.action is Action.SPLIT and attempt.reply and is_failure(attempt.reply):
+            is_last = len(rows) == 2  # lone rows have two tries: most failures are chance
+            return attempt.halves(rows, tries=max(0, max_tries_alone(self.server) - 1 - is_last))
+        return attempt.halves(rows, tries=0, failing_since=math.inf)
+
+    def _adopt(self, parameters: Parameters) -> None:
+        """Send all that follows under these parameters, and say what is different."""
+        changed = differences(self.evidence.parameters, parameters)
+        if changed:
+            self.warn(f"{self.server.host} rejects a parameter of the request: continuing with {changed}.")
+        if self.evidence.works:  # more room alone is no other form
+            self.evidence.answered.add(parameters.without_room)
+        self.evidence.parameters = parameters
+        if self.server.is_capped and parameters.completion_bound is None and not {*BOUNDS} & {*self.prompt.extra_body}:
+            self.error = self.error or ProviderError(
+                f"{self.server.host} cannot limit the length of completions, so the cost cannot be capped: drop "
+                "`max_cost`."
+            )
+
+    # The probe: what this server takes is found out with one harmless text, asked alone.
+
+    def _settle_parked(self) -> Landed:
+        """Judge again what waits for the probe: by what has been answered meanwhile, or else after probing."""
+        for is_probed in (False, True):
+            parked, self.parked = self.parked, []
+            for attempt in parked:
+                now, reply = time.monotonic(), attempt.reply or Reply(0, {}, None, 0.0)
+                if self.evidence.answered_at > attempt.failing_since:
+                    # What failed in an outage that is over is asked once more before it is split or given up.
+                    attempt.tries = min(attempt.tries, max_tries_alone(self.server) - 1)
+                verdict = judge(reply, attempt, self.evidence, self.server, now)
+                if is_probed and verdict.action is Action.ADAPT and not verdict.parameters:
+                    verdict = within_jobs(Verdict(Action.RETRY, verdict.reason), attempt)
+                if self._follow(attempt, verdict):
+                    yield attempt, verdict
+            if not self.parked or is_probed:
+                return
+            yield from self.probe(self.parked[0].prompt)
+            if not self.is_running:
+                return
+
+    def probe(self, prompt: Prompt) -> Landed:
+        """Ask one harmless text, at most 16 times, and adopt the parameters under which it is answered.
+
+        (a) as it is; (b) without what the server's words point at; (c) at its simplest; (d) from there with one part
+        after the other put back. If it is answered in no way, the run ends with the words of (a).
+        """
+        evidence, current = self.evidence, self.evidence.parameters
+        tried: list[tuple[Attempt, Verdict]] = []
+        room = current.room  # more, where the answer is cut off at our bound
+
+        def ask(parameters: Parameters, about: Prompt = prompt) -> Generator[tuple[Attempt, Verdict], None, bool]:
+            """Whether it is answered; a reply with 2xx and no answer is asked for once more."""
+            nonlocal room
+            left = 2
+            while left and len(tried) < MAX_PROBE_CALLS:
+                attempt = yield from self._ask_alone(replace(parameters, room=max(room, parameters.room)), about)
+                if not attempt or not attempt.reply:
+                    return False
+                roomier = with_room(attempt.reply, attempt, attempt.parameters)
+                room, left = roomier.room if roomier else room, left if roomier else left - 1
+                answers, problems = check_answers(find_answers(attempt.reply, attempt), attempt)
+                tried.append((attempt, Verdict(Action.DONE, answers=answers, problems=problems)))
+                if answers or attempt.reply.error_status // 100 != 2:
+                    return bool(answers)
+            return False
+
+        def last() -> Reply:
+            return tried[-1][0].reply or Reply(0, {}, None, 0.0)
+
+        if (yield from ask(current)):  # (a)
+            return self._works_with(replace(current, room=room))
+        if not tried or not self.is_running:
+            return None
+        first, problems = last(), tried[-1][1].problems
+        is_failing = is_failure(first)
+        if first_choice(first.body).get("finish_reason") == "length" and current.completion_bound:
+            bound = max_completion_tokens(tried[-1][0], tried[-1][0].parameters)
+            return self._end_by(
+                f"{self.server.host} came to no answer in {bound:,} tokens, not even about a harmless text: try "
+                "another `model`, or have it think less (`extra_body`)."
+            )
+        verdict = judge(first, tried[-1][0], replace(evidence, parameters=current), self.server, time.monotonic())
+        if verdict.action is Action.STOP:
+            return self._end_by(verdict.reason)
+        found, lower = None, current
+        while first.status and not found and len(tried) < MAX_PROBE_CALLS // 2 and self.is_running:  # (b)
+            words = " ".join([*last().error.names, last().error.message])
+            pointed = fall_back(lower, words) if last().error_status >= 400 else None
+            if pointed is None or not self._is_allowed(pointed):
+                break
+            lower = pointed
+            found = lower if (yield from ask(lower)) else None
+        simplest = Parameters(Format.TEXT, {}, current.completion_bound if self.server.is_capped else None, 0, False)
+        if first.status and not found and (yield from ask(simplest)):  # (c)
+            found = simplest
+            for richer in RICHER:  # (d)
+                wanted = richer(found, current)
+                if wanted != found and len(tried) < MAX_PROBE_CALLS and self.is_running and (yield from ask(wanted)):
+                    found = wanted
+        if not self.is_running:
+            return None
+        if found and is_failing:  # a 5xx is no verdict on a form: the form as it is may be answered by now
+            found = current if (yield from ask(current)) else found
+        tries, until = 0, time.monotonic() + UNREACHABLE_SECONDS
+        while not found and is_failing and tries < self.server.max_retries and self.is_running:
+            if not evidence.reached and time.monotonic() > until:
+                break
+            tries += 1
+            self._pause(backoff(tries, self.pace.jitter()))
+            tried[:] = tried[-1:]  # these waits have no end but that of the retries
+            found = current if (yield from ask(current)) else None
+        if not self.is_running:
+            return None
+        if found:
+            return self._works_with(replace(found, room=max(found.room, room)))
+        if is_failing:
+            return self._end_by(self._failing_line(first))
+        is_ours = yield from ask(simplest, prompt.neutral)
+        useless = next((t for t in tried if t[0].reply and t[0].reply.status // 100 == 2), None)
+        if useless and useless[0].reply and not useless[0].reply.error.message:  # answered, at last, but not usably
+            first, problems = useless[0].reply, useless[1].problems
+        return self._end_by(self._useless_line(first, problems, is_ours))
+
+    def _ask_alone(
+        self, parameters: Parameters, prompt: Prompt
+    ) -> Generator[tuple[Attempt, Verdict], None, Attempt | None]:
+        """An attempt about the harmless text, once its call has come back; a rate limit is waited for."""
+        while self.is_running:
+            attempt = Attempt((Row(digest(HARMLESS), HARMLESS, None),), prompt, is_probe=True)
+            tokens = float(prompt_tokens(attempt, parameters))
+            if self.server.is_capped:
+                attempt.bound = worst_cost(attempt, parameters, self.server, LiveSender.tier)
+            if not self.budget.reserve(attempt.bound):
+                self.error = self.budget.exceeded(attempt.bound)
+                return None
+            self._pause(self.pace.delay(tokens, time.monotonic()))
+            if not self.is_running:
+                return None
+            attempt.parameters, attempt.departure = parameters, self.pace.note_start(tokens, time.monotonic())
+            body = build_body(attempt, parameters)
+            reply, now = self._reply_to(partial(self.server.chat, body)), time.monotonic()
+            self._settle(attempt, reply, now)
+            self.evidence.reached |= reply.status > 0
+            self.progress.expect(1)
+            yield attempt, Verdict(Action.DONE)
+            verdict = judge(reply, attempt, self.evidence, self.server, now)
+            if not verdict.is_rate:
+                return attempt
+            self.evidence.limited_since = min(self.evidence.limited_since, now)
+            self._note_limit(reply, attempt, verdict, now)
+        return None
+
+    def _reply_to(self, call: Callable[[], Reply]) -> Reply:
+        """Make a call while no other is in flight."""
+        self.calls.start(call)
+        returned = None
+        while not returned:
+            returned = self.calls.wait_for_one(0.2, is_stopping=not self.is_running)
+        return returned[1]
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, unless the run is to stop."""
+        until = time.monotonic() + seconds
+        while self.is_running and (left := until - time.monotonic()) > 0:
+            self.progress.waiting(left)
+            self.stop.wait(min(0.5, left))
+
+    def _is_allowed(self, parameters: Parameters) -> bool:
+        return parameters.completion_bound is not None or not self.server.is_capped
+
+    def _works_with(self, parameters: Parameters) -> None:
+        self._adopt(parameters)
+        self.evidence.answered.add(parameters.without_room)
+        self.evidence.answered_at, self.evidence.refusals = time.monotonic(), 0
+        self.evidence.failing_since = math.inf
+
+    def _end_by(self, line: str) -> None:
+        self.error = self.error or ProviderError(line)
+
+    def _failing_line(self, reply: Reply) -> str:
+        reason, said = reply.reason or f"HTTP {reply.error_status}", self.server.server_message(reply, ())
+        return (
+            f"{self.server.host} fails every request ({reason}). Try later, then run the same command: what came back "
+            f"is kept.{said}"
+        )
+
+    def _useless_line(self, reply: Reply, problems: Mapping[Row, str], is_ours: bool) -> str:
+        """For a server that answers not even a harmless text; `is_ours`: but it does under two labels of our own."""
+        said = self.server.server_message(reply, ())
+        cause = " It answers without your labels and instructions: look for what it refuses there." if is_ours else ""
+        if self.server.is_capped and str(self.evidence.parameters.completion_bound) in reply.error.message:
+            return (
+                f"{self.server.host} cannot limit the length of completions, so the cost cannot be capped: drop "
+                f"`max_cost`.{said}"
+            )
+        if reply.error_status // 100 == 2 and not reply.error.message:
+            return (
+                f"{self.server.host} gives no answer that can be used, not even about a harmless text: "
+                f"{refusal_reason(reply, problems)}. Try another `model`, or another server.{said}{cause}"
+            )
+        return self.server.explain(reply, [row for attempt in self.parked for row in attempt.rows]) + cause
+
+
+# Parts of a request as they are put back, one after the other; each gives the same parameters where it adds nothing.
+RICHER: tuple[Callable[[Parameters, Parameters], Parameters], ...] = (
+    lambda found, _: replace(found, has_system_role=True),
+    lambda found, _: replace(found, format=Format.PLAIN_SCHEMA),
+    lambda found, _: replace(found, format=Format.JSON) if found.format is Format.TEXT else found,
+    lambda found, wanted: replace(found, completion_bound=wanted.completion_bound),
+    lambda found, wanted: with_extra(found, wanted, "temperature"),
+    lambda found, wanted: with_extra(found, wanted, "reasoning_effort"),
+)
+
+
+def with_extra(found: Parameters, wanted: Parameters, name: str) -> Parameters:
+    return replace(found, extras=found.extras | {k: v for k, v in wanted.extras.items() if k == name})
+
+
+# --- Jobs -------------------------------------------------------------------------------------------------
+#
+# In: attempts. Out: the same pairs as above, by way of OpenAI's Batch API, whose own object is called `remote` here.
+# In turn: submit what is not asked yet, collect what has ended, wait or leave. The SDK repeats calls that fail.
+
+# OpenAI, guides/batch.
+JOB_REQUESTS = 50_000
+JOB_BYTES = 200_000_000
+LINE_BYTES = 8_000_000  # of a line of a job's files, as of a live reply
+ENDED = {"completed", "failed", "expired", "cancelled"}
+QUEUE_FULL = re.compile(r"enqueued token limit|token_limit_exceeded", re.IGNORECASE)
+# Of a file that was uploaded, and is not there yet for those who make jobs of it.
+FILE_UNKNOWN = re.compile(
+    r"file.*(pending|running|find|found|exist|ready|processed)|(pending|find|such).*file", re.DOTALL | re.IGNORECASE
+)
+FIND_SECONDS = 60.0  # how long a job is looked for whose creation was not confirmed: lists may lag behind
+FILE_SECONDS = 300.0  # how long an uploaded file may take until a job can be made of it
+MAX_PAGES = 50  # of a list of jobs, which may claim to have no end
+
+
+class JobSender(LiveSender):
+    """Sends attempts as jobs of OpenAI's Batch API, and collects those of earlier runs.
+
+    The store has each job before the provider has it, so that whatever ends this program, the next run finds the job
+    again, and nothing is submitted twice.
+    """
+
+    tier = "batch"
+
+    def __init__(
+        self, task: Task, evidence: Evidence, budget: Budget, stop: threading.Event, progress: Progress
+    ) -> None:
+        super().__init__(task, evidence, budget, stop, progress)
+        self.task, self.store = task, task.store
+        self.jobs: list[Job] = []
+        self.max_requests = JOB_REQUESTS  # per job; fewer once the account's queue has proved to be smaller
+        self.queue_is_full = False  # then nothing is submitted until a job ends
+
+    def send(self, attempts: Iterable[Attempt]) -> Landed:
+        new = iter(attempts)
+        with self.calls:
+            self._resume()
+            if self._fill(new) and self.store.last_parameters(self.prompt) is None:
+                yield from self._try_live()
+            while self.jobs or self._fill(new):
+                self._submit(new)
+                has_ended = yield from self._collect_ended()
+                if not has_ended and self.options.no_wait:
+                    return
+                if not has_ended:
+                    self._sleep(self.options.poll_interval)
+
+    def _sleep(self, seconds: float) -> None:
+        if self.stop.wait(seconds):
+            raise Stopped
+
+    def _raise_error(self) -> None:
+        if self.error:
+            raise self.error
+        if self.stop.is_set():
+            raise Stopped
+
+    def _try_live(self) -> Landed:
+        """Probe a server that has never answered before its first job; where it refuses live calls, the job goes."""
+        status = 0
+        for attempt, verdict in self.probe(self.prompt):
+            status = attempt.reply.error_status if attempt.reply else 0
+            yield attempt, verdict
+        if self.error and status // 100 == 4:
+            self.error = None
+        self._raise_error()
+
+    def _resume(self) -> None:
+        """Take up the jobs of earlier runs. What never reached the provider goes into the next one."""
+        for job in self.store.open_jobs():
+            if job.server != self.server.address:
+                self.warn(f"Job {job.remote_id} is open at {job.server}: pass that as `base_url` to collect it.")
+                continue
+            for attempt in job.attempts.values():
+                self._restore(attempt)
+            self.progress.expect(len(job.attempts))
+            if job.remote_id is None:
+                job.remote_id = (self._find(job) or {}).get("id")
+                self.store.note_job(job)
+            if job.remote_id is None:
+                self._requeue(job)
+                continue
+            self.jobs.append(job)
+            self.warn(f"Job {job.remote_id} of an earlier run is resumed: {len(job.attempts)} requests.")
+
+    def _restore(self, attempt: Attempt) -> None:
+        """Put texts into an earlier run's attempt, if this run asks the same of the rows that are still here."""
+        table, prompt = self.task.table, self.prompt
+        if {*prompt.questions, *prompt.for_audit().questions}.issuperset(attempt.prompt.questions):
+            places = table.find(b"".join(row.key for row in attempt.rows))
+            found = table.rows(table.first_rows[places[places >= 0]])
+            pairs = zip(attempt.rows, places, strict=True)
+            attempt.rows = tuple(row if place < 0 else next(found) for row, place in pairs)
+            attempt.prompt = replace(attempt.prompt, examples=prompt.examples)
+
+    def _collect_ended(self) -> Generator[tuple[Attempt, Verdict], None, bool]:
+        """Collect the jobs that have ended; return whether there were any."""
+        done, ended = 0, []
+        for job in self.jobs:
+            name = str(job.remote_id)
+            remote = self._get(lambda client, name=name: client.batches.with_raw_response.retrieve(name), name)
+            done += min(len(job.attempts), sum(count_of(remote, kind) for kind in ("completed", "failed")))
+            if remote.get("status") in ENDED:
+                ended.append((job, remote))
+        self.progress.ahead(done)
+        for job, remote in ended:
+            self.jobs.remove(job)
+            self.queue_is_full = False
+            yield from self._collect(job, remote)
+        return bool(ended)
+
+    def _collect(self, job: Job, remote: dict[str, Any]) -> Landed:
+        """What an ended job has settled; the rest goes into the next one."""
+        status, seen = remote.get("status"), set()
+        if status == "failed" and not remote.get("output_file_id"):
+            self._take_back(job, remote)
+            return
+        for kind in ("output_file_id", "error_file_id"):
+            file_id = remote.get(kind)
+            if not file_id:  # "" at some servers, null at others
+                continue
+            reply = self._call(lambda client, name=file_id: client.files.with_raw_response.content(name))
+            if not has_content(reply) and kind == "output_file_id":
+                raise self._refused(reply, thing=str(file_id))
+            with reply.body if has_content(reply) else io.BytesIO() as file:
+                for line in read_lines(file):
+                    seen.add(line["custom_id"])
+                    yield from self._take_line(job, line)
+        if self.parked and self.is_running:
+            yield from self._settle_parked()
+        self._raise_error()
+        if len(seen) < count_of(remote, "completed"):  # they were paid for
+            self.warn(
+                f"Job {job.remote_id} reports {count_of(remote, 'completed')} completed requests, but its files hold "
+                "fewer; keeping it open: run the same command later, or abandon it with `forget_jobs`."
+            )
+            return
+        if job.attempts:
+            self.warn(f"Job {job.remote_id} {status} before all was done: {len(job.attempts)} requests are left.")
+        for attempt in job.attempts.values():
+            attempt.jobs += 1
+        for attempt in self._requeue(job):
+            yield attempt, Verdict(Action.STOP, f"its Batch API job {status} before it was done")
+
+    def _take_line(self, job: Job, line: dict[str, Any]) -> Landed:
+        """What a line of a job's files means for its attempt, if it has one."""
+        attempt = job.attempts.get(str(line["custom_id"]))
+        if attempt is None or not isinstance(line.get("response"), dict):
+            return
+        del job.attempts[attempt.custom_id]
+        status = get_nested(line, "response", "status_code")
+        unsaid = "the job's file holds no answer to it"  # of a line with status 0
+        reply = Reply(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0, unsaid)
+        cost = self.server.billed(reply, self.tier, job.user_price, attempt.prompt.model)
+        self.budget.settle(0.0, cost or 0.0)
+        attempt.take_in(reply, cost, 0.0)
+        attempt.jobs += 1
+        verdict = self._judge(attempt, reply, time.monotonic())
+        if self._follow(attempt, verdict):
+            yield attempt, verdict
+
+    def _send_again(self, attempt: Attempt, verdict: Verdict) -> bool:
+        """In the next job, by an attempt of its own: what this one has cost is recorded whatever becomes of that."""
+        if verdict.action is not Action.STOP and attempt.with_texts:
+            self.to_send.append(attempt.again(attempt.with_texts, id_set=verdict.id_set or attempt.id_set))
+            self.progress.expect(1)
+        return True
+
+    def _parts(self, attempt: Attempt, verdict: Verdict) -> list[Attempt]:
+        """Each row alone, as far as this run has the texts."""
+        rows = [row for part in super()._parts(attempt, verdict) for row in part.with_texts]
+        return [attempt.again([row], reasons=()) for row in rows] if attempt.jobs < MAX_JOBS else []
+
+    def _take_back(self, job: Job, remote: dict[str, Any]) -> None:
+        """A job that was refused as a whole: the queue is full, its file is not there yet, or for good."""
+        errors = remote["errors"].get("data") if isinstance(remote.get("errors"), dict) else remote.get("errors")
+        said = errors if isinstance(errors, list) else [errors]
+        words = "; ".join(f"{get_nested(error, 'message') or error} ({get_nested(error, 'code')})" for error in said)
+        if self._has_full_queue(job, words):
+            return
+        quoted = self.server.quote(words, job.rows)
+        is_early = FILE_UNKNOWN.search(words) and time.time() - job.planned_at < FILE_SECONDS
+        self._requeue(job)
+        if not is_early:
+            raise ProviderError(f"{self.server.host} rejected job {job.remote_id}: {quoted}")
+
+    def _requeue(self, job: Job) -> list[Attempt]:
+        """End a job: what it left undone goes into the next one, three in all; return what does not."""
+        self.store.forget_job(job)
+        self.budget.settle(job.set_aside, 0.0)
+        undone = list(job.attempts.values())
+        again = [attempt for attempt in undone if attempt.with_texts and attempt.jobs < MAX_JOBS]
+        self.to_send.extendleft(attempt.again(attempt.with_texts) for attempt in reversed(again))
+        return [attempt for attempt in undone if attempt not in again]
+
+    def _submit(self, new: Iterator[Attempt]) -> None:
+        """Submit as many jobs as the attempts need and the queue and the budget allow."""
+        while self._fill(new) and not self.queue_is_full and not self.stop.is_set():
+            with tempfile.TemporaryFile() as file:
+                job = self._pack(new, file)
+                if not job.attempts:
+                    break
+                self._create(job, file)
+        if self._fill(new) and not self.jobs and not self.stop.is_set():
+            raise self.budget.exceeded(worst_cost(self.to_send[0], self.evidence.parameters, self.server, self.tier))
+
+    def _pack(self, new: Iterator[Attempt], file: IO[bytes]) -> Job:
+        """Write requests to a job's file, as many as it may hold, and take them from the queue."""
+        parameters = self.evidence.parameters
+        job = Job(uuid.uuid4().hex, self.server.address, parameters, self.server.user_price)
+        while len(job.attempts) < self.max_requests and self._fill(new):
+            attempt = self.to_send[0]
+            body = build_body(attempt, parameters)
+            line = {"custom_id": attempt.custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+            encoded = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+            bound = worst_cost(attempt, parameters, self.server, self.tier)
+            if (file.tell() + len(encoded) > JOB_BYTES and job.attempts) or not self.budget.reserve(bound):
+                break
+            job.set_aside += bound
+            file.write(encoded)
+            attempt.parameters, attempt.tier = parameters, self.tier
+            job.attempts[attempt.custom_id] = self.to_send.popleft()
+        return job
+
+    def _create(self, job: Job, file: IO[bytes]) -> None:
+        """Upload a job's file and create the job from it, which may take a while to be found."""
+        file.seek(0)
+        named = (f"{job.tag}.jsonl", file)
+        uploaded = self._call(lambda client: client.files.with_raw_response.create(file=named, purpose="batch"))
+        if not has_content(uploaded):
+            raise self._refused(uploaded, rows=job.rows)
+        file_id, until = str(uploaded.body.get("id")), time.monotonic() + FILE_SECONDS
+        order = {
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+            "metadata": {"enrich_dataset": job.tag},
+        }
+        for tries in itertools.count(1):
+            self.store.plan_job(job)
+            reply = self._call(
+                lambda client: client.batches.with_raw_response.create(input_file_id=file_id, **order),
+                max_retries=0,  # else the SDK might create it twice
+            )
+            job.remote_id = reply.body.get("id") if has_content(reply) else None
+            if not job.remote_id and (is_failure(reply) or reply.status // 100 == 2):
+                job.remote_id = (self._find(job) or {}).get("id")  # which may be there all the same
+            if job.remote_id:
+                break
+            words = " ".join([*reply.error.names, reply.error.message])
+            if self._has_full_queue(job, words):
+                return
+            is_early = reply.status in {400, 404} and FILE_UNKNOWN.search(words.replace(file_id, "file"))
+            may_pass = is_early or (is_temporary(reply) and tries <= self.options.max_retries)
+            if time.monotonic() > until or not may_pass:
+                if has_content(reply) or reply.status // 100 == 4:
+                    self.store.forget_job(job)
+                if has_content(reply):
+                    raise ProviderError(
+                        f"{self.server.host} created a job without an id, so that it could not be collected: its Batch "
+                        "API is not OpenAI's; drop `use_batch_api`."
+                    )
+                raise self._refused(reply, rows=job.rows)
+            self._sleep(requested_wait(reply) or min(self.options.poll_interval, FILE_SECONDS / 60))
+        self.store.note_job(job)
+        self.jobs.append(job)
+        self.warn(
+            f"Job {job.remote_id} submitted: {len(job.attempts)} requests. It continues without this program, which "
+            "you may close; the same command collects the answers."
+        )
+
+    def _has_full_queue(self, job: Job, words: str) -> bool:
+        """Whether a job was refused because the account's queue is full: its requests wait, or go into smaller jobs."""
+        if not QUEUE_FULL.search(words) or not (self.jobs or len(job.attempts) > 1):
+            return False
+        self.queue_is_full = bool(self.jobs)
+        if not self.jobs:
+            self.max_requests = (len(job.attempts) + 1) // 2
+        self._requeue(job)
+        return True
+
+    def _find(self, job: Job) -> dict[str, Any] | None:
+        """The job among the account's, by its tag; looked for until a minute after it was planned, in any order."""
+        started = time.monotonic()
+        while True:
+            for remote in self._all_remote():
+                if get_nested(remote, "metadata", "enrich_dataset") == job.tag:
+                    return remote
+            # By this machine's clock, which may have been set meanwhile, and by the time that has passed here.
+            if max(time.time() - job.planned_at, time.monotonic() - started) >= FIND_SECONDS:
+                return None
+            self._sleep(min(self.options.poll_interval, FIND_SECONDS / 12))
+
+    def _all_remote(self) -> Iterator[dict[str, Any]]:
+        after: dict[str, str] = {}
+        for _ in range(MAX_PAGES):
+            page = self._get(lambda client, after=after: client.batches.with_raw_response.list(limit=100, **after))
+            found = page.get("data")
+            remotes = [remote for remote in found if isinstance(remote, dict)] if isinstance(found, list) else []
+            yield from remotes
+            last = {"after": str(remotes[-1].get("id"))} if remotes else after
+            if last == after or not page.get("has_more"):
+                return
+            after = last
+
+    def _get(self, make: Callable[..., Any], thing: str = "") -> dict[str, Any]:
+        """The object that a call returns; `thing`: what a 404 means to be unknown."""
+        reply = self._call(make)
+        if not has_content(reply):
+            raise self._refused(reply, thing)
+        return cast("dict[str, Any]", reply.body)
+
+    def _call(self, make: Callable[..., Any], max_retries: int | None = None) -> Reply:
+        """A call by the SDK, which repeats it if it fails; a stop does not wait for it."""
+        retries = self.options.max_retries if max_retries is None else max_retries
+        reply = self._reply_to(partial(self.server.call, lambda client: make(client).http_response, retries))
+        if self.stop.is_set() and not reply.status:
+            raise Stopped
+        return reply
+
+    def _refused(self, reply: Reply, thing: str = "", rows: Iterable[Row] = ()) -> ProviderError:
+        """The error of a call that did not succeed; `rows` are what it sent, `thing` what a 404 means to be unknown."""
+        host, status, rows = self.server.host, reply.status, list(rows)
+        said, words = self.server.server_message(reply, rows), " ".join([*reply.error.names, reply.error.message])
+        if requested_wait(reply) > MAX_WAIT:
+            return ProviderError(long_wait_line(host, requested_wait(reply)) + said)
+        if is_temporary(reply) or status // 100 == 2:
+            jobs = " Submitted jobs continue." if self.jobs else ""
+            reason = reply.reason or f"HTTP {status}"
+            return ProviderError(f"{host} fails ({reason}): run the same command later.{jobs}{said}")
+        if status == 413:
+            return ProviderError(f"{host} rejects uploads of this size (HTTP 413): check its limit.{said}")
+        if status in {404, 405} and thing:
+            return ProviderError(
+                f"{host} does not know {thing}: use the key and address it was submitted with, or abandon it with "
+                "`forget_jobs`."
+            )
+        if status in {400, 404} and FILE_UNKNOWN.search(words):
+            return ProviderError(
+                f"{host} does not find the file of a job that it took: run the same command later.{said}"
+            )
+        if status in {404, 405}:
+            return ProviderError(f"{host} has no Batch API (HTTP {status}): drop `use_batch_api`.")
+        return ProviderError(self.server.explain(reply, rows))
+
+
+def is_temporary(reply: Reply) -> bool:
+    """Whether the same call may succeed later."""
+    return is_failure(reply) or (reply.status == 429 and not is_out_of_money(reply))
+
+
+def has_content(reply: Reply) -> bool:
+    """Whether a call returned what it was made for: an object, or an open file."""
+    return reply.status // 100 == 2 and not isinstance(reply.body, (str, int, float, list, type(None)))
+
+
+def count_of(remote: dict[str, Any], kind: str) -> int:
+    count = get_nested(remote, "request_counts", kind)
+    return count if isinstance(count, int) else 0
+
+
+def read_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """The lines of a job's file that are about a request; others leave their request open."""
+    while raw := file.readline(LINE_BYTES):
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(raw)
+            if isinstance(line, dict) and "custom_id" in line:
+                yield line
+
+
 # --- Quality ----------------------------------------------------------------------------------------------
 #
 # In: two annotations of the same texts. Out: figures with their intervals. What is not defined is NaN, never 0.
+
+SHOWN_VALUES = 10  # at most, of the column that shares are broken down by, and of rows that differ
 
 
 class Confusion(NamedTuple):
@@ -4674,7 +4808,7 @@ def evaluate_labels(predicted: pd.DataFrame, gold: pd.DataFrame, labels: Sequenc
 
 
 FloatArray: TypeAlias = "npt.NDArray[np.float64]"
-MOST_WITHOUT = 0.5  # of a sample, for texts without a predicted label
+MAX_WITHOUT = 0.5  # of a sample, for texts without a predicted label
 
 
 def sampling_sizes(predicted: BoolArray) -> FloatArray:
@@ -4686,7 +4820,7 @@ def sampling_sizes(predicted: BoolArray) -> FloatArray:
     import numpy as np
 
     without, positives = ~predicted.any(axis=1), predicted.sum(axis=0)
-    part: float = min(float(without.mean()), MOST_WITHOUT) if positives.any() else 1.0
+    part: float = min(float(without.mean()), MAX_WITHOUT) if positives.any() else 1.0
     sizes = without * (part / max(1, int(without.sum())))
     each = (1 - part) / max(1, int(np.count_nonzero(positives))) / np.maximum(1, positives)
     return np.asarray(sizes + predicted @ each, float)
@@ -4995,7 +5129,6 @@ def compare_with_gold(
 
 SHOWN_BLANK_ROWS = 20
 ATTRIBUTE_ROWS = 100  # in a frame's attrs, which pandas copies at each operation
-SHOWN_VALUES = 10  # at most, of the column that shares are broken down by, and of rows that differ
 UNKNOWN_PRICE = "unknown: no price of {!r} is known (pass `price`)"
 OPENAI_WOULD_BILL = "what OpenAI would bill"  # said of a server on this machine
 IN_A_JOB = "in a Batch API job that has not been collected"
@@ -5202,7 +5335,7 @@ def estimate_lines(attempts: Iterable[Attempt], seen: Experience, server: Server
     count = 0
     for attempt in attempts:
         count += 1
-        prompt += prompt_tokens(attempt, server.first_parameters) * seen.prompt
+        prompt += prompt_tokens(attempt, server.default_parameters) * seen.prompt
         completion += usual_answer_tokens(attempt, seen.prevalence) * seen.completion
     each = Usage(prompt=round(prompt / max(1, count)), completion=round(completion / max(1, count)))
     prices = [server.cost(each, sender.tier) for sender in (LiveSender, JobSender)]
@@ -5277,15 +5410,6 @@ def cost_words(report: Report) -> str:
     if options.max_cost is not None:
         notes.append(f"left of `max_cost`: {dollars(max(0.0, options.max_cost - total - report.set_aside))}")
     return words + (f" ({', '.join(notes)})" if notes else "")
-
-
-def dollars(amount: float) -> str:
-    """More decimals for smaller amounts.
-
-    dollars(1234.5) == "$1,234.50"
-    dollars(0.000411) == "$0.000411"
-    """
-    return f"${amount:,.{2 if amount >= 1 or not amount else 4 if amount >= 0.01 else 6}f}"
 
 
 def summary_lines(report: Report) -> Iterator[str]:
@@ -5516,17 +5640,6 @@ def plot_labels(
     return figure
 
 
-def require_matplotlib(path: Path | None = None) -> None:
-    """Refuse, before anything is sent, a picture that could not be drawn."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise InputError("A plot needs matplotlib: pip install matplotlib.") from None
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if path and path.suffix[1:].lower() not in kinds:
-        raise InputError(f"The plot {path} must end in a kind of picture that can be drawn: .{', .'.join(kinds)}.")
-
-
 def draw_shares(
     axes: Axes, df: pd.DataFrame, labels: Sequence[str], by: str | None, corrected: Mapping[str, Mapping[str, float]]
 ) -> None:
@@ -5574,110 +5687,6 @@ def draw_together(axes: Axes, df: pd.DataFrame, labels: Sequence[str]) -> None:
     axes.set_xticks(range(len(labels)), labels, rotation=90, parse_math=False)
     axes.set_title("Of the rows with the label on the left, % with the one below", fontsize="medium")
     axes.figure.colorbar(image, ax=axes, format=lambda value, _: f"{value:.0%}", shrink=0.6)
-
-
-# --- Console ----------------------------------------------------------------------------------------------
-#
-# In: lines. Out: the report on stdout, progress and warnings on stderr, nothing if quiet.
-
-
-class Console:
-    """What is printed; `as_flags` for a command line's users."""
-
-    def __init__(self, quiet: bool, as_flags: bool = False) -> None:
-        self.quiet = quiet
-        self.as_flags = as_flags
-
-    def say(self, *lines: str, verbatim: bool = False) -> None:
-        if not self.quiet:
-            for line in lines:
-                show(line if verbatim else name_options(line, self.as_flags), sys.stdout)
-
-    def warn(self, *lines: str) -> None:
-        for line in lines if not self.quiet else ():
-            from tqdm import tqdm
-
-            with tqdm.external_write_mode(file=sys.stderr):
-                show(name_options(line, self.as_flags), sys.stderr)
-
-    @contextlib.contextmanager
-    def progress(self, total: int, knows_price: bool) -> Iterator[Progress]:
-        with warnings.catch_warnings():  # if a notebook has no widgets, a line of text will do
-            warnings.simplefilter("ignore")
-            from tqdm.auto import tqdm
-
-        live = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        with tqdm(
-            total=total,
-            desc="Processing batches",
-            unit="batch",
-            disable=self.quiet or sys.stderr is None,
-            file=sys.stderr if live else LineWriter(),
-            mininterval=0.1 if live else 10.0,
-            miniters=1,
-            # Rows per second say more than batches do, and both would not fit 80 columns.
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-        ) as bar:
-            yield Progress(bar, live, knows_price)
-
-
-class Progress:
-    """The bar: attempts that have landed, of the requests that are known so far."""
-
-    def __init__(self, bar: tqdm[NoReturn], live: bool, knows_price: bool) -> None:
-        self.bar, self.live, self.knows_price = bar, live, knows_price
-        self.done = self.rows = self.failed = 0
-        self.cost = 0.0
-
-    def expect(self, more: int) -> None:
-        """More requests are to be answered."""
-        self.bar.total = (self.bar.total or 0) + more
-
-    def ahead(self, count: int) -> None:
-        """So many are done elsewhere, and have yet to land."""
-        self.bar.n = self.done + count
-        self.bar.refresh()
-
-    def waiting(self, seconds: float) -> None:
-        """No call may leave for so long, because of a rate limit; where no terminal redraws it, no line tells this."""
-        if seconds >= 1 and self.live:
-            self.bar.set_postfix_str(f"rate limit, waiting {seconds:.0f} s")
-
-    def landed(self, attempt: Attempt, verdict: Verdict) -> None:
-        """One more has landed."""
-        self.done += 1
-        self.rows += 0 if attempt.is_probe else len(verdict.answers)
-        self.failed += verdict.action is Action.GIVE_UP
-        self.cost += attempt.cost or 0.0
-        elapsed = self.bar.format_dict["elapsed"]
-        note = [f"{self.rows / elapsed:.0f} rows/s"] if elapsed else []
-        note += [f"{self.failed} failed"] if self.failed else []
-        note += [dollars(self.cost)] if self.knows_price or self.cost else []
-        self.bar.set_postfix_str(", ".join(note), refresh=False)
-        self.bar.n = self.done
-        self.bar.update(0)
-
-
-class LineWriter(io.StringIO):
-    """Where no terminal redraws a line, a bar is lines."""
-
-    encoding = "utf-8"
-
-    def write(self, text: str) -> int:
-        if text.strip():
-            show(text.strip(), sys.stderr)
-        return len(text)
-
-
-def show(line: str, stream: TextIO | None) -> None:
-    """Print a line in what the stream can show; a stream that is gone does not end a run that is paid for."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        line.encode(encoding)
-    except UnicodeEncodeError:
-        line = line.replace("✓", "*").replace("✗", "!").encode(encoding, "replace").decode(encoding)
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=stream, flush=True)
 
 
 # --- Command ----------------------------------------------------------------------------------------------
@@ -5795,13 +5804,6 @@ def read_codebook(path: Path) -> dict[str, str]:
     check_labels([name for name, _ in pairs])
     check_labels(dict(pairs))
     return dict(pairs)
-
-
-def read_text(path: Path, what: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"The {what} {path} cannot be read: check the path, and that it is UTF-8 text.") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -262,7 +262,7 @@ def test_a_model_that_repeats_what_it_was_shown_labels_no_row(job: Job, examples
 
 
 def test_no_row_ever_has_an_id_of_the_instructions_or_of_an_example(job: Job) -> None:
-    most = [[f"example {i}", 1, 0, 0] for i in range(module.MOST_EXAMPLES)]
+    most = [[f"example {i}", 1, 0, 0] for i in range(module.MAX_EXAMPLES)]
     frame = pd.DataFrame(most, columns=["text", *LABELS])
     job.write(make_texts(500)).enrich(examples=frame, batch_size=500)
     system, user = (message["content"] for message in job.server.calls[0].body["messages"])

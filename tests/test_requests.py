@@ -61,7 +61,7 @@ def test_a_blank_line_in_a_definition_is_sent_as_it_is() -> None:
 
 def test_a_request_in_full() -> None:
     body = module.build_body(
-        request(['say "praise"\n\x18', "é"]), module.first_parameters("gpt-4o-mini", is_capped=False, extra_body={})
+        request(['say "praise"\n\x18', "é"]), module.default_parameters("gpt-4o-mini", is_capped=False, extra_body={})
     )
     user = '{"660":"say \\"praise\\"\\n\\u0018","149":"é"}'
     assert body["messages"][1] == {"role": "user", "content": user}

@@ -172,8 +172,8 @@ def test_limits_that_say_nothing_are_not_believed(headers: dict[str, str]) -> No
 
 def test_capacity_level_and_refill_are_learned() -> None:
     limiter = module.Pace(8)
-    ticket = limiter.leave(100, now=0.0)
-    limiter.observe(told(600, 0, "60s") | told(1000, 500, "30s", "project-tokens"), ticket, now=0.0)
+    ticket = limiter.note_start(100, now=0.0)
+    limiter.note_headers(told(600, 0, "60s") | told(1000, 500, "30s", "project-tokens"), ticket, now=0.0)
     assert limiter.buckets["requests"].rate == pytest.approx(10)
     assert limiter.delay(100, now=0.0) == pytest.approx(0.2)  # two calls' worth
     assert limiter.delay(400, now=0.0) == pytest.approx((800 - 500) / (500 / 30))
@@ -184,33 +184,33 @@ def test_each_limit_of_tokens_is_compared_with_its_own_last_report() -> None:
     """The account's and the project's, of which a call takes just what we guess."""
     limiter, limits = module.Pace(8), {"tokens": 1_000_000, "project-tokens": 30_000}
     for number in range(1, 100):
-        departure = limiter.leave(100, float(number))
+        departure = limiter.note_start(100, float(number))
         reports = [told(limit, limit - 100 * number, "1000h", name) for name, limit in limits.items()]
-        limiter.observe(reports[0] | reports[1], departure, float(number))
+        limiter.note_headers(reports[0] | reports[1], departure, float(number))
     assert limiter.charge == pytest.approx(1, rel=0.01)
 
 
 def test_a_daily_limit_is_not_taken_for_one_a_minute() -> None:
     assert module.rate_limits(told(10_000, 9_999, "8.64s")) == {"requests": (10_000, 9_999, 8.64)}
     limiter = module.Pace(8)
-    limiter.observe(told(10_000, 9_999, "8.64s"), limiter.leave(1, 0.0), 0.0)
+    limiter.note_headers(told(10_000, 9_999, "8.64s"), limiter.note_start(1, 0.0), 0.0)
     assert limiter.buckets["requests"].rate == pytest.approx(10_000 / 86_400)
 
 
 def test_what_a_server_told_holds_calls_up_for_a_minute_at_most() -> None:
     limiter = module.Pace(8)
-    limiter.observe(told(60, 0, "24h"), limiter.leave(1, 0.0), 0.0)
+    limiter.note_headers(told(60, 0, "24h"), limiter.note_start(1, 0.0), 0.0)
     assert limiter.delay(1, 10.0) == pytest.approx(50)
     assert limiter.delay(1, 60.0) <= 0
-    limiter.leave(1, 60.0)
+    limiter.note_start(1, 60.0)
     assert limiter.delay(1, 60.0) == pytest.approx(60)
 
 
 def test_an_older_reply_teaches_nothing() -> None:
     limiter = module.Pace(8)
-    early, late = limiter.leave(1, 0.0), limiter.leave(1, 1.0)
-    limiter.observe(told(600, 500, "10s"), late, 2.0)
-    limiter.observe(told(600, 0, "60s"), early, 2.0)
+    early, late = limiter.note_start(1, 0.0), limiter.note_start(1, 1.0)
+    limiter.note_headers(told(600, 500, "10s"), late, 2.0)
+    limiter.note_headers(told(600, 0, "60s"), early, 2.0)
     assert limiter.buckets["requests"].level_at(2.0) == pytest.approx(510)
 
 
@@ -218,22 +218,22 @@ def test_refusals_in_a_row_wait_longer_and_a_minute_at_most() -> None:
     limiter = module.Pace(8, jitter=lambda: 1.0)
     now, waits = 0.0, []
     for _ in range(9):
-        ticket = limiter.leave(1, now)
-        limiter.refuse(0.0, ticket, now)
+        ticket = limiter.note_start(1, now)
+        limiter.note_rate_limit(0.0, ticket, now)
         waits.append(limiter.resume_at - now)
         now = limiter.resume_at
     assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
     assert limiter.slots == 1
-    limiter.succeed()
-    limiter.refuse(0.0, limiter.leave(1, now), now)
+    limiter.note_success()
+    limiter.note_rate_limit(0.0, limiter.note_start(1, now), now)
     assert limiter.resume_at == now + 0.5
 
 
 def test_refusals_of_calls_that_left_together_count_once() -> None:
     limiter = module.Pace(8, jitter=lambda: 1.0)
-    tickets = [limiter.leave(1, 0.0) for _ in range(8)]
+    tickets = [limiter.note_start(1, 0.0) for _ in range(8)]
     for ticket in tickets:
-        limiter.refuse(0.0, ticket, 1.0)
+        limiter.note_rate_limit(0.0, ticket, 1.0)
     assert limiter.refusals == 1
     assert limiter.resume_at == 1.5
 
@@ -247,10 +247,10 @@ def test_the_pace_never_passes_a_known_limit(calls: list[tuple[float, int]]) -> 
         now += max(0.0, limiter.delay(tokens, now)) + 1e-9
         level = min(100.0, level + (now - at) * 10)
         at = now
-        ticket = limiter.leave(tokens, now)
+        ticket = limiter.note_start(tokens, now)
         level -= tokens
         assert level > -1e-3
-        limiter.observe(told(100, max(level, 0), f"{(100 - level) / 10}s", "tokens"), ticket, now)
+        limiter.note_headers(told(100, max(level, 0), f"{(100 - level) / 10}s", "tokens"), ticket, now)
 
 
 # --- Dialects
@@ -345,7 +345,7 @@ def test_a_model_without_that_choice_is_asked_for_the_least(job: Job) -> None:
     ],
 )
 def test_each_refusal_changes_one_part_and_learning_ends(message: str) -> None:
-    parameters, steps = module.first_parameters("gpt-5", is_capped=False, extra_body={}), 0
+    parameters, steps = module.default_parameters("gpt-5", is_capped=False, extra_body={}), 0
     while lower := module.fall_back(parameters, message):
         assert lower != parameters
         parameters, steps = lower, steps + 1
@@ -366,7 +366,7 @@ def judged(answer: module.Reply, rows: int, works: bool, tmp_path: Path) -> modu
     path.touch()
     server = module.Server(module.Options(path, tmp_path / "out.csv", "text", None, LABELS, api_key="k"))
     attempt = module.Attempt(tuple(make_row(str(number)) for number in range(rows)), prompt_of())
-    evidence = module.Evidence(attempt.parameters, {attempt.parameters.form} if works else set(), reached=True)
+    evidence = module.Evidence(attempt.parameters, {attempt.parameters.without_room} if works else set(), reached=True)
     return module.judge(answer, attempt, evidence, server, 0.0)
 
 

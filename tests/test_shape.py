@@ -26,6 +26,37 @@ def test_nothing_is_nested_deeper_than_three() -> None:
     assert [function.name for function in FUNCTIONS if nesting(function) > 3] == []
 
 
+def test_a_section_uses_only_what_stands_above_it_but_for_the_story_that_uses_all() -> None:
+    heads = [
+        (number, name)
+        for number, line in enumerate(SOURCE.splitlines(), 1)
+        if (name := line[6:].rstrip(" -")) and line.startswith("# --- ")
+    ]
+    order = [name for _, name in heads]
+
+    def section(node: ast.AST) -> int:
+        return sum(number <= getattr(node, "lineno", 0) for number, _ in heads)
+
+    made = {
+        name: section(node)
+        for node in TREE.body
+        for name in (
+            [node.name]
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            else [each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)]
+        )
+    }
+    told = order.index("The story") + 1
+    upward = {
+        (order[section(node) - 1], used.id)
+        for node in TREE.body
+        if section(node) not in {0, told}
+        for used in ast.walk(node)
+        if isinstance(used, ast.Name) and isinstance(used.ctx, ast.Load) and made.get(used.id, 0) > section(node)
+    }
+    assert upward == set()
+
+
 def test_the_top_level_is_what_the_user_asked_for() -> None:
     import subprocess
 
