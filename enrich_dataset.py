@@ -4145,15 +4145,14 @@ class LiveSender:
             nonlocal room
             left = 2
             while left and len(tried) < MAX_PROBE_CALLS:
-                attempt = yield from self._ask_alone(replace(parameters, room=max(room, parameters.room)), about)
-                if not attempt or not attempt.reply:
+                probed = yield from self._ask_alone(replace(parameters, room=max(room, parameters.room)), about)
+                if not probed:
                     return False
-                roomier = with_room(attempt.reply, attempt, attempt.parameters)
-                room, left = roomier.room if roomier else room, left if roomier else left - 1
-                answers, problems = check_answers(find_answers(attempt.reply, attempt), attempt)
-                tried.append((attempt, Verdict(Action.DONE, answers=answers, problems=problems)))
-                if answers or attempt.reply.error_status // 100 != 2:
-                    return bool(answers)
+                tried.append(probed)
+                verdict, is_refused = probed[1], last().error_status // 100 != 2
+                if verdict.action is Action.DONE or is_refused:
+                    return verdict.action is Action.DONE
+                room, left = (verdict.parameters.room, left) if verdict.parameters else (room, left - 1)
             return False
 
         def last() -> Reply:
@@ -4163,7 +4162,7 @@ class LiveSender:
             return self._works_with(replace(current, room=room))
         if not tried or not self.is_running:
             return None
-        first, problems = last(), tried[-1][1].problems
+        first, verdict = last(), tried[-1][1]
         is_failing = is_failure(first)
         if first_choice(first.body).get("finish_reason") == "length" and current.completion_bound:
             bound = max_completion_tokens(tried[-1][0], tried[-1][0].parameters)
@@ -4171,7 +4170,6 @@ class LiveSender:
                 f"{self.server.host} came to no answer in {bound:,} tokens, not even about a harmless text: try "
                 "another `model`, or have it think less (`extra_body`)."
             )
-        verdict = judge(first, tried[-1][0], replace(evidence, parameters=current), self.server, time.monotonic())
         if verdict.action is Action.STOP:
             return self._end_by(verdict.reason)
         found, lower = None, current
@@ -4210,13 +4208,13 @@ class LiveSender:
         is_ours = yield from ask(simplest, prompt.neutral)
         useless = next((t for t in tried if t[0].reply and t[0].reply.status // 100 == 2), None)
         if useless and useless[0].reply and not useless[0].reply.error.message:  # answered, at last, but not usably
-            first, problems = useless[0].reply, useless[1].problems
-        return self._end_by(self._useless_line(first, problems, is_ours))
+            first, verdict = useless[0].reply, useless[1]
+        return self._end_by(self._useless_line(first, verdict.reason, is_ours))
 
     def _ask_alone(
         self, parameters: Parameters, prompt: Prompt
-    ) -> Generator[tuple[Attempt, Verdict], None, Attempt | None]:
-        """An attempt about the harmless text, once its call has come back; a rate limit is waited for."""
+    ) -> Generator[tuple[Attempt, Verdict], None, tuple[Attempt, Verdict] | None]:
+        """An attempt about the harmless text, and the verdict on its reply; a rate limit is waited for."""
         while self.is_running:
             attempt = Attempt((Row(digest(HARMLESS), HARMLESS, None),), prompt, is_probe=True)
             tokens = float(prompt_tokens(attempt, parameters))
@@ -4235,9 +4233,9 @@ class LiveSender:
             self.evidence.reached |= reply.status > 0
             self.progress.expect(1)
             yield attempt, Verdict(Action.DONE)
-            verdict = judge(reply, attempt, self.evidence, self.server, now)
+            verdict = judge(reply, attempt, replace(self.evidence, parameters=parameters), self.server, now)
             if not verdict.is_rate:
-                return attempt
+                return attempt, verdict
             self.evidence.limited_since = min(self.evidence.limited_since, now)
             self._note_limit(reply, attempt, verdict, now)
         return None
@@ -4276,7 +4274,7 @@ class LiveSender:
             f"is kept.{said}"
         )
 
-    def _useless_line(self, reply: Reply, problems: Mapping[Row, str], is_ours: bool) -> str:
+    def _useless_line(self, reply: Reply, reason: str, is_ours: bool) -> str:
         """For a server that answers not even a harmless text; `is_ours`: but it does under two labels of our own."""
         said = self.server.server_message(reply, ())
         cause = " It answers without your labels and instructions: look for what it refuses there." if is_ours else ""
@@ -4288,7 +4286,7 @@ class LiveSender:
         if reply.error_status // 100 == 2 and not reply.error.message:
             return (
                 f"{self.server.host} gives no answer that can be used, not even about a harmless text: "
-                f"{refusal_reason(reply, problems)}. Try another `model`, or another server.{said}{cause}"
+                f"{reason}. Try another `model`, or another server.{said}{cause}"
             )
         return self.server.explain(reply, [row for attempt in self.parked for row in attempt.rows]) + cause
 
