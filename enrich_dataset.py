@@ -42,6 +42,7 @@ import itertools
 import json
 import math
 import numbers
+import operator
 import os
 import queue
 import random
@@ -49,6 +50,7 @@ import re
 import signal
 import sqlite3
 import stat
+import struct
 import sys
 import tempfile
 import threading
@@ -57,6 +59,7 @@ import traceback
 import unicodedata
 import uuid
 import warnings
+import zlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -97,6 +100,7 @@ __all__ = [
     "EnrichmentError",
     "InputError",
     "ProviderError",
+    "corrected_differences",
     "corrected_shares",
     "enrich_dataframe",
     "enrich_dataset",
@@ -623,9 +627,10 @@ class Task:
         known = self.store.cells(self.prompt, self.table, answers)
         return merge(known[self.table.key_indexes], self.preset)
 
-    def by_model(self, labelled: BoolArray) -> tuple[IntArray, IntArray]:
-        """The first rows of the requested distinct texts that the model labelled, and how often each occurs."""
-        return self.table.distinct_rows(self.requested & labelled & (self.preset < 0).all(axis=1))
+    @property
+    def for_model(self) -> BoolArray:
+        """The requested rows that have a text and no label from elsewhere."""
+        return self.requested & (self.table.lengths > 0) & (self.preset < 0).all(axis=1)
 
 
 def run(options: Options, console: Console, returns_frame: bool = False) -> tuple[Report, pd.DataFrame | None]:
@@ -676,7 +681,7 @@ def run(options: Options, console: Console, returns_frame: bool = False) -> tupl
         report = make_report(task, plan, cells, seconds, figures)
         say(*closing_lines(report))
         if options.sample:
-            say(*extend_sample(task, cells))
+            say(*extend_sample(task, cells, figures))
         write_record(task, report)
         if options.plot is not None:
             draw_plot(task, report)
@@ -873,7 +878,7 @@ def audit(task: Task, cells: Cells) -> dict[str, Any]:
 
 def draw_audit(task: Task, labelled: BoolArray) -> tuple[IntArray, IntArray]:
     """The rows to audit, drawn from those that the model labelled, and which of them have to be sent."""
-    numbers, _ = task.by_model(labelled)
+    numbers, _ = task.table.distinct_rows(task.for_model & labelled)
     keys = map(task.table.key, numbers) if task.options.audit else ()  # a million digests take seconds
     order = permanent_numbers(keys, task.options.seed).argsort()
     numbers = numbers[order[: task.options.audit]]
@@ -887,45 +892,106 @@ def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
     requested = cells.copy()
     requested[~task.requested] = BLANK
     figures, disagreements = compare_with_gold(gold, requested, labels)
-    if gold.probabilities is not None:
-        population = task.by_model(complete(cells))
-        figures["corrected_shares"] = correct_by_sample(gold, table, cells, population, labels)
+    if gold.draw is not None:
+        figures |= correct_by_draw(task, gold, gold.draw, cells)
     if task.options.output_filepath is not None:
         numbers = list(dict.fromkeys(row for row, *_ in disagreements))
         lines = dict(zip(numbers, table.line_numbers(numbers), strict=True))
-        is_named = task.options.gold_key is not None or gold.probabilities is not None  # else the key is a text
+        is_named = task.options.gold_key is not None or gold.draw is not None  # else the key is a text
         rows = ([row, lines[row], key if is_named else "", *rest] for row, key, *rest in disagreements)
         with task.files.replacing("disagreements") as file:
             file.write(csv_bytes(["row", "line", "key", "label", "model", "people"], rows))
     return figures
 
 
-def extend_sample(task: Task, cells: Cells) -> list[str]:
-    """Draw texts for people to code, and keep what they have filled in already."""
+def correct_by_draw(task: Task, gold: Gold, draw: Draw, cells: Cells) -> dict[str, Any]:
+    """Shares corrected by a coded sample, unless it was drawn from other texts; and how it was drawn."""
+    labels, population = task.options.labels, find_population(task.table, task.for_model)
+    noted = json.loads(task.store.noted(f"draw {draw.texts} {draw.fingerprint}") or "{}")
+    texts, fingerprint = population.identity
+    is_same = (texts, fingerprint) == (draw.texts, draw.fingerprint)
+    coded = {label: int((column >= 0).sum()) for label, column in zip(labels, gold.cells.T, strict=True)}
+    told = {
+        "texts": draw.texts,
+        "texts_now": texts,
+        "is_same_population": is_same,
+        "rows": int(population.counts.sum()),
+        "drawn": noted.get("drawn"),
+        "coded": coded,
+        **{name: noted.get(name) for name in ("seed", "drawn_at", "design")},
+    }
+    if not is_same and not 0 < abs(texts - draw.texts) <= MAX_APART * max(texts, draw.texts):
+        return {"draw": told}
+    return {"draw": told} | correct_by_sample(
+        gold, population, cells, labels, task.options.by_column, noted.get("drawn")
+    )
+
+
+MAX_APART = 0.01  # the part by which a population may differ from that of a sample that corrects its shares
+
+
+def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[str]:
+    """Draw texts for people to code, and keep what they have filled in already.
+
+    A text that was in an earlier draw stays: its probability is the larger of its old and its new one, since with
+    permanent random numbers it is in either draw if its number is below it.
+    """
     options, table, path = task.options, task.table, task.files.paths["sample"]
-    numbers, _ = task.by_model(complete(cells))
-    keys, predicted = [table.key(number) for number in numbers], cells[numbers] == 1
+    population = find_population(table, task.for_model)
+    predicted, identity = cells[population.numbers], population.identity
     before = read_sample(path, table, options.labels) if path.exists() else None
-    count = max(options.sample, len(before.keys) if before else 0)
-    drawn, probabilities = draw_sample(keys, predicted, count, options.seed)
-    state = digest(options.seed, [key.hex() for key in keys], predicted.tobytes().hex()).hex()
-    note = f"draw of {task.files.name(path)}"
-    if before and state != task.store.noted(note):
-        return [
-            "",
-            f"✗ The labels have changed since {path} was drawn, so it was not changed; move or delete it to draw a "
-            "new sample",
-        ]
-    filled = dict(zip(before.keys, before.cells.tolist(), strict=True)) if before else {}
-    rows = zip(table.rows(numbers[drawn]), probabilities[drawn].tolist(), strict=True)
-    task.store.note(note, state)
+    places = {key: place for place, key in enumerate(population.keys)}
+    earlier = [places.get(bytes.fromhex(key[1:])) for key in before.keys] if before else []
+    kept = {place: index for index, place in enumerate(earlier) if place is not None}
+    noted = task.store.noted(f"draw {before.draw.texts} {before.draw.fingerprint}") if before and before.draw else ""
+    seed = json.loads(noted or "{}").get("seed", options.seed)
+    sizes = sampling_sizes(predicted, population.counts)
+    drawn, chances = draw_sample(population.keys, sizes, max(options.sample, len(kept)), seed)
+    for place, index in kept.items():
+        chances[place] = max(chances[place], before.draw.probabilities[index]) if before and before.draw else 1.0
+    chosen = [*kept, *(place for place in drawn.tolist() if place not in kept)]
+    how = {"seed": seed, "drawn": len(chosen), "design": DESIGN}
+    how["drawn_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    task.store.note(f"draw {identity[0]} {identity[1]}", json.dumps(how))
+    ids = [sample_id(population.keys[place], chances[place], identity) for place in chosen]
+    rows = table.rows(population.numbers[chosen])
     with task.files.replacing("sample") as file:
-        file.write(sample_content(rows, filled, options, table.delimiter))
+        file.write(sample_content(zip(ids, rows, strict=True), path if before else None, options, table.delimiter))
+    left = len(earlier) - len(kept)
     return [
         "",
-        f"✓ Sample: {len(drawn)} of {len(numbers)} distinct texts that the model labelled, in {path}",
-        "  Fill in 1 or 0 for each label without looking at the model's labels, then pass the file as `gold`",
+        f"✓ Sample: {len(chosen)} of {len(population.keys)} distinct texts, in {path}",
+        *([f"  Left out, since these texts are no longer in the table: {left}"] if left else []),
+        "  Fill in 1 or 0 for each label, from the top, then pass the file as `gold`",
+        *width_lines(options.labels, population, predicted, sizes, len(chosen), figures),
     ]
+
+
+def width_lines(
+    labels: Sequence[str],
+    population: Population,
+    predicted: Cells,
+    sizes: FloatArray,
+    count: int,
+    figures: Mapping[str, Any],
+) -> list[str]:
+    """How wide the intervals of the corrected shares will be, for so many coded texts and for twice as many."""
+    rows, known = population.counts.sum(axis=1), figures.get("corrected_shares", {})
+    table = []
+    for place, label in enumerate(labels):
+        found = [known.get(label, {}).get(name, math.nan) for name in ("precision", "recall")]
+        precision, recall = found if all(each > 0 for each in found) else (USUAL_QUALITY, USUAL_QUALITY)
+        widths = (
+            expected_width(predicted[:, place], rows, inclusion_probabilities(sizes, size), precision, recall)
+            for size in (count, 2 * count)
+        )
+        table.append([label, decimal(precision), decimal(recall), *map(percent, widths)])
+    head = ["", "precision", "recall", f"{count} coded", f"{2 * count} coded"]
+    lines = align(head, table)
+    return ["  Width of the 95 % intervals to expect, at this precision and recall:", *(f"  {line}" for line in lines)]
+
+
+USUAL_QUALITY = 0.8  # precision and recall, as long as nothing is coded
 
 
 def dry_run_lines(task: Task, plan: Plan, batches: Sequence[Batch]) -> list[str]:
@@ -956,7 +1022,8 @@ def draw_plot(task: Task, report: Report) -> None:
     groups = {} if options.by_column is None else {options.by_column: task.table.by_values}
     shown = pd.DataFrame(label_columns(report.cells, options.labels) | groups)[task.requested]
     with task.files.replacing("plot") as file:
-        figure = plot_labels(shown, options.labels, options.by_column, report.figures.get("corrected_shares"))
+        corrected = report.figures.get("corrected_shares"), report.figures.get("corrected_shares_by", {}).get("groups")
+        figure = plot_labels(shown, options.labels, options.by_column, *corrected)
         figure.savefig(file, format=task.files.paths["plot"].suffix[1:])
 
 
@@ -1142,7 +1209,7 @@ class Table:
         for number, fields in zip(numbers, records, strict=True):
             yield Row(self.key(number), fields[self.text_at], None if self.label_at is None else fields[self.label_at])
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self, **how: Any) -> pd.DataFrame:
         """The table as pandas reads it, or a copy of the DataFrame."""
         import pandas as pd
 
@@ -1151,7 +1218,8 @@ class Table:
         records = itertools.chain([self.raw_header], map(self.record, range(len(self))))
         text = io.BytesIO(b"".join(record.encode() for record in records))
         try:
-            return pd.read_csv(text, sep=self.delimiter, low_memory=False)
+            frame: pd.DataFrame = pd.read_csv(text, sep=self.delimiter, low_memory=False, **how)
+            return frame
         except Exception as error:  # pandas' own faults have no common class, and their words may hold a text
             raise InputError(
                 f"pandas {pd.__version__} cannot read {self.source} as a DataFrame ({type(error).__name__}): upgrade "
@@ -4717,12 +4785,14 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+
+
 def wilson(successes: float, trials: float) -> tuple[float, float]:
-    """The 95 % interval of a share, by Wilson (1927); at Kish's effective size the trials are no whole number."""
+    """The 95 % interval of a share, by Wilson (1927)."""
     if not trials:
         return math.nan, math.nan
-    z = 1.959963984540054  # the normal distribution's 97.5 % quantile
-    share = successes / trials
+    share, z = successes / trials, Z95
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
     return middle - half, middle + half
@@ -4805,23 +4875,61 @@ def evaluate_labels(predicted: pd.DataFrame, gold: pd.DataFrame, labels: Sequenc
     return frame.astype(dict.fromkeys(["rows", "support", "tp", "fp", "fn", "tn"], "Int64"))
 
 
+# --- Draw -------------------------------------------------------------------------------------------------
+#
+# In: what a model labelled, and what people coded of a random part. Out: which texts to code, and shares corrected by
+# what was coded. Pure functions of labelled tables.
+
 FloatArray: TypeAlias = "npt.NDArray[np.float64]"
-MAX_WITHOUT = 0.5  # of a sample, for texts without a predicted label
+SAMPLE_ID = "sample_id"
+SHOWN_GROUPS = 6  # values of the `by` column among which shares are corrected
+DESIGN = "sequential Poisson with power allocation by rows (Ohlsson 1998; Bankier 1988, a = 1/2)"
 
 
-def sampling_sizes(predicted: BoolArray) -> FloatArray:
-    """How large a part of a sample each text is to have, above 0; they add up to 1.
+class Population(NamedTuple):
+    """The distinct texts that a sample is drawn from: those requested that have no given labels."""
 
-    Texts without a predicted label get as large a part as their share, at most half; the rest goes in equal parts to
-    the labels' predicted positives. `predicted`: texts x labels.
+    numbers: IntArray  # each one's first row in the table
+    keys: list[bytes]
+    counts: IntArray  # texts x values of the `by` column (or one column): in how many rows each occurs
+    values: list[str]  # the `by` column's most frequent ones; a column of counts more than these: all the others
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """How many texts these are, and a number that stands for which."""
+        marks = (int.from_bytes(key[:4], "big") for key in self.keys)
+        return len(self.keys), functools.reduce(operator.xor, marks, 0)
+
+
+def find_population(table: Table, eligible: BoolArray) -> Population:
+    import numpy as np
+
+    numbers, _ = table.distinct_rows(eligible)
+    values = [value for value, _ in Counter(compress(table.by_values, eligible)).most_common(SHOWN_GROUPS)]
+    by_value = {value: place for place, value in enumerate(values)}
+    counts = np.zeros((len(numbers), len(values) + 1), np.int64)
+    places = [by_value.get(value, len(values)) for value in table.by_values] or [0] * len(table)
+    texts = np.searchsorted(table.key_indexes[numbers], table.key_indexes[eligible])
+    np.add.at(counts, (texts, np.array(places, int)[eligible]), 1)
+    return Population(numbers, [table.key(number) for number in numbers], counts, values)
+
+
+def sampling_sizes(predicted: Cells, counts: IntArray) -> FloatArray:
+    """How probable each text is to be drawn, relative to the others.
+
+    Texts are grouped by each label that they were given, by having been given none, and by having no answer, each of
+    these within each column of `counts`. A group of N rows gets a part in proportion to the root of N: power allocation
+    (Bankier 1988, The American Statistician 42:174). Arrays: texts x labels, and texts x columns.
     """
     import numpy as np
 
-    without, positives = ~predicted.any(axis=1), predicted.sum(axis=0)
-    part: float = min(float(without.mean()), MAX_WITHOUT) if positives.any() else 1.0
-    sizes = without * (part / max(1, int(without.sum())))
-    each = (1 - part) / max(1, int(np.count_nonzero(positives))) / np.maximum(1, positives)
-    return np.asarray(sizes + predicted @ each, float)
+    positive, is_blank = predicted == 1, (predicted < 0).any(axis=1)
+    without = ~positive.any(axis=1)
+    sizes = np.zeros(len(predicted))
+    for group in (*positive.T, without & ~is_blank, without & is_blank):
+        for rows in counts.T * group:
+            sizes = np.maximum(sizes, rows / math.sqrt(max(1, rows.sum())))
+    return sizes
 
 
 def inclusion_probabilities(sizes: FloatArray, count: int) -> FloatArray:
@@ -4838,25 +4946,56 @@ def inclusion_probabilities(sizes: FloatArray, count: int) -> FloatArray:
         certain |= above
 
 
-def permanent_numbers(keys: Iterable[bytes], seed: int) -> FloatArray:
+def permanent_numbers(keys: Iterable[bytes], seed: object) -> FloatArray:
     """A random number for each text, made of the seed and the text, so that a larger draw holds the smaller one."""
     import numpy as np
 
     return np.array([int.from_bytes(digest(seed, key.hex())[:8], "big") for key in keys]) / 2**64
 
 
-def draw_sample(keys: Sequence[bytes], predicted: BoolArray, count: int, seed: int) -> tuple[IntArray, FloatArray]:
-    """The indexes of drawn texts, and the inclusion probabilities of all.
+def draw_sample(keys: Sequence[bytes], sizes: FloatArray, count: int, seed: int) -> tuple[IntArray, FloatArray]:
+    """The indexes of drawn texts in random order, and the inclusion probabilities of all.
 
-    Sequential Poisson sampling with permanent random numbers (Ohlsson 1998, Journal of Official Statistics 14).
+    Sequential Poisson sampling with permanent random numbers (Ohlsson 1998, Journal of Official Statistics 14). The
+    order has random numbers of its own, so that a part coded from the top is a random part.
     """
     import numpy as np
 
-    sizes = sampling_sizes(predicted)
     probabilities = inclusion_probabilities(sizes, count)
-    random_numbers = permanent_numbers(keys, seed)
-    order = np.lexsort((random_numbers / sizes, probabilities < 1))[:count]
-    return order[np.argsort(random_numbers[order])], probabilities
+    first = np.lexsort((permanent_numbers(keys, seed) / sizes, probabilities < 1))[:count]
+    order = permanent_numbers((keys[index] for index in first), f"order {seed}")
+    return first[order.argsort()], probabilities
+
+
+class Draw(NamedTuple):
+    """How a sample was drawn, as its ids tell."""
+
+    probabilities: FloatArray  # of its rows
+    texts: int  # of the population; with `fingerprint` its identity
+    fingerprint: int
+
+
+def sample_id(key: bytes, probability: float, identity: tuple[int, int]) -> str:
+    """A text's name in a sample, which holds its inclusion probability, sealed: coders cannot read it.
+
+    What the probability is would tell them what the model said. A letter first, so that no spreadsheet takes it for a
+    number; a checksum last, so that an edited id is noticed.
+    """
+    told = struct.pack(">fII", probability, *identity)
+    told += zlib.crc32(key + told).to_bytes(4, "big")
+    return f"t{key.hex()}{bytes(map(operator.xor, told, digest(key.hex()))).hex()}"
+
+
+def read_sample_id(name: str) -> tuple[bytes, float, int, int]:
+    """A text's key, its inclusion probability and the population's identity; raises ValueError."""
+    if not re.fullmatch("t[0-9a-fA-F]{64}", name.strip()):
+        raise ValueError("This is no sample_id.")
+    key, sealed = bytes.fromhex(name.strip()[1:33]), bytes.fromhex(name.strip()[33:])
+    told = bytes(map(operator.xor, sealed, digest(key.hex())))
+    probability, *identity, check = struct.unpack(">fIII", told)
+    if check != zlib.crc32(key + told[:12]) or not 0 < probability <= 1:
+        raise ValueError("This sample_id was edited.")
+    return key, probability, *identity
 
 
 class Rate(NamedTuple):
@@ -4867,36 +5006,60 @@ class Rate(NamedTuple):
     high: float
 
 
-def weighted_rate(positive: BoolArray, weights: FloatArray) -> Rate:
-    """With Wilson's interval at Kish's effective size (1965), the weights' squared sum over the sum of squares."""
-    total = float(weights.sum())
-    share = ratio(float(weights[positive].sum()), total)
-    size = ratio(total * total, float((weights * weights).sum()))
-    return Rate(share, *wilson(share * size, size))
+def arcsine(share: float, size: float) -> Rate:
+    """With Anscombe's interval (1948, Biometrika 35); at 0 and 1 at least as wide as the rule of three has it."""
+    middle, half = math.asin(math.sqrt((share * size + 3 / 8) / (size + 3 / 4))), Z95 / (2 * math.sqrt(size + 1 / 2))
+    low, high = (math.sin(min(max(0.0, angle), math.pi / 2)) ** 2 for angle in (middle - half, middle + half))
+    if share <= 0:
+        low, high = 0.0, max(high, 1 - 0.05 ** (1 / size))
+    if share >= 1:
+        low, high = min(low, 0.05 ** (1 / size)), 1.0
+    return Rate(share, min(low, share), max(high, share))
 
 
-def correct_share(raw: float, ppv: Rate, missed: Rate) -> dict[str, Rate]:
-    """A label's share and how well it is found, from the share of predicted positives in the whole population.
+def weighted_rate(positive: BoolArray, weights: FloatArray, chances: FloatArray) -> Rate:
+    """At Kish's effective size (1965), with the variance that is left where texts had a large chance to be coded.
 
-    `ppv` and `missed` are the rates of people's positives among predicted positives and predicted negatives. The share
-    is raw * ppv + (1 - raw) * missed; its interval combines theirs by MOVER (Zou & Donner 2008, Statistics in Medicine
-    27). The other figures rise with `ppv` and fall with `missed`, so that their limits follow from opposite limits.
+    That of the weighted mean under Poisson sampling (Särndal, Swensson & Wretman 1992, 5.7): where all were sure to be
+    coded, the interval is the point.
     """
-    import numpy as np
+    total, squares = float(weights.sum()), float((weights * weights * (1 - chances)).sum())
+    if not total:
+        return Rate(math.nan, math.nan, math.nan)
+    share = min(1.0, float(weights[positive].sum()) / total)
+    return arcsine(share, total * total / squares) if squares > 0 else Rate(share, share, share)
 
-    nobody = Rate(0.0, 0.0, 0.0)
-    ppv, missed = ppv if raw else nobody, missed if raw < 1 else nobody
-    share = raw * ppv.value + (1 - raw) * missed.value
-    below = math.hypot(raw * (ppv.value - ppv.low), (1 - raw) * (missed.value - missed.low))
-    above = math.hypot(raw * (ppv.high - ppv.value), (1 - raw) * (missed.high - missed.value))
-    figures = [
-        Confusion(raw * found, raw * (1 - found), (1 - raw) * lost, (1 - raw) * (1 - lost)).figures()
-        for found, lost in ((ppv.value, missed.value), (ppv.low, missed.high), (ppv.high, missed.low))
-    ]
-    return {
-        "corrected_share": Rate(*np.clip([share, share - below, share + above], 0, 1).tolist()),
-        **{name: Rate(*(each[name] for each in figures)) for name in ("precision", "recall", "f1", "kappa")},
-    }
+
+def correct_share(parts: Sequence[float], rates: Sequence[Rate]) -> dict[str, Rate]:
+    """A label's share and how well it is found.
+
+    `parts` are the shares of rows that the model gave the label, did not give it, and did not answer about; `rates`
+    those of people's positives among each. Limits are combined by squares: of each rate the one that lowers or raises a
+    figure most, the other rates as estimated (MOVER: Zou & Donner 2008, Statistics in Medicine 27). Precision, recall,
+    F1 and kappa are those of the rows that were answered.
+    """
+
+    def figures(values: Sequence[float]) -> dict[str, float]:
+        given, denied, _ = parts
+        found, lost, _ = values
+        cells = Confusion(given * found, given * (1 - found), denied * lost, denied * (1 - lost)).figures()
+        share = sum(part * value for part, value in zip(parts, values, strict=True))
+        return {"corrected_share": share, **{name: cells[name] for name in ("precision", "recall", "f1", "kappa")}}
+
+    rates = [rate if part else Rate(0.0, 0.0, 0.0) for part, rate in zip(parts, rates, strict=True)]
+    values = [rate.value for rate in rates]
+    corrected = {}
+    for name, value in figures(values).items():
+        falls, rises = [], []
+        for place, rate in enumerate(rates):
+            moved = [figures([*values[:place], limit, *values[place + 1 :]])[name] for limit in (rate.low, rate.high)]
+            changes = [each - value for each in moved if not math.isnan(each)] or [0.0]
+            falls.append(max(0.0, -min(changes)))
+            rises.append(max(0.0, max(changes)))
+        least = -1.0 if name == "kappa" else 0.0
+        low, high = max(least, value - math.hypot(*falls)), min(1.0, value + math.hypot(*rises))
+        corrected[name] = Rate(value, math.nan, math.nan) if math.isnan(value) else Rate(value, low, high)
+    return corrected
 
 
 def corrected_shares(
@@ -4905,20 +5068,23 @@ def corrected_shares(
     labels: Sequence[str],
     probability: pd.Series[float],
     counts: pd.Series[int] | None = None,
+    drawn: int | None = None,
 ) -> pd.DataFrame:
     """Correct the shares of labels by a sample that people have coded.
 
     Args:
         predicted: the population, texts x columns, with a column of 1, 0 and blanks for each label; a unique index.
-        gold: the coded texts, indexed as in `predicted`; blanks are not coded.
+        gold: the drawn texts, indexed as in `predicted`; blanks are not coded.
         labels: the columns.
-        probability: the inclusion probability of each coded text, by the same index.
+        probability: the inclusion probability of each drawn text, by the same index.
         counts: how often each text of `predicted` occurs; by default once.
+        drawn: how many texts were drawn, if `gold` lacks some of them.
 
     Returns:
-        One row per label: coded (texts), raw_share (of predicted positives), corrected_share, precision, recall, f1 and
-        kappa, each with _low and _high, the limits of its 95 % interval. NaN where nobody has coded a text of the
-        predicted positives, or of the predicted negatives, though there are some.
+        One row per label: coded (texts), raw_share (of predicted positives, of what was answered), corrected_share (of
+        all rows), precision, recall, f1 and kappa, each with _low and _high, the limits of its 95 % interval. NaN where
+        nobody has coded a text of the predicted positives, or of the predicted negatives, though there are some. Of
+        texts without an answer, if none is coded, anything from 0 to 1 is taken to be possible.
 
     Raises:
         InputError: an index value of `predicted` appears more than once, or a coded text is not in it.
@@ -4930,23 +5096,73 @@ def corrected_shares(
         raise InputError("Each coded text must be one of `predicted`, whose index must be unique.")
     often = np.ones(len(predicted)) if counts is None else counts.reindex(predicted.index).to_numpy(float)
     places = predicted.index.get_indexer(gold.index)
-    weights = often[places] / probability.reindex(gold.index).to_numpy(float)
+    chances = np.asarray(probability.reindex(gold.index), float)
+    kept = 1.0 if drawn is None else min(1.0, ratio(len(gold), drawn))
     rows = {}
     for label in labels:
         model, people = (frame[label].astype("Float64").fillna(BLANK).to_numpy(float) for frame in (predicted, gold))
-        raw = ratio(float(often[model == 1].sum()), float(often[model >= 0].sum()))
-        coded = (people >= 0) & (model[places] >= 0)
-        rates = [
-            weighted_rate(people[group] == 1, weights[group])
-            for group in (coded & (model[places] == value) for value in (1, 0))
-        ]
-        rows[label] = {"coded": float(coded.sum()), "raw_share": raw}
-        for name, rate in correct_share(raw, *rates).items():
+        parts, rates = [], []
+        for group in (model == 1, model == 0, model < 0):
+            coded = group[places] & (people >= 0)
+            response = kept * ratio(float(coded.sum()), float(group[places].sum()))
+            weights = np.asarray(often[places[coded]] / chances[coded], float)
+            parts.append(ratio(float(often[group].sum()), float(often.sum())))
+            rates.append(weighted_rate(people[coded] == 1, weights, np.asarray(response * chances[coded], float)))
+        given, denied, _ = parts
+        if math.isnan(rates[2].value):
+            others = sum(part * rate.value for part, rate in zip(parts[:2], rates[:2], strict=True) if part)
+            rates[2] = Rate(ratio(others, given + denied), 0.0, 1.0)
+        rows[label] = {"coded": float((people >= 0).sum()), "raw_share": ratio(given, given + denied)}
+        for name, rate in correct_share(parts, rates).items():
             rows[label] |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
     return pd.DataFrame.from_dict(rows, orient="index").astype({"coded": int})
 
 
-SAMPLE_ID, PROBABILITY = "sample_id", "inclusion_probability"
+def corrected_differences(groups: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """How the corrected shares of groups differ from those of the first one.
+
+    Args:
+        groups: value -> what `corrected_shares` returned for the rows that have it.
+
+    Returns:
+        For each label and each value but the first (a MultiIndex) difference, low and high: the value's share less the
+        first one's, with its 95 % interval (Newcombe 1998, Statistics in Medicine 17:873, method 10; Zou & Donner
+        2008). It is too wide rather than too narrow where texts are in both groups.
+    """
+    import pandas as pd
+
+    (_, reference), *others = groups.items()
+    rows = {}
+    for value, frame in others:
+        for label in frame.index:
+            (s1, l1, u1), (s2, l2, u2) = (
+                tuple(float(each.loc[label, f"corrected_share{end}"]) for end in ("", "_low", "_high"))
+                for each in (frame, reference)
+            )
+            low, high = math.hypot(s1 - l1, u2 - s2), math.hypot(u1 - s1, s2 - l2)
+            rows[label, value] = {"difference": s1 - s2, "low": s1 - s2 - low, "high": s1 - s2 + high}
+    index = pd.MultiIndex.from_tuples(rows, names=["label", "value"])
+    return pd.DataFrame(list(rows.values()), index, ["difference", "low", "high"])
+
+
+def expected_width(predicted: Cells, rows: IntArray, chances: FloatArray, precision: float, recall: float) -> float:
+    """About how wide a label's corrected share will be if all drawn texts are coded; `predicted`: its column."""
+    groups = [predicted == 1, predicted == 0, predicted < 0]
+    parts = [ratio(float(rows[group].sum()), float(rows.sum())) for group in groups]
+    share = ratio(parts[0] * precision, recall)
+    values = [precision, min(1.0, ratio(share * (1 - recall), parts[1])), min(1.0, share)]
+    rates = []
+    for group, value in zip(groups, values, strict=True):
+        variance = float((rows[group] ** 2 * (1 - chances[group]) / chances[group]).sum())
+        size = ratio(float(rows[group].sum()) ** 2, variance)
+        rates.append(Rate(value, value, value) if math.isnan(size) or math.isnan(value) else arcsine(value, size))
+    corrected = correct_share(parts, rates)["corrected_share"]
+    return corrected.high - corrected.low
+
+
+# --- Gold -------------------------------------------------------------------------------------------------
+#
+# In: files of labels that people gave. Out: these, matched with the table's rows, and how the model's compare.
 
 
 class Gold(NamedTuple):
@@ -4957,60 +5173,60 @@ class Gold(NamedTuple):
     numbers: IntArray  # the rows of the labelled table that have these keys, -1 where there is none
     content: bytes
     not_compared: list[str]  # columns that match no label
-    probabilities: list[float] | None = None  # at which its rows were drawn, if they were
+    lacking: list[str]  # labels that it has no column for
+    draw: Draw | None = None  # if its rows were drawn
 
     def coded(self, labels: Sequence[str]) -> list[str]:
         """The labels that people gave to some row, or denied it."""
         return [label for label, column in zip(labels, self.cells.T, strict=True) if (column >= 0).any()]
 
 
-def sample_id(key: bytes) -> str:
-    """A text's name in a sample; with a letter first, so that no spreadsheet takes it for a number."""
-    return f"t{key.hex()}"
-
-
 def read_sample(source: Source, table: Table, labels: Sequence[str]) -> Gold:
-    """Read a sample, whatever a spreadsheet has made of its order, delimiters, line ends and decimal points."""
+    """Read a sample, whatever a spreadsheet has made of its order, delimiters and line ends."""
     import numpy as np
 
-    sample = read_table(source, Columns(SAMPLE_ID, PROBABILITY, labels, text_is="column", advice="fix the cell"))
-    keys, probabilities = [], []
+    sample = read_table(source, Columns(SAMPLE_ID, None, labels, text_is="column", advice="fix the cell"))
+    keys, chances, identities = [], [], set()
     for number, row in enumerate(sample.rows()):
         try:
-            key, probability = bytes.fromhex(row.text.strip()[1:]), float((row.label or "").replace(",", "."))
+            key, chance, *identity = read_sample_id(row.text)
         except ValueError:
-            key, probability = b"", 0.0
-        if len(key) != KEY_BYTES or not 0 < probability <= 1:
             raise InputError(
-                f"Row {number} of the sample {sample.source} has no {SAMPLE_ID}, or no {PROBABILITY} above 0 and up to "
-                "1: restore them from a copy, or move the file away and draw anew."
-            )
+                f"Row {number} of the sample {sample.source} has a {SAMPLE_ID} that was edited, or is none: restore it "
+                "from a copy, or move the file away and draw anew."
+            ) from None
         keys.append(key)
-        probabilities.append(probability)
+        chances.append(chance)
+        identities.add(tuple(identity))
     if len(set(keys)) < len(keys):
         raise InputError(f"The sample {sample.source} has a {SAMPLE_ID} twice: remove one of these rows.")
+    if len(identities) > 1:
+        raise InputError(f"The sample {sample.source} has rows of different draws: use one draw's rows alone.")
     places = table.find(b"".join(keys))
     numbers = np.where(places < 0, -1, table.first_rows[places]) if len(table) else places
-    return Gold(sample.given, list(map(sample_id, keys)), numbers, sample.content, [], probabilities)
+    lacking = [label for label in labels if label not in sample.header]
+    draw = Draw(np.array(chances), *(identities.pop() if identities else (0, 0)))
+    return Gold(sample.given, [f"t{key.hex()}" for key in keys], numbers, sample.content, [], lacking, draw)
 
 
-def sample_content(
-    rows: Iterable[tuple[Row, float]], filled: Mapping[str, Sequence[int]], options: Options, delimiter: str
-) -> bytes:
-    """A sample for people to fill in, of rows with their probabilities, with what is filled in already, by its ids."""
-    header = [SAMPLE_ID, options.text_column, *options.labels, PROBABILITY]
-    unfilled = [BLANK] * len(options.labels)
-    lines = (
-        [
-            sample_id(row.key),
-            row.text,
-            *("" if value < 0 else value for value in filled.get(sample_id(row.key), unfilled)),
-            f"{chance:.12g}",
-        ]
-        for row, chance in rows
-    )
+def sample_content(rows: Iterable[tuple[str, Row]], before: Path | None, options: Options, delimiter: str) -> bytes:
+    """A sample for people to fill in, of ids and rows, with what an earlier one has filled in, in columns of any name.
+
+    Nothing in it, nor its order, tells what the model said.
+    """
+    filled: dict[str, dict[str, str]] = {}
+    columns = [SAMPLE_ID, options.text_column, *options.labels]
+    if before:
+        kept = read_table(before, Columns(SAMPLE_ID, None, ())).to_frame(dtype=str, keep_default_na=False)
+        records: Any = kept.to_dict("records")
+        filled = {row[SAMPLE_ID].strip()[:33]: row for row in records}
+        columns += [name for name in kept.columns if name not in columns]
+    lines = []
+    for name, row in rows:
+        line = filled.get(name[:33], {}) | {SAMPLE_ID: name, options.text_column: row.text}
+        lines.append([line.get(column, "") for column in columns])
     # A byte-order mark, and the input's semicolons, are how Excel knows what it opens.
-    return b"\xef\xbb\xbf" + csv_bytes(header, lines, delimiter=";" if delimiter == ";" else ",")
+    return b"\xef\xbb\xbf" + csv_bytes(columns, lines, delimiter=";" if delimiter == ";" else ",")
 
 
 def is_sample(source: Source) -> bool:
@@ -5021,8 +5237,8 @@ def is_sample(source: Source) -> bool:
                 head = file.read(65_536).replace(b"\0", b"")  # as UTF-16 it has these
         except OSError:  # which is told when it is read
             return False
-        return SAMPLE_ID.encode() in head and PROBABILITY.encode() in head
-    return {SAMPLE_ID, PROBABILITY} <= set(source.columns)
+        return SAMPLE_ID.encode() in b"".join(head.splitlines()[:2])  # Excel may name the delimiter in the first
+    return SAMPLE_ID in source.columns
 
 
 def read_gold(options: Options, table: Table) -> Gold | None:
@@ -5066,23 +5282,46 @@ def read_gold(options: Options, table: Table) -> Gold | None:
         raise InputError(f"Different rows of {table.source} have the same {key!r} as a gold row: {unique}.")
     numbers = pd.Series(rows.index, rows["key"]).reindex(people, fill_value=-1).to_numpy()
     others = [name for name in gold.header if name not in {key, *options.labels}]
-    return Gold(gold.given, list(people), numbers, gold.content, others)
+    lacking = [label for label in options.labels if label not in gold.header]
+    return Gold(gold.given, list(people), numbers, gold.content, others, lacking)
 
 
 def correct_by_sample(
-    gold: Gold, table: Table, cells: Cells, population: tuple[IntArray, IntArray], labels: Sequence[str]
+    gold: Gold, population: Population, cells: Cells, labels: Sequence[str], by: str | None, drawn: int | None
 ) -> dict[str, Any]:
-    """The labels' shares in a population (first rows, and how often each occurs), corrected by a coded sample of it."""
+    """The labels' shares in a population, as a whole and by group, corrected by a coded sample of it.
+
+    `drawn`: how many texts were drawn, if that is known.
+    """
     import pandas as pd
 
-    numbers, counts = population
-    index, matched = table.key_indexes[numbers], gold.numbers >= 0
-    predicted = pd.DataFrame(label_columns(cells[numbers], labels), index)
-    people = pd.DataFrame(label_columns(gold.cells[matched], labels), table.key_indexes[gold.numbers[matched]])
-    probability = pd.Series(gold.probabilities)[matched].set_axis(people.index)
-    people = people[people.index.isin(index)]
-    shares = corrected_shares(predicted, people, gold.coded(labels), probability, pd.Series(counts, index))
-    return {str(label): figures for label, figures in shares.to_dict("index").items()}
+    places = pd.Index(population.numbers).get_indexer(pd.Index(gold.numbers))
+    inside = places >= 0
+    predicted = pd.DataFrame(label_columns(cells[population.numbers], labels))
+    people = pd.DataFrame(label_columns(gold.cells[inside], labels), places[inside])
+    chances = pd.Series(gold.draw.probabilities[inside] if gold.draw else 1.0, people.index)
+    kept = ratio(len(gold.keys), max(len(gold.keys), drawn or 0))
+
+    def correct(counts: IntArray) -> pd.DataFrame:
+        occurs = counts > 0
+        coded = people[occurs[people.index]]
+        in_all = round(ratio(len(coded), kept)) if len(coded) else None
+        often = pd.Series(counts)
+        return corrected_shares(predicted[occurs], coded, gold.coded(labels), chances, often, in_all)
+
+    whole = correct(population.counts.sum(axis=1))
+    figures: dict[str, Any] = {"corrected_shares": {str(label): row for label, row in whole.to_dict("index").items()}}
+    if not population.values:
+        return figures
+    groups = {value: correct(population.counts[:, place]) for place, value in enumerate(population.values)}
+    differences = corrected_differences(groups)
+    figures["corrected_shares_by"] = {
+        "column": by,
+        "reference": population.values[0],
+        "groups": {label: {value: groups[value].loc[label].to_dict() for value in groups} for label in whole.index},
+        "differences": {label: differences.loc[label].to_dict("index") for label in differences.index.unique(0)},
+    }
+    return figures
 
 
 def compare_with_gold(
@@ -5110,7 +5349,9 @@ def compare_with_gold(
         for at, place in zip(*differ, strict=True)
     ]
     return {
-        "gold": told,
+        # Of a drawn sample these would be those of the sample, which is tilted to what the model found.
+        **({"gold": told} if gold.draw is None else {}),
+        "gold_labels_without_a_column": gold.lacking,
         "gold_unmatched": {
             "not in the table": len(gold.keys) - len(matched),
             "not coded": int((gold.cells < 0).all(axis=1).sum()),
@@ -5126,6 +5367,7 @@ def compare_with_gold(
 # is about the rows that were requested, unless stated otherwise.
 
 SHOWN_BLANK_ROWS = 20
+MAX_UNANSWERED = 0.01  # of the rows with a text, above which the summary says so
 ATTRIBUTE_ROWS = 100  # in a frame's attrs, which pandas copies at each operation
 UNKNOWN_PRICE = "unknown: no price of {!r} is known (pass `price`)"
 OPENAI_WOULD_BILL = "what OpenAI would bill"  # said of a server on this machine
@@ -5196,8 +5438,9 @@ class Report:
     labels: Mapping[str, LabelCount]
     table_labels: Mapping[str, LabelCount]  # the same for all rows of the table
     shares: Mapping[str, Mapping[str, float]]  # label -> value of the `by` column -> share
-    # By name, if requested: "audit", "gold" and "corrected_shares" (each label -> figure -> value), "gold_unmatched"
-    # (reason -> gold rows), "gold_columns_not_compared".
+    # By name, if requested: "audit", "gold" and "corrected_shares" (each label -> figure -> value),
+    # "corrected_shares_by" (column, reference, groups, differences), "draw" (how a sample was drawn), "gold_unmatched"
+    # (reason -> gold rows), "gold_columns_not_compared", "gold_labels_without_a_column".
     figures: Mapping[str, Any]
     seconds: float  # wall-clock time of asking
     ended_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -5386,7 +5629,15 @@ def closing_lines(report: Report) -> list[str]:
         ]
         lines.append(f"✓ Tokens: {prompt:,} in{notes[0]}, {completion:,} out{notes[1]}")
         lines.append(f"✓ Cost: {cost_words(report)}")
-    return [*lines, "", "=== Summary ===", *summary_lines(report), *table_lines(report)]
+    return [*lines, "", "=== Summary ===", *summary_lines(report), *unanswered_lines(report), *table_lines(report)]
+
+
+def unanswered_lines(report: Report) -> list[str]:
+    """Filters take out what is most hateful: shares of the rest are too low."""
+    with_text = report.plan.requested - report.plan.blank_texts
+    share = ratio(len(report.blank_rows), with_text)
+    is_told = with_text and share > MAX_UNANSWERED
+    return [f"Rows without an answer: {share:.1%}; the shares above leave them out"] if is_told else []
 
 
 def audited_rows(report: Report) -> int:
@@ -5456,43 +5707,89 @@ def table_lines(report: Report) -> list[str]:
 
 def gold_lines(report: Report) -> list[str]:
     """How the model's labels compare with people's."""
-    figures, lines = report.figures, [""]
-    if "gold" not in figures:
+    figures = report.figures
+    if "gold_unmatched" not in figures:
         return []
-    if "corrected_shares" in figures:
-        shares = figures["corrected_shares"]
-        head = ["", "coded", "raw", "corrected"]
-        lines += ["=== Shares, corrected by what people coded, with 95 % intervals ==="]
-        rows = [
-            [label, f"{each['coded']:.0f}", percent(each["raw_share"]), rate_words(each, "corrected_share", percent)]
-            for label, each in shares.items()
-        ]
-        lines += [*align(head, rows), "", "=== How well labels are found, with 95 % intervals ==="]
-        names = ["precision", "recall", "f1", "kappa"]
-        rows = [[label, *(rate_words(each, name, decimal) for name in names)] for label, each in shares.items()]
-        lines += align(["", *names], rows)
-        lines += [
-            f"{label}: not corrected; code some texts that the model gave this label, and some that it did not"
-            for label, each in shares.items()
-            if math.isnan(each["corrected_share"])
-        ]
-    else:
-        head = ["", "rows", "support", "precision", "recall", "f1", "accuracy", "kappa"]
-        rows = []
-        for label, each in figures["gold"].items():
-            rates = [rate_words(each, name, decimal) for name in ("precision", "recall")]
-            counts = ["-" if isinstance(each[name], float) else str(each[name]) for name in ("rows", "support")]
-            rows.append([label, *counts, *rates, *(decimal(each[name]) for name in ("f1", "accuracy", "kappa"))])
-        lines += ["=== Comparison with people, with 95 % intervals ===", *align(head, rows)]
-        lines.append("Shares cannot be corrected from rows that were not drawn: `sample` draws some")
-    lines += [f"Gold rows that are {what}: {count}" for what, count in figures["gold_unmatched"].items() if count]
-    if "corrected_shares" in figures and figures["gold_unmatched"]["not in the table"]:
+    unmatched = figures["gold_unmatched"]
+    lines = ["", *(draw_lines(figures) if "draw" in figures else comparison_lines(figures["gold"]))]
+    lines += [f"Gold rows that are {what}: {count}" for what, count in unmatched.items() if count]
+    if "draw" in figures and unmatched["not in the table"]:
         lines.append("A sample's rows are found only with the `label_column` with which it was drawn")
-    others = figures["gold_columns_not_compared"]
+    lacking, others = figures["gold_labels_without_a_column"], figures["gold_columns_not_compared"]
+    lines += [f"Labels without a gold column: {', '.join(lacking)}"] if lacking else []
     lines += [f"Gold columns that match no label (not compared): {', '.join(others)}"] if others else []
     if report.options.output_filepath is not None:
         lines.append(f"Where the model and people differ: {report.options.written['disagreements']}")
     return lines
+
+
+def comparison_lines(gold: Mapping[str, Any]) -> list[str]:
+    """With labels of any rows."""
+    head = ["", "rows", "support", "precision", "recall", "f1", "accuracy", "kappa"]
+    rows = []
+    for label, each in gold.items():
+        rates = [rate_words(each, name, decimal) for name in ("precision", "recall")]
+        counts = ["-" if isinstance(each[name], float) else str(each[name]) for name in ("rows", "support")]
+        rows.append([label, *counts, *rates, *(decimal(each[name]) for name in ("f1", "accuracy", "kappa"))])
+    return [
+        "=== Comparison with people, with 95 % intervals ===",
+        *align(head, rows),
+        "Shares cannot be corrected from rows that were not drawn: `sample` draws some",
+    ]
+
+
+def draw_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Shares corrected by a sample."""
+    draw, shares = figures["draw"], figures.get("corrected_shares")
+    texts = f"{draw['texts']:,} texts, and there are {draw['texts_now']:,} now"
+    if shares is None:
+        return [
+            f"✗ Shares are not corrected: the sample was drawn from {texts}"
+            + (", which are others" if draw["texts"] == draw["texts_now"] else "")
+            + ". Draw again with `sample`, which keeps what is coded"
+        ]
+    head = ["", "coded", "raw", "corrected"]
+    rows = [
+        [label, f"{each['coded']:.0f}", percent(each["raw_share"]), rate_words(each, "corrected_share", percent)]
+        for label, each in shares.items()
+    ]
+    lines = ["=== Shares, corrected by what people coded, with 95 % intervals ===", *align(head, rows), ""]
+    names = ["precision", "recall", "f1", "kappa"]
+    rows = [[label, *(rate_words(each, name, decimal) for name in names)] for label, each in shares.items()]
+    lines += ["=== How well labels are found, with 95 % intervals ===", *align(["", *names], rows)]
+    lines += [
+        f"{label}: not corrected; code some texts that the model gave this label, and some that it did not"
+        for label, each in shares.items()
+        if math.isnan(each["corrected_share"])
+    ]
+    lines += [] if draw["is_same_population"] else [f"The sample was drawn from {texts}: nearly the same"]
+    return lines + group_lines(figures)
+
+
+def group_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Corrected shares by the values of another column, and how they differ from the most frequent one's."""
+    if "corrected_shares_by" not in figures:
+        return []
+    column, reference, groups, differences = figures["corrected_shares_by"].values()
+    rows = []
+    for label, by_value in groups.items():
+        for value, each in by_value.items():
+            other = differences.get(label, {}).get(value)
+            told = (
+                ""
+                if other is None
+                else f"{points(other['difference'])} ({points(other['low'])} to {points(other['high'])})"
+            )
+            shares = percent(each["raw_share"]), rate_words(each, "corrected_share", percent)
+            rows.append(
+                [f"{label}: {value or '(blank)'}", f"{each['coded']:.0f}", *shares, "-" if "nan" in told else told]
+            )
+    title = f"=== Corrected shares by {column!r}, and their differences from {reference or '(blank)'!r} in points ==="
+    return ["", title, *align(["", "coded", "raw", "corrected", "difference"], rows)]
+
+
+def points(share: float) -> str:
+    return f"{100 * share:+.1f}"
 
 
 def rate_words(figures: Mapping[str, float], name: str, show: Callable[[float], str]) -> str:
@@ -5601,6 +5898,7 @@ def plot_labels(
     labels: Sequence[str],
     by: str | None = None,
     corrected: Mapping[str, Mapping[str, float]] | None = None,
+    corrected_by: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
 ) -> Figure:
     """Draw how common each label is, and which labels occur together.
 
@@ -5610,10 +5908,12 @@ def plot_labels(
         by: a column by whose values the shares are broken down, the six most frequent of them.
         corrected: label -> corrected_share, corrected_share_low and corrected_share_high, to be drawn beside the raw
             ones; what `corrected_shares(...).to_dict("index")` gives.
+        corrected_by: label -> value of `by` -> the same.
 
     Returns:
-        A matplotlib figure. Left, each label's share of the rows that have an answer, with its 95 % interval by Wilson
-        (1927). Right, of the rows with the label on the left, the share that has the label below as well.
+        A matplotlib figure. Left, each label's share of the rows that have an answer (a census: the model's errors, not
+        chance, are what is wrong with it), and the corrected shares with their 95 % intervals. Right, of the rows with
+        the label on the left, the share that has the label below as well.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -5626,7 +5926,7 @@ def plot_labels(
     height = 2.2 + 0.34 * len(labels) + 0.075 * widest
     figure = Figure(figsize=(8.5 + 0.34 * len(labels) + 0.07 * widest, height), dpi=110, layout="constrained")
     shares, together = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1 + 0.34 * len(labels)])
-    draw_shares(shares, df, labels, by, corrected or {})
+    draw_shares(shares, df, labels, by, corrected or {}, corrected_by or {})
     draw_together(together, df, labels)
 
     def render() -> bytes:
@@ -5639,34 +5939,43 @@ def plot_labels(
 
 
 def draw_shares(
-    axes: Axes, df: pd.DataFrame, labels: Sequence[str], by: str | None, corrected: Mapping[str, Mapping[str, float]]
+    axes: Axes,
+    df: pd.DataFrame,
+    labels: Sequence[str],
+    by: str | None,
+    corrected: Mapping[str, Mapping[str, float]],
+    corrected_by: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> None:
-    import numpy as np
-
-    def draw(title: str, marker: str, places: Sequence[float], rates: Sequence[Sequence[float]]) -> None:
-        """Shares with their limits, low and high, at these heights."""
-        shares, low, high = np.array(rates).T
-        widths = np.maximum(0.0, [shares - low, high - shares])
-        axes.errorbar(shares, places, xerr=widths, fmt=marker, markersize=4, capsize=2, label=title)
-
-    groups = [("all rows", df)]
+    """Raw shares as bare marks, corrected ones with their bars, each in a row of its own beside its label."""
+    groups, colors = [("all rows", df, corrected)], itertools.cycle(f"C{number}" for number in range(10))
     if by is not None:
-        names = list(df[by].value_counts().index[:6])
-        groups = [(f"{by}: {name}", df[df[by] == name]) for name in names]
-    for number, (name, part) in enumerate(groups):
-        counts = [(int(part[label].sum()), int(part[label].notna().sum())) for label in labels]
-        places = [place + 0.8 * ((number + 0.5) / len(groups) - 0.5) for place in range(len(labels))]
-        draw(f"{name} (n={len(part):,})", "o", places, [(ratio(*count), *wilson(*count)) for count in counts])
-    shown = {place + 0.25: corrected[label] for place, label in enumerate(labels) if label in corrected}
-    if shown:
-        rates = [[each[f"corrected_share{end}"] for end in ("", "_low", "_high")] for each in shown.values()]
-        draw("corrected by people", "s", list(shown), rates)
+        names = list(df[by].value_counts().index[:SHOWN_GROUPS])
+        by_value = {name: {label: each[name] for label, each in corrected_by.items() if name in each} for name in names}
+        groups = [(f"{by}: {name}", df[df[by] == name], by_value[name]) for name in names]
+        groups += [("all rows", df, corrected)] if corrected and not corrected_by else []
+    rows = sum(1 + bool(its_corrected) for *_, its_corrected in groups)
+    heights = iter((number + 0.5) / rows - 0.5 for number in range(rows))
+    for name, part, its_corrected in groups:
+        color, height = next(colors), next(heights)
+        raw = [ratio(int(part[label].sum()), int(part[label].notna().sum())) for label in labels]
+        places = [place + 0.8 * height for place in range(len(labels))]
+        axes.plot(raw, places, "o", markersize=4, color=color, label=f"{name} (n={len(part):,})")
+        if its_corrected:
+            height = next(heights)
+            told = {place + 0.8 * height: its_corrected[x] for place, x in enumerate(labels) if x in its_corrected}
+            shares = [each["corrected_share"] for each in told.values()]
+            widths = [
+                [max(0.0, sign * (each[f"corrected_share_{end}"] - each["corrected_share"])) for each in told.values()]
+                for end, sign in (("low", -1), ("high", 1))
+            ]
+            style: dict[str, Any] = {"fmt": "s", "markersize": 4, "capsize": 2, "color": color, "mfc": "white"}
+            axes.errorbar(shares, list(told), xerr=widths, label=f"{name}, corrected by people", **style)
     axes.set_yticks(range(len(labels)), labels, parse_math=False)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value >= 0.1 or not value else f"{value:.1%}")
     axes.grid(axis="x", alpha=0.3)
-    axes.set_title("Share of rows, with 95 % intervals", fontsize="medium")
+    axes.set_title("Share of rows; corrected ones with 95 % intervals", fontsize="medium")
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
 
 
