@@ -276,6 +276,10 @@ class Options:
         metavar="CSV",
     )  # fmt: skip
     gold_key: str | None = option(None, "the column by which gold rows are matched (default: the text)")
+    coders: Sequence[Source] | None = option(
+        None, "copies of a sample or of gold labels, one per person: how far they agree, and what most of them say",
+        nargs="+", metavar="CSV",
+    )  # fmt: skip
     plot: str | Path | None = option(None, "an image file: how common the labels are, and which occur together", Path)
     use_batch_api: bool = option(
         False,
@@ -297,8 +301,9 @@ class Options:
             object.__setattr__(self, declared.name, value)
         if self.sample and self.output_filepath is None:
             raise InputError("`sample` writes a file beside the output, so it is for enrich_dataset, which has one.")
-        for name in ("gold", "examples"):
-            table = getattr(self, name)
+        object.__setattr__(self, "coders", None if self.coders is None else [*self.coders])
+        tables = [("gold", self.gold), ("examples", self.examples), *(("coders", each) for each in self.coders or ())]
+        for name, table in tables:
             if not isinstance(table, (str, Path, type(None))) and not hasattr(table, "to_csv"):
                 raise InputError(f"`{name}` must be a path or a pandas DataFrame: {how_to_convert(table)}.")
         self._check_encoding()
@@ -311,8 +316,11 @@ class Options:
             raise InputError(
                 "`no_wait` needs a store, or the results could not be collected later: pass `store_filepath`."
             )
-        if self.gold_key is not None and self.gold is None:
+        if self.gold_key is not None and not self.has_gold:
             raise InputError("`gold_key` needs gold labels: pass `gold`, or drop it.")
+        paths = [Path(each).resolve() for each in self.coders or () if isinstance(each, (str, Path))]
+        if self.coders is not None and (len(self.coders) < 2 or len(set(paths)) < len(paths)):
+            raise InputError("`coders` needs at least two different files: one for each person who coded.")
         if not isinstance(self.new_labels, (str, Mapping)):  # an array or a generator will do
             object.__setattr__(self, "new_labels", [] if self.new_labels is None else list(self.new_labels))
         check_labels(self.new_labels)
@@ -354,6 +362,7 @@ class Options:
     def _check_paths(self) -> None:
         named = self.instructions if isinstance(self.instructions, Path) else None  # else it is a text
         given = {"input": self.input_filepath, "gold": self.gold, "examples": self.examples, "instructions": named}
+        given |= {f"coder {number}": each for number, each in enumerate(self.coders or (), 1)}
         read = {what: Path(path) for what, path in given.items() if isinstance(path, (str, Path))}
         written = self.written
         if "input" not in read and "output" in written:
@@ -362,7 +371,7 @@ class Options:
             if not (path.is_file() if what == "input" else path.exists()):
                 raise InputError(f"There is no file {path}: check the path of the {what}.")
         for what, path in (read | written).items():
-            if what in {"input", "gold", "examples", "output"}:
+            if what in {"input", "gold", "examples", "output"} or what.startswith("coder"):
                 check_kind(what, path)
         for what, path in written.items():
             if path.is_dir():
@@ -388,11 +397,15 @@ class Options:
             "plot": self.plot,
             "output": self.output_filepath,
             "record": beside(".run.json"),
-            "disagreements": beside(".disagreements.csv", self.gold is not None),
+            "disagreements": beside(".disagreements.csv", self.has_gold),
             "store": beside(".answers.sqlite3") if self.store_filepath is None else self.store_filepath,
             "sample": beside(".sample.csv", self.sample > 0),
         }
         return {what: Path(path) for what, path in files.items() if path is not None}
+
+    @property
+    def has_gold(self) -> bool:
+        return self.gold is not None or self.coders is not None
 
     @property
     def by_column(self) -> str | None:
@@ -423,7 +436,7 @@ def check_apart(written: Mapping[str, Path], others: Mapping[str, Path]) -> None
         is_same = path.resolve() == its_path.resolve()
         is_same |= path.exists() and its_path.exists() and path.samefile(its_path)
         # A sample that has been coded is read as gold, and may grow at the same time.
-        if is_same and what != other and (what, other) != ("sample", "gold"):
+        if is_same and what != other and not (what == "sample" and other.startswith(("gold", "coder"))):
             raise InputError(f"The {what} and the {other} are the same file ({path}): choose another one.")
 
 
@@ -888,12 +901,19 @@ def draw_audit(task: Task, labelled: BoolArray) -> tuple[IntArray, IntArray]:
 
 def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
     """Compare the requested rows with people's labels, and list where they differ beside the output."""
+    import numpy as np
+
     labels, table = task.options.labels, task.table
     requested = cells.copy()
     requested[~task.requested] = BLANK
     figures, disagreements = compare_with_gold(gold, requested, labels)
+    weights = np.ones(len(gold.keys))
     if gold.draw is not None:
-        figures |= correct_by_draw(task, gold, gold.draw, cells)
+        population = find_population(table, task.for_model)
+        figures |= correct_by_draw(task, gold, gold.draw, population, cells)
+        weights = population.rows_of(gold.numbers) / gold.draw.probabilities
+    if len(gold.codes):
+        figures |= measure_coders(gold, weights, labels, task.options.seed)
     if task.options.output_filepath is not None:
         numbers = list(dict.fromkeys(row for row, *_ in disagreements))
         lines = dict(zip(numbers, table.line_numbers(numbers), strict=True))
@@ -904,9 +924,9 @@ def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
     return figures
 
 
-def correct_by_draw(task: Task, gold: Gold, draw: Draw, cells: Cells) -> dict[str, Any]:
+def correct_by_draw(task: Task, gold: Gold, draw: Draw, population: Population, cells: Cells) -> dict[str, Any]:
     """Shares corrected by a coded sample, unless it was drawn from other texts; and how it was drawn."""
-    labels, population = task.options.labels, find_population(task.table, task.for_model)
+    labels = task.options.labels
     noted = json.loads(task.store.noted(f"draw {draw.texts} {draw.fingerprint}") or "{}")
     texts, fingerprint = population.identity
     is_same = (texts, fingerprint) == (draw.texts, draw.fingerprint)
@@ -1031,7 +1051,7 @@ def write_record(task: Task, report: Report) -> None:
     """Write the run's record beside the output."""
     if task.options.output_filepath is None:
         return
-    hashes = {"input": task.table.content} | ({"gold": task.gold.content} if task.gold else {})
+    hashes = {"input": task.table.content} | (task.gold.contents if task.gold else {})
     record = {f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in hashes.items()}
     with task.files.replacing("record") as file:
         # There and back, since JSON has no NaN: undefined figures become null.
@@ -4900,6 +4920,15 @@ class Population(NamedTuple):
         marks = (int.from_bytes(key[:4], "big") for key in self.keys)
         return len(self.keys), functools.reduce(operator.xor, marks, 0)
 
+    def rows_of(self, numbers: IntArray) -> IntArray:
+        """In how many rows these texts, by their first rows, occur; 0: they are none of it."""
+        import numpy as np
+        import pandas as pd
+
+        places = pd.Index(self.numbers).get_indexer(pd.Index(numbers))
+        totals = np.append(self.counts.sum(axis=1), 0)
+        return np.asarray(totals[places])
+
 
 def find_population(table: Table, eligible: BoolArray) -> Population:
     import numpy as np
@@ -5171,10 +5200,11 @@ class Gold(NamedTuple):
     cells: Cells
     keys: list[str]  # of its rows
     numbers: IntArray  # the rows of the labelled table that have these keys, -1 where there is none
-    content: bytes
+    contents: dict[str, bytes]  # of its files, by what they are
     not_compared: list[str]  # columns that match no label
     lacking: list[str]  # labels that it has no column for
     draw: Draw | None = None  # if its rows were drawn
+    codes: Sequence[Cells] = ()  # each coder's cells of these rows, if there are several
 
     def coded(self, labels: Sequence[str]) -> list[str]:
         """The labels that people gave to some row, or denied it."""
@@ -5206,7 +5236,8 @@ def read_sample(source: Source, table: Table, labels: Sequence[str]) -> Gold:
     numbers = np.where(places < 0, -1, table.first_rows[places]) if len(table) else places
     lacking = [label for label in labels if label not in sample.header]
     draw = Draw(np.array(chances), *(identities.pop() if identities else (0, 0)))
-    return Gold(sample.given, [f"t{key.hex()}" for key in keys], numbers, sample.content, [], lacking, draw)
+    names, contents = [f"t{key.hex()}" for key in keys], {"gold": sample.content}
+    return Gold(sample.given, names, numbers, contents, [], lacking, draw)
 
 
 def sample_content(rows: Iterable[tuple[str, Row]], before: Path | None, options: Options, delimiter: str) -> bytes:
@@ -5242,21 +5273,59 @@ def is_sample(source: Source) -> bool:
 
 
 def read_gold(options: Options, table: Table) -> Gold | None:
-    """Read people's labels, and match them with rows of the table."""
-    if options.gold is None:
-        return None
+    """Read people's labels: of one person, or what most of several say, over which `gold` decides."""
+    final = None if options.gold is None else read_codes(options.gold, options, table)
+    if options.coders is None:
+        return final
+    return join_coders([read_codes(source, options, table, "coders") for source in options.coders], final)
+
+
+def join_coders(coders: Sequence[Gold], final: Gold | None) -> Gold:
+    """One table of labels: a cell is what most coders say, blank if that is a tie; but what `final` says counts."""
+    import numpy as np
+
+    files = [*coders, *([final] if final else [])]
+    first, draws = files[0], {each.draw and each.draw[1:] for each in files}
+    if len(draws) > 1:
+        raise InputError("The files of `coders` and `gold` are of different draws: pass copies of one sample.")
+    keys = list(dict.fromkeys(key for each in files for key in each.keys))
+    places = {key: place for place, key in enumerate(keys)}
+    numbers, chances = np.zeros(len(keys), np.int64), np.ones(len(keys))
+    codes = [blank_cells(len(keys), first.cells.shape[1]) for _ in files]
+    for each, its_codes in zip(files, codes, strict=True):
+        at = [places[key] for key in each.keys]
+        its_codes[at], numbers[at] = each.cells, each.numbers
+        if each.draw:
+            chances[at] = each.draw.probabilities
+    told = np.array(codes[: len(coders)])
+    if not ((told >= 0).sum(axis=0) > 1).any():
+        raise InputError("No text was coded by two of the `coders`: pass files that have texts in common.")
+    balance = (told == 1).sum(axis=0) - (told == 0).sum(axis=0)
+    cells = np.where(balance, balance > 0, BLANK).astype(np.int8)
+    contents = {f"coder_{number}": each.contents["gold"] for number, each in enumerate(coders, 1)}
+    if final:
+        cells, contents["gold"] = merge(cells, codes[-1]), final.contents["gold"]
+    return Gold(
+        cells, keys, numbers, contents, first.not_compared,
+        [label for label in first.lacking if all(label in each.lacking for each in files)],
+        first.draw and Draw(chances, *first.draw[1:]), codes[: len(coders)],
+    )  # fmt: skip
+
+
+def read_codes(source: Source, options: Options, table: Table, name: str = "gold") -> Gold:
+    """Read one person's labels, and match them with rows of the table."""
     import pandas as pd
 
-    if is_sample(options.gold):
-        sample = read_sample(options.gold, table, options.labels)
+    if is_sample(source):
+        sample = read_sample(source, table, options.labels)
         if not sample.coded(options.labels):
             raise InputError(
-                "No 1 or 0 is filled in in the sample that is passed as `gold`: have people code some rows."
+                f"No 1 or 0 is filled in in the sample that is passed as `{name}`: have people code some rows."
             )
         return sample
     key = options.gold_key or options.text_column
     columns = Columns(key, None, options.labels, text_is="gold key (`gold_key`)", advice="fix the cell")
-    gold = read_table(options.gold, columns)
+    gold = read_table(source, columns)
     if not (gold.given >= 0).any():
         raise InputError(
             f"The gold labels ({gold.source}) have no 0 or 1 in a column of any label. They have the columns "
@@ -5283,7 +5352,7 @@ def read_gold(options: Options, table: Table) -> Gold | None:
     numbers = pd.Series(rows.index, rows["key"]).reindex(people, fill_value=-1).to_numpy()
     others = [name for name in gold.header if name not in {key, *options.labels}]
     lacking = [label for label in options.labels if label not in gold.header]
-    return Gold(gold.given, list(people), numbers, gold.content, others, lacking)
+    return Gold(gold.given, list(people), numbers, {"gold": gold.content}, others, lacking)
 
 
 def correct_by_sample(
@@ -5326,10 +5395,11 @@ def correct_by_sample(
 
 def compare_with_gold(
     gold: Gold, cells: Cells, labels: Sequence[str]
-) -> tuple[dict[str, Any], list[tuple[int, str, str, int, int]]]:
+) -> tuple[dict[str, Any], list[tuple[int, str, str, int, str]]]:
     """The figures of the labels that people gave, with how many of their rows could not be compared, by reason.
 
-    And the cells to which people gave another value, in the table's order: row, key, label, the model's, people's.
+    And the cells to which people gave another value, or several: row, key, label, the model's, people's, in the table's
+    order.
     """
     import numpy as np
     import pandas as pd
@@ -5343,9 +5413,19 @@ def compare_with_gold(
     for each in told.values():
         for rate, others in (("precision", "fp"), ("recall", "fn")):
             each[f"{rate}_low"], each[f"{rate}_high"] = wilson(each["tp"], each["tp"] + each[others])
-    differ = ((model >= 0) & (people >= 0) & (model != people)).nonzero()
+    codes = np.array([codes[matched] for codes in gold.codes] or [people])
+    is_disputed = (codes == 1).any(axis=0) & (codes == 0).any(axis=0)
+    differ = (((model >= 0) & (people >= 0) & (model != people)) | is_disputed).nonzero()
     disagreements = [
-        (int(numbers[at]), gold.keys[matched[at]], labels[place], int(model[at, place]), int(people[at, place]))
+        (
+            int(numbers[at]),
+            gold.keys[matched[at]],
+            labels[place],
+            int(model[at, place]),
+            " ".join("-" if code < 0 else str(code) for code in codes[:, at, place])
+            if is_disputed[at, place]
+            else str(people[at, place]),
+        )
         for at, place in zip(*differ, strict=True)
     ]
     return {
@@ -5359,6 +5439,63 @@ def compare_with_gold(
         },
         "gold_columns_not_compared": gold.not_compared,
     }, disagreements
+
+
+def measure_coders(gold: Gold, weights: FloatArray, labels: Sequence[str], seed: int) -> dict[str, Any]:
+    """By label, how far several coders agree; drawn texts count by their weights: draws are tilted to positives."""
+    import numpy as np
+
+    codes, figures = np.array(gold.codes), {}
+    for place, label in enumerate(labels):
+        its_codes = codes[:, :, place]
+        alpha = krippendorff_alpha(its_codes, weights, seed)
+        coders, ones = (its_codes >= 0).sum(axis=0), (its_codes == 1).sum(axis=0)
+        pairs = coders * (coders - 1) / 2
+        agreeing = (ones * (ones - 1) + (coders - ones) * (coders - ones - 1)) / 2
+        figures[label] = {
+            "texts": int((coders > 1).sum()),
+            "agreement": ratio(float(agreeing[coders > 1].sum()), float(pairs.sum())),
+            "alpha": alpha.value,
+            "alpha_low": alpha.low,
+            "alpha_high": alpha.high,
+        }
+    is_open = (gold.cells < 0) & ((codes >= 0).sum(axis=0) > 1)
+    distinct = {hashlib.sha256(content).digest() for name, content in gold.contents.items() if name != "gold"}
+    return {"coders": figures, "cells_not_settled": int(is_open.sum()), "equal_files": len(codes) - len(distinct)}
+
+
+RESAMPLES = 1000
+MAX_UNDEFINED = 0.05  # of the resamples, above which there is no interval
+
+
+def krippendorff_alpha(codes: Cells, weights: FloatArray, seed: int) -> Rate:
+    """For codes of 0, 1 and blanks (coders x texts), with a 95 % interval by a bootstrap over texts.
+
+    Krippendorff 2004, Content Analysis; Hayes & Krippendorff 2007, Communication Methods and Measures 1. Texts that
+    fewer than two have coded do not count; weights are scaled to a mean of 1.
+    """
+    import numpy as np
+
+    coders, ones = (codes >= 0).sum(axis=0), (codes == 1).sum(axis=0)
+    is_paired = (coders > 1) & (weights > 0)
+    n, k, w = coders[is_paired], ones[is_paired], weights[is_paired]
+    if not len(n):
+        return Rate(math.nan, math.nan, math.nan)
+    w = w / w.mean()
+    sums = np.stack([w * k * (n - k) / (n - 1), w * k, w * (n - k)], axis=1)
+
+    def alpha(totals: Any) -> Any:
+        observed, n1, n0 = totals.T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return 1 - (n1 + n0 - 1) * observed / (n1 * n0)
+
+    value = float(alpha(sums.sum(axis=0, keepdims=True))[0])
+    draws = np.random.default_rng(seed).multinomial(len(n), np.full(len(n), 1 / len(n)), RESAMPLES)
+    resampled = alpha(draws @ sums)
+    defined = resampled[np.isfinite(resampled)]
+    if not math.isfinite(value) or len(defined) < (1 - MAX_UNDEFINED) * RESAMPLES:
+        return Rate(value if math.isfinite(value) else math.nan, math.nan, math.nan)
+    return Rate(value, *map(float, np.percentile(defined, [2.5, 97.5])))
 
 
 # --- Report -----------------------------------------------------------------------------------------------
@@ -5440,7 +5577,8 @@ class Report:
     shares: Mapping[str, Mapping[str, float]]  # label -> value of the `by` column -> share
     # By name, if requested: "audit", "gold" and "corrected_shares" (each label -> figure -> value),
     # "corrected_shares_by" (column, reference, groups, differences), "draw" (how a sample was drawn), "gold_unmatched"
-    # (reason -> gold rows), "gold_columns_not_compared", "gold_labels_without_a_column".
+    # (reason -> gold rows), "gold_columns_not_compared", "gold_labels_without_a_column", "coders" (label -> figure ->
+    # value), "cells_not_settled" and "equal_files".
     figures: Mapping[str, Any]
     seconds: float  # wall-clock time of asking
     ended_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -5711,7 +5849,11 @@ def gold_lines(report: Report) -> list[str]:
     if "gold_unmatched" not in figures:
         return []
     unmatched = figures["gold_unmatched"]
-    lines = ["", *(draw_lines(figures) if "draw" in figures else comparison_lines(figures["gold"]))]
+    lines = [
+        *coder_lines(figures),
+        "",
+        *(draw_lines(figures) if "draw" in figures else comparison_lines(figures["gold"])),
+    ]
     lines += [f"Gold rows that are {what}: {count}" for what, count in unmatched.items() if count]
     if "draw" in figures and unmatched["not in the table"]:
         lines.append("A sample's rows are found only with the `label_column` with which it was drawn")
@@ -5720,6 +5862,25 @@ def gold_lines(report: Report) -> list[str]:
     lines += [f"Gold columns that match no label (not compared): {', '.join(others)}"] if others else []
     if report.options.output_filepath is not None:
         lines.append(f"Where the model and people differ: {report.options.written['disagreements']}")
+    return lines
+
+
+def coder_lines(figures: Mapping[str, Any]) -> list[str]:
+    """How far several people agree."""
+    if "coders" not in figures:
+        return []
+    rows = [
+        [label, str(each["texts"]), percent(each["agreement"]), rate_words(each, "alpha", decimal)]
+        for label, each in figures["coders"].items()
+    ]
+    title = "=== Agreement of the coders (Krippendorff's alpha), with 95 % intervals ==="
+    lines = ["", title, *align(["", "texts", "agreement", "alpha"], rows)]
+    if figures["equal_files"]:
+        lines.append(f"Files with the same content as another coder's: {figures['equal_files']}")
+    if figures["cells_not_settled"]:
+        lines.append(
+            f"Cells on which coders are tied: {figures['cells_not_settled']}; settle them in a copy, passed as `gold`"
+        )
     return lines
 
 
@@ -5830,16 +5991,20 @@ def unfinished_line(report: Report) -> str:
     return f"Stopped: {labelled} are labelled{place}{money}.{jobs} {again} resumes from here."
 
 
-PLAIN = {bool, int, float, str, tuple, list, dict, type(None)}
+def plain(value: Any) -> Any:
+    """An option's value as JSON can have it."""
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if hasattr(value, "iloc"):
+        return "a DataFrame"
+    return value if type(value) in {bool, int, float, str, dict, type(None)} else str(value)
 
 
 def run_record(report: Report) -> dict[str, Any]:
     """What a paper's appendix needs, and what reproduces the run; without key or text."""
     options, spent, by_all = report.options, report.spent, report.spent_by_all
     parameters = {
-        name: "a DataFrame" if hasattr(value, "iloc") else value if type(value) in PLAIN else str(value)
-        for name, value in vars(options).items()
-        if name not in {"api_key", "base_url", "new_labels"}
+        name: plain(value) for name, value in vars(options).items() if name not in {"api_key", "base_url", "new_labels"}
     }
     return {
         "parameters": parameters,
