@@ -397,7 +397,9 @@ class Options:
             "plot": self.plot,
             "output": self.output_filepath,
             "record": beside(".run.json"),
+            "methods": beside(".methods.md"),
             "disagreements": beside(".disagreements.csv", self.has_gold),
+            "coded": beside(".coded.csv", self.has_gold),
             "store": beside(".answers.sqlite3") if self.store_filepath is None else self.store_filepath,
             "sample": beside(".sample.csv", self.sample > 0),
         }
@@ -672,7 +674,8 @@ def run(options: Options, console: Console, returns_frame: bool = False) -> tupl
         cells = task.cells(answers=not options.fresh)
         batches = plan_batches(task, cells)
         plan = make_plan(task, cells, batches, complete(from_examples))
-        say(*plan_lines(plan, options, store.other_answers(prompt)))
+        specifications = compare_specifications(task, gold, cells)
+        say(*plan_lines(plan, options, specification_lines(specifications, plan.requested)))
         if options.dry_run:
             say(*request_lines(task, batches), verbatim=True)
             say(*dry_run_lines(task, plan, batches))
@@ -691,11 +694,12 @@ def run(options: Options, console: Console, returns_frame: bool = False) -> tupl
                 leave_early(task, plan, time.monotonic() - asked_at, frame, error)
             raise
         figures = audited | (compare_with_people(task, gold, cells) if gold else {})
+        figures |= {"specifications": specifications} if specifications else {}
         report = make_report(task, plan, cells, seconds, figures)
         say(*closing_lines(report))
         if options.sample:
             say(*extend_sample(task, cells, figures))
-        write_record(task, report)
+        say(*write_methods(task, write_record(task, report)))
         if options.plot is not None:
             draw_plot(task, report)
     return deliver(report, frame)
@@ -875,6 +879,58 @@ def fill_frame(frame: pd.DataFrame | None, cells: Cells, labels: Sequence[str]) 
             frame[label] = column
 
 
+def compare_specifications(task: Task, gold: Gold | None, cells: Cells) -> list[dict[str, Any]]:
+    """The labels' shares as this store has them under other models, prompts and forms, and, first, under this one."""
+    labels, table, found = task.options.labels, task.table, []
+    others = task.store.other_prompts(task.prompt)
+    for prompt in [task.prompt, *others] if others else []:
+        known = blank_cells(len(table), len(labels))
+        at = [labels.index(label) for label in prompt.labels]
+        known[:, at] = task.store.cells(prompt, table)[table.key_indexes]
+        merged = cells if prompt is task.prompt else merge(known, task.preset)
+        rows = int((task.requested & (known >= 0).any(axis=1)).sum())
+        if not rows and prompt.questions[0].sends_label != task.prompt.questions[0].sends_label:
+            # Then a row's key is another one, so that its answers cannot be matched, but counted.
+            rows = sum(answers for *_, answers in task.store.asked(prompt))
+        shares = {
+            label: ratio(count.ones, count.ones + count.zeros)
+            for label, count in count_labels(merged[task.requested], labels).items()
+        }
+        corrected: Any = {}
+        if gold and gold.draw and 2 * rows >= task.requested.sum():
+            corrected = correct_by_draw(task, gold, gold.draw, find_population(table, task.for_model), merged)
+        shown = {"differs_in": differing(task.prompt, prompt), "rows": rows, "shares": shares}
+        found.append(shown | {"corrected_shares": corrected.get("corrected_shares")})
+    return (
+        [*found[:1], *(each for each in found[1:] if each["rows"])] if any(each["rows"] for each in found[1:]) else []
+    )
+
+
+def differing(prompt: Prompt, other: Prompt) -> list[str]:
+    """In what another prompt about the same labels differs."""
+    ours, theirs = prompt.questions[0], other.questions[0]
+    definitions = {each.label: each.definition for each in prompt.questions}
+    words = {
+        "model": f"model {theirs.model}",
+        "server": f"server {theirs.server}",
+        "instructions": "instructions",
+        "examples": "examples",
+        "sends_label": "the existing label " + ("sent" if theirs.sends_label else "not sent"),
+        "answer_form": f"answer form {theirs.answer_form}",
+        "extra_body": f"extra body {theirs.extra_body or '{}'}",
+        "wording": f"version {theirs.wording} of the wording",
+    }
+    differ = [words[name] for name in words if getattr(ours, name) != getattr(theirs, name)]
+    if any(definitions[each.label] != each.definition for each in other.questions):
+        differ.append("definitions")
+    examples = {each.label: each.examples_digest for each in prompt.questions}
+    if ours.examples == theirs.examples and any(examples[x.label] != x.examples_digest for x in other.questions):
+        differ.append("examples")
+    if theirs.choices and theirs.choices != ours.choices and ours.choices:
+        differ.append("the set of labels")
+    return differ
+
+
 def audit(task: Task, cells: Cells) -> dict[str, Any]:
     """Re-query labelled rows individually. Those answers are compared with the labels and never become labels."""
     prompt = task.prompt.for_audit()
@@ -912,6 +968,10 @@ def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
         population = find_population(table, task.for_model)
         figures |= correct_by_draw(task, gold, gold.draw, population, cells)
         weights = population.rows_of(gold.numbers) / gold.draw.probabilities
+    if "corrected_shares" in figures and task.options.output_filepath is not None:
+        with task.files.replacing("coded") as file:
+            labelled, drawn = task.for_model.nonzero()[0], figures["draw"]["drawn"]
+            file.write(coded_content(gold, population, table, labelled, cells, task.options, drawn))
     if len(gold.codes):
         figures |= measure_coders(gold, weights, labels, task.options.seed)
     if task.options.output_filepath is not None:
@@ -931,6 +991,7 @@ def correct_by_draw(task: Task, gold: Gold, draw: Draw, population: Population, 
     texts, fingerprint = population.identity
     is_same = (texts, fingerprint) == (draw.texts, draw.fingerprint)
     coded = {label: int((column >= 0).sum()) for label, column in zip(labels, gold.cells.T, strict=True)}
+    drawn_with, now = noted.get("prompts", {}), wordings(task.prompt)
     told = {
         "texts": draw.texts,
         "texts_now": texts,
@@ -939,6 +1000,7 @@ def correct_by_draw(task: Task, gold: Gold, draw: Draw, population: Population, 
         "drawn": noted.get("drawn"),
         "coded": coded,
         **{name: noted.get(name) for name in ("seed", "drawn_at", "design")},
+        "labels_whose_prompt_has_changed": [x for x in labels if drawn_with.get(x, now[x]) != now[x]],
     }
     if not is_same and not 0 < abs(texts - draw.texts) <= MAX_APART * max(texts, draw.texts):
         return {"draw": told}
@@ -964,14 +1026,20 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
     earlier = [places.get(bytes.fromhex(key[1:])) for key in before.keys] if before else []
     kept = {place: index for index, place in enumerate(earlier) if place is not None}
     noted = task.store.noted(f"draw {before.draw.texts} {before.draw.fingerprint}") if before and before.draw else ""
-    seed = json.loads(noted or "{}").get("seed", options.seed)
+    first = json.loads(noted or "{}")
+    seed = first.get("seed", options.seed)
     sizes = sampling_sizes(predicted, population.counts)
     drawn, chances = draw_sample(population.keys, sizes, max(options.sample, len(kept)), seed)
     for place, index in kept.items():
         chances[place] = max(chances[place], before.draw.probabilities[index]) if before and before.draw else 1.0
     chosen = [*kept, *(place for place in drawn.tolist() if place not in kept)]
-    how = {"seed": seed, "drawn": len(chosen), "design": DESIGN}
-    how["drawn_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    how = {
+        "seed": seed,
+        "drawn": len(chosen),
+        "design": DESIGN,
+        "drawn_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "prompts": wordings(task.prompt) | first.get("prompts", {}),
+    }
     task.store.note(f"draw {identity[0]} {identity[1]}", json.dumps(how))
     ids = [sample_id(population.keys[place], chances[place], identity) for place in chosen]
     rows = table.rows(population.numbers[chosen])
@@ -985,6 +1053,14 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
         "  Fill in 1 or 0 for each label, from the top, then pass the file as `gold`",
         *width_lines(options.labels, population, predicted, sizes, len(chosen), figures),
     ]
+
+
+def wordings(prompt: Prompt) -> dict[str, str]:
+    """For each label what stands for the words that it is asked by."""
+    return {
+        each.label: digest(each.definition, each.instructions, each.examples_digest, each.answer_form).hex()
+        for each in prompt.questions
+    }
 
 
 def width_lines(
@@ -1047,16 +1123,27 @@ def draw_plot(task: Task, report: Report) -> None:
         figure.savefig(file, format=task.files.paths["plot"].suffix[1:])
 
 
-def write_record(task: Task, report: Report) -> None:
-    """Write the run's record beside the output."""
-    if task.options.output_filepath is None:
-        return
+def write_record(task: Task, report: Report) -> dict[str, Any]:
+    """Write the run's record beside the output, and return it."""
     hashes = {"input": task.table.content} | (task.gold.contents if task.gold else {})
     record = {f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in hashes.items()}
-    with task.files.replacing("record") as file:
-        # There and back, since JSON has no NaN: undefined figures become null.
-        record |= json.loads(json.dumps(run_record(report)), parse_constant=lambda _: None)
-        file.write(json.dumps(record, ensure_ascii=False, indent=2).encode("utf-8", "replace") + b"\n")
+    # There and back, since JSON has no NaN: undefined figures become null.
+    record |= json.loads(json.dumps(run_record(report)), parse_constant=lambda _: None)
+    if task.options.output_filepath is not None:
+        with task.files.replacing("record") as file:
+            file.write(json.dumps(record, ensure_ascii=False, indent=2).encode("utf-8", "replace") + b"\n")
+    return record
+
+
+def write_methods(task: Task, record: Mapping[str, Any]) -> list[str]:
+    """Write the methods sheet beside the output, unless its author has edited it."""
+    if task.options.output_filepath is None:
+        return []
+    if task.files.is_edited("methods") and not task.options.overwrite:
+        return ["", f"{task.files.paths['methods']} was edited, so it is left as it is"]
+    with task.files.replacing("methods") as file:
+        file.write(methods_sheet(record).encode("utf-8", "replace"))
+    return []
 
 
 # --- Labels -----------------------------------------------------------------------------------------------
@@ -3538,21 +3625,16 @@ class Store:
         found = self._asked(GIVEN_UP, self.last_before if this_run else 0)
         return {key: reason for questions, key, reason in found if not asked.isdisjoint(questions)}
 
-    def other_answers(self, prompt: Prompt) -> list[str]:
-        """A line about stored answers to these labels that do not count, from whichever model gave most of them."""
-        counts: Counter[str] = Counter()
-        first = prompt.questions[0]
-        for questions, row_keys, _ in self._asked(ALL_ANSWERS):
-            theirs = next((question for question in questions if question.label in prompt.labels), None)
-            if theirs and not theirs.is_audit and not {*questions} & {*prompt.questions}:
-                is_same = (theirs.model, theirs.server) == (first.model, first.server)
-                other = "another prompt" if is_same else f"{theirs.model} at {theirs.server}"
-                counts[other] += len(row_keys) // KEY_BYTES
-        return [
-            f"{count:,} stored answers do not count: they are from {other}; this run asks {first.model} at "
-            f"{first.server}"
-            for other, count in counts.most_common(1)
-        ]
+    def other_prompts(self, prompt: Prompt) -> list[Prompt]:
+        """How else this store's rows were asked about these labels; under each model, form, ..., the newest words."""
+        with self._transaction():
+            stored = self._questions()
+        others: dict[Question, dict[str, Question]] = {}
+        for question in stored.values():
+            if question.label in prompt.labels and not question.is_audit and question not in prompt.questions:
+                apart = question._replace(label="", definition="", examples_digest="", choices="")
+                others.setdefault(apart, {})[question.label] = question
+        return [Prompt(tuple(questions.values())) for questions in others.values()]
 
     def asked(self, prompt: Prompt) -> list[tuple[Prompt, Parameters, str, str | None, str | None, int, int]]:
         """What was asked of these labels: prompt, parameters, tier, model and fingerprint, most rows, answers."""
@@ -3748,7 +3830,9 @@ class Files:
             found, known = file_digest(path), self.store.noted(f"digests of {self.name(path)}")
             if found and not path.stat().st_mode & stat.S_IWUSR:
                 raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
-            if found and what != "sample" and not self.options.overwrite and found not in known.split():
+            is_ours = what == "sample" or not found or found in known.split()
+            # A sample is made to be filled in, and a methods sheet to be edited.
+            if not is_ours and what != "methods" and not self.options.overwrite:
                 why = "was changed since it was written" if known else "was not written by a run on this store"
                 advice = (
                     " To keep corrections of cells, make it the input of a run with another output: existing 0 and 1 "
@@ -3758,6 +3842,11 @@ class Files:
                     f"The {what} {path} {why}, and would be lost: choose another file, or pass `overwrite`."
                     + (advice if what == "output" else "")
                 )
+
+    def is_edited(self, what: str) -> bool:
+        """Whether a file was changed since it was written, or was not written by this program."""
+        found = file_digest(self.paths[what])
+        return bool(found) and found not in self.store.noted(f"digests of {self.name(self.paths[what])}").split()
 
     @contextlib.contextmanager
     def replacing(self, what: str) -> Iterator[IO[bytes]]:
@@ -5393,6 +5482,46 @@ def correct_by_sample(
     return figures
 
 
+def coded_content(
+    gold: Gold,
+    population: Population,
+    table: Table,
+    rows: IntArray,
+    cells: Cells,
+    options: Options,
+    drawn: int | None,
+) -> bytes:
+    """For regressions: the population's rows, by their numbers, with the model's labels and people's.
+
+    And the probability at which a row's text was drawn and coded, by which people's labels are to be weighted.
+    """
+    import numpy as np
+    import pandas as pd
+
+    labels, by = options.labels, options.by_column
+    texts = np.searchsorted(table.key_indexes[population.numbers], table.key_indexes[rows])
+    places = pd.Index(population.numbers).get_indexer(pd.Index(gold.numbers))
+    inside = places >= 0
+    chances = gold.draw.probabilities[inside] if gold.draw else np.ones(int(inside.sum()))
+    kept = ratio(len(gold.keys), max(len(gold.keys), drawn or 0))
+    frame = pd.DataFrame({"row": rows, "line": list(table.line_numbers(rows)) or pd.NA, "text_number": texts})
+    if by is not None:
+        frame[by] = [table.by_values[row] for row in rows]
+    model, labelled = cells[population.numbers], label_columns(cells[rows], labels)
+    for place, label in enumerate(labels):
+        people, probability = np.full(len(model), BLANK, np.int8), np.full(len(model), np.nan)
+        people[places[inside]] = gold.cells[inside, place]
+        drawn_texts = np.isin(np.arange(len(model)), places[inside])
+        probability[places[inside]] = chances * kept
+        for group in (model[:, place] == 1, model[:, place] == 0, model[:, place] < 0):
+            probability[group] *= ratio(int((people[group] >= 0).sum()), int(drawn_texts[group].sum()))
+        probability[people < 0] = np.nan
+        frame[label] = labelled[label]
+        frame[f"{label}_people"] = label_columns(people[texts, None], [label])[label]
+        frame[f"{label}_probability"] = probability[texts]
+    return frame.to_csv(index=False).encode("utf-8", "replace")
+
+
 def compare_with_gold(
     gold: Gold, cells: Cells, labels: Sequence[str]
 ) -> tuple[dict[str, Any], list[tuple[int, str, str, int, str]]]:
@@ -5677,8 +5806,38 @@ def opening_lines(options: Options) -> list[str]:
     ]
 
 
+def specification_lines(specifications: Sequence[Mapping[str, Any]], requested: int) -> list[str]:
+    """The shares under specifications with answers to half of the rows, as a table; the others in a line."""
+    if not specifications:
+        return []
+    this, *others = specifications
+    large = [
+        each for each in others if 2 * each["rows"] >= requested and not all(map(math.isnan, each["shares"].values()))
+    ]
+    small = [f"{join_words(each['differs_in'])}: {each['rows']} rows" for each in others if each not in large]
+    lines = [f"Answers that the store has to other questions do not count ({'; '.join(small)})"] if small else []
+    if not large:
+        return lines
+    head = ["", "rows", *this["shares"]]
+    rows = [[name_of(each), f"{each['rows']:,}", *map(percent, each["shares"].values())] for each in (this, *large)]
+    lines += ["", "=== The same labels by other models, prompts or forms, which the store has ===", *align(head, rows)]
+    corrected = [
+        [name_of(each), *(rate_words(its, "corrected_share", percent) for its in each["corrected_shares"].values())]
+        for each in (this, *large)
+        if each["corrected_shares"]
+    ]
+    if corrected:
+        coded = next(each["corrected_shares"] for each in (this, *large) if each["corrected_shares"])
+        lines += ["", "Corrected by what people coded:", *align(["", *coded], corrected)]
+    return [*lines, ""]
+
+
+def name_of(specification: Mapping[str, Any]) -> str:
+    return join_words(specification["differs_in"]) or "this run"
+
+
 def plan_lines(plan: Plan, options: Options, other_answers: Sequence[str]) -> list[str]:
-    """What there is to do; `other_answers` are those that do not count."""
+    """What there is to do; `other_answers` tell of those that do not count."""
     counts = {
         "Rows already labelled (not sent again)": plan.reused,
         "Rows in open Batch API jobs (not sent again)": plan.in_jobs,
@@ -5689,7 +5848,7 @@ def plan_lines(plan: Plan, options: Options, other_answers: Sequence[str]) -> li
     }
     lines = [f"Starting parallel enrichment from row {options.start_index}..."]
     lines += [f"{what}: {number}" for what, number in counts.items() if number]
-    lines += other_answers if plan.batches else []
+    lines += other_answers
     if plan.lacks and not all(plan.lacks):
         lines.append(f"Labels to send (the others are known): {list(compress(options.labels, plan.lacks))}")
     if not plan.batches and options.use_batch_api and plan.in_jobs:
@@ -5924,6 +6083,11 @@ def draw_lines(figures: Mapping[str, Any]) -> list[str]:
         if math.isnan(each["corrected_share"])
     ]
     lines += [] if draw["is_same_population"] else [f"The sample was drawn from {texts}: nearly the same"]
+    if changed := draw["labels_whose_prompt_has_changed"]:
+        lines.append(
+            f"The prompt of {join_words(changed)} was changed after the sample was drawn: if what people coded has led "
+            "to that, code a fresh sample for the final figures"
+        )
     return lines + group_lines(figures)
 
 
@@ -5953,9 +6117,16 @@ def points(share: float) -> str:
     return f"{100 * share:+.1f}"
 
 
+def join_words(words: Sequence[str]) -> str:
+    """join_words(["a", "b", "c"]) == "a, b and c"."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def rate_words(figures: Mapping[str, float], name: str, show: Callable[[float], str]) -> str:
     """A figure with its interval, if it has one."""
-    value, low, high = figures[name], figures[f"{name}_low"], figures[f"{name}_high"]
+    value, low, high = (
+        math.nan if figures[each] is None else figures[each] for each in (name, f"{name}_low", f"{name}_high")
+    )
     return show(value) if math.isnan(low) or math.isnan(value) else f"{show(value)} ({show(low)} to {show(high)})"
 
 
@@ -5991,10 +6162,10 @@ def unfinished_line(report: Report) -> str:
     return f"Stopped: {labelled} are labelled{place}{money}.{jobs} {again} resumes from here."
 
 
-def plain(value: Any) -> Any:
+def recordable(value: Any) -> Any:
     """An option's value as JSON can have it."""
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [recordable(each) for each in value]
     if hasattr(value, "iloc"):
         return "a DataFrame"
     return value if type(value) in {bool, int, float, str, dict, type(None)} else str(value)
@@ -6004,7 +6175,9 @@ def run_record(report: Report) -> dict[str, Any]:
     """What a paper's appendix needs, and what reproduces the run; without key or text."""
     options, spent, by_all = report.options, report.spent, report.spent_by_all
     parameters = {
-        name: plain(value) for name, value in vars(options).items() if name not in {"api_key", "base_url", "new_labels"}
+        name: recordable(value)
+        for name, value in vars(options).items()
+        if name not in {"api_key", "base_url", "new_labels"}
     }
     return {
         "parameters": parameters,
@@ -6051,6 +6224,98 @@ def run_record(report: Report) -> dict[str, Any]:
         ],
         **report.figures,
     }
+
+
+# --- Methods ----------------------------------------------------------------------------------------------
+#
+# In: a run's record. Out: a sheet for a paper's methods section; what only its author can say is marked as such.
+
+
+def methods_sheet(record: Mapping[str, Any]) -> str:
+    """A paragraph to paste, and the core items of GUIDE-LLM (Feuerriegel et al. 2026, Nature Human Behaviour).
+
+    The items' codes are theirs, the words ours.
+    """
+    items = "\n".join(f"| {code} | {what} | {told} |" for code, what, told in guide_items(record))
+    prompts = "\n\n".join(f"```text\n{each['system_message_without_examples']}\n```" for each in record["prompts"])
+    return (
+        "# Methods\n\nWritten from the record of the run. What only you can say is marked [author: ...]. Once you have "
+        f"edited this file, no run replaces it.\n\n## To paste\n\n{' '.join(paragraph(record))}\n\n"
+        f"## GUIDE-LLM\n\n| item | what | here |\n|---|---|---|\n{items}\n\n## Instructions sent with each call\n\n"
+        f"{prompts or '[no answer of this prompt is stored]'}\n"
+    )
+
+
+def paragraph(record: Mapping[str, Any]) -> Iterator[str]:
+    rows, figures, this_run = record["rows"], record, record["this_run"]
+    models = join_words(sorted({str(each["model"]) for each in record["served"]})) or record["parameters"]["model"]
+    labels = join_words([*record["labels"]])
+    dates = record["all_runs_on_this_store"]
+    since, until = (str(dates[name] or "")[:10] for name in ("first_answer_at", "last_answer_at"))
+    when = f" {'on ' + since if since == until else f'between {since} and {until}'}" if since else ""
+    yield (
+        f"We had {rows['requested']:,} of {rows['table']:,} rows labelled ({labels}) by {models} at {record['server']}"
+        f"{when}, {record['parameters']['batch_size']} texts to a call, each text judged on its own; "
+        f"{rows['labelled']:,} rows are labelled."
+    )
+    blank = rows["requested"] - rows["labelled"] - rows["without_text"]
+    if blank:
+        yield f"{blank:,} rows ({blank / rows['requested']:.1%}) have a text and no answer."
+    draw = figures.get("draw")
+    if draw:
+        drawn = "an unknown number" if draw["drawn"] is None else f"{draw['drawn']:,}"
+        how = f" ({draw['design']}; seed {draw['seed']}; {str(draw['drawn_at'])[:10]})" if draw["design"] else ""
+        yield f"To validate the labels we drew {drawn} of {draw['texts']:,} distinct texts{how}."
+        yield "The file that was coded shows neither the model's labels nor anything that follows from them."
+    if figures.get("coders"):
+        alphas = [f"{label} {rate_words(each, 'alpha', decimal)}" for label, each in figures["coders"].items()]
+        people = sum(name.startswith("coder_") for name in record)
+        yield f"{people} people coded; Krippendorff's alpha, with its 95 % interval, is {join_words(alphas)}."
+    if figures.get("corrected_shares"):
+        shares = figures["corrected_shares"].items()
+        told = [f"{label} {rate_words(each, 'corrected_share', percent)}" for label, each in shares]
+        found = [
+            f"{label} {rate_words(each, 'precision', decimal)} and {rate_words(each, 'recall', decimal)}"
+            for label, each in shares
+        ]
+        yield f"Corrected by what was coded, the labels' shares, with 95 % intervals, are {join_words(told)}."
+        yield f"Precision and recall are {join_words(found)}."
+    if this_run["reused_rows"]:
+        yield "Some answers were given in earlier runs."
+
+
+def guide_items(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    parameters, draw = record["parameters"], record.get("draw")
+    served = join_words([f"{each['model']} ({each['answers']:,} answers)" for each in record["served"]])
+    sent = join_words([json.dumps({k: v for k, v in each.items() if k != "answers"}) for each in record["sent_with"]])
+    examples = max((each["examples"] for each in record["prompts"]), default=0)
+    columns = join_words([str(parameters[name]) for name in ("text_column", "label_column") if parameters[name]])
+    versions = join_words([f"{name} {version}" for name, version in record["versions"].items()])
+    dates = record["all_runs_on_this_store"]
+    validated = "see the paragraph above" if draw or record.get("gold") else "[author: none is recorded; say why]"
+    changed = join_words(draw["labels_whose_prompt_has_changed"]) if draw else ""
+    warned = f"; the prompt of {changed} was changed after the sample was drawn [author: say why]" if changed else ""
+    return [
+        ("A.1", "purpose", "[author: what the labels are for, and why a model gives them]"),
+        ("A.2", "people in the loop", "[author: who checked or changed what]" if not draw else "people coded a sample"),
+        (
+            "B.1",
+            "model, provider, version, dates of access",
+            f"{served or parameters['model']}, at {record['server']}, {dates['first_answer_at']} to "
+            f"{dates['last_answer_at']}",
+        ),
+        ("B.2", "access", "Batch API" if parameters["use_batch_api"] else "chat completions over HTTP"),
+        ("B.3", "parameters", sent or "[no answer is stored]"),
+        ("B.4", "customisation", f"examples in the prompt: {examples}; [author: fine-tuning, retrieval, if any]"),
+        ("B.5", "state across calls", f"none; a call holds up to {parameters['batch_size']} texts"),
+        ("C.1", "prompts", "the texts as JSON, under the instructions below; the answer's form is in run.json"),
+        ("C.2", "system-wide instructions", "below"),
+        ("D.1", "personal data", f"sent: the columns {columns}; [author: consent, agreements, anonymisation]"),
+        ("E.1", "validation by people", validated + warned),
+        ("E.2", "processing of answers", "answers that do not fit the labels are asked again; what is left is blank"),
+        ("F.1", "code", f"{versions}; [author: where your data and code are]"),
+        ("G.1", "funding", "[author: funding and interests]"),
+    ]
 
 
 # --- Plot -------------------------------------------------------------------------------------------------

@@ -162,16 +162,14 @@ class TestFailing:
 
 
 SECOND = {
-    "server": ({}, "{server}; this run asks gpt-4o-mini at {other}"),
-    "model": ({"model": "gpt-6-luna"}, "gpt-4o-mini at {server}; this run asks gpt-6-luna at {server}"),
-    "definition": ({"labels": {LABELS[0]: "a meaning"}}, "another prompt; this run asks"),
-    "instructions": ({"instructions": "Be strict."}, "another prompt; this run asks"),
-    "examples": (
-        {"examples": pd.DataFrame([["tram", 0, 0, 0]], columns=["text", *LABELS])},
-        "another prompt; this run",
-    ),
-    "extra body": ({"extra_body": {"seed": 1}}, "another prompt; this run asks"),
-    "label column": ({"label_column": "id"}, "another prompt; this run asks"),
+    "server": ({}, "server {server}"),
+    "model": ({"model": "gpt-6-luna"}, "model gpt-4o-mini"),
+    "definition": ({"labels": {LABELS[0]: "a meaning"}}, "definitions"),
+    "instructions": ({"instructions": "Be strict."}, "instructions"),
+    "examples": ({"examples": pd.DataFrame([["tram", 0, 0, 0]], columns=["text", *LABELS])}, "examples"),
+    "extra body": ({"extra_body": {"seed": 1}}, "extra body {{}}"),
+    "label column": ({"label_column": "id"}, "the existing label not sent"),
+    "answer form": ({"answer_form": "each"}, "answer form list"),
 }
 
 
@@ -191,10 +189,18 @@ class TestOtherQuestions:
             words = words.format(server=job.server.url[7:], other=other.url[7:])
         assert sorted(asked) == sorted(job.texts)
         printed = capsys.readouterr().out
-        line = next(line for line in printed.splitlines() if "20 stored answers do not count: they are from " in line)
-        assert words in line
+        line = next(line for line in printed.splitlines() if re.search(rf"{re.escape(words)}( +|: )20 ", line))
+        assert ("=== The same labels by other models" in printed) == (label_column is None)
         assert printed.index(line) < printed.index("Total batches to process: ")
         assert "Rows already labelled" not in printed
+
+    def test_those_of_few_rows_are_told_in_a_line(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.write(make_texts(40)).enrich(limit=9)
+        job.enrich(model="gpt-6-luna", instructions="Be strict.", quiet=False)
+        told = (
+            "Answers that the store has to other questions do not count (model gpt-4o-mini and instructions: 9 rows)\n"
+        )
+        assert told in capsys.readouterr().out
 
     def test_nothing_is_said_where_all_answers_count(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         job.write(make_texts(20)).enrich(limit=10)
