@@ -529,7 +529,7 @@ def require_matplotlib(path: Path | None = None) -> None:
 
 
 def accepts(make: Callable[P, Options]) -> Callable[[Callable[[Options], T]], Callable[P, T]]:
-    """Turn a function of Options into one of `make`'s arguments; **options are all options that have a default."""
+    """Give a function of Options the signature of `make`, with each option that has a default as a keyword."""
     own, named = (inspect.signature(each).parameters for each in (make, Options))
     parameters = [each for each in own.values() if each.kind is not each.VAR_KEYWORD]
     others = [each for name, each in named.items() if name not in own and each.default is not each.empty]
@@ -576,7 +576,7 @@ def enrich_dataset(options: Options) -> pd.DataFrame:
         and <NA>. `attrs["enrichment"]` holds rows (of the table), requested_rows, labelled_rows, blank_rows (row number
         -> reason, of the first 100), blank_row_count, reused_rows, example_rows, calls, tokens (prompt, cached,
         written, completion, reasoning), cost (US dollars, None if the price is not known), seconds, and, if requested,
-        audit and gold: the figures of each label.
+        audit, gold, corrected_shares and coders: the figures of each label; the other figures as run.json has them.
 
     Raises:
         InputError: arguments or input cannot be used; nothing was sent.
@@ -767,7 +767,7 @@ def example_cells(table: Table, examples: Sequence[Example], labels: Sequence[st
 
 
 def lacking(cells: Cells, requested: BoolArray, options: Options) -> BoolArray:
-    """Which cells are to be asked for; where one label is chosen, that is a row's cells as a whole."""
+    """Which cells are to be asked for; under the form "one" all of a row's cells or none."""
     import numpy as np
 
     blank = (cells == BLANK) & requested[:, None]
@@ -1485,7 +1485,9 @@ def find_header(head: list[str], text_column: str, source: str) -> tuple[str, li
         with contextlib.suppress(InputError):  # a name with another delimiter in it may look like an open quote
             headers[delimiter] = next((fields for fields, _, _ in read_records(head, delimiter, source) if fields), [])
     if not headers:
-        return next((delimiter, fields) for fields, _, _ in read_records(head, delimiter, source))  # raises what it was
+        return next(
+            (delimiter, fields) for fields, _, _ in read_records(head, delimiter, source)
+        )  # raises the error suppressed above
     delimiter = max(headers, key=lambda each: (text_column in headers[each], len(headers[each])))
     if not headers[delimiter]:
         raise InputError(f"{source} is empty: a CSV with a header line was expected.")
@@ -1741,7 +1743,7 @@ class Parameters:
 
     @functools.cached_property
     def without_room(self) -> str:
-        """What a server has to accept."""
+        """What a server has to accept, as a key for `Evidence.answered`."""
         return replace(self, room=0).as_json
 
     @classmethod
@@ -2118,7 +2120,7 @@ def near(name: Any) -> str:
 
 # --- Tokens -----------------------------------------------------------------------------------------------
 #
-# In: attempts. Out: about how many tokens these and their answers have, without a tokenizer, and at most.
+# In: texts, schemas and prompts. Out: about how many tokens they have, without a tokenizer.
 
 # How a text falls into tokens, by OpenAI's o200k_base, within a few per cent: words with a blank before them, digits by
 # three, signs, blanks. The weights were fitted to that tokenizer on English tweets, comments and test sentences; other
@@ -2179,10 +2181,6 @@ def fixed_tokens(prompt: Prompt, row_count: int, kind: Format) -> int:
 MAX_LIMIT_AGE = 60.0  # how long what a server said of a limit may hold up all calls; then one of them probes it
 CLOCK_MARGIN = 0.05  # beyond a wait that a server asks for, whose clock may lag a little behind
 MAX_BACKOFF = 60.0
-DECAY = 0.98  # of what is known of the charge, with each report
-RESERVE_STEP = 0.5  # calls, with each refusal
-MAX_RESERVE = 50.0
-MAX_CHARGE = 8.0  # times our guess, or a part of it; beyond that a report is taken to be about something else
 
 
 def draw_jitter() -> float:
@@ -2221,22 +2219,17 @@ class Pace:
         self.slots = float(max_workers)  # calls at once; after a refusal half, then one more per round of successes
         self.jitter = jitter
         self.resume_at = -math.inf
-        self.refusals = 0  # in a row
+        self.refusals = 0  # by rate limits, in a row
         self.refused_at = -math.inf
         self.spent = {"requests": 0.0, "tokens": 0.0}
-        # Calls for which a limit must have room besides the next one, since levels are estimates: at first one in eight
-        # of those that may be in flight, whose completions may still have to be charged.
-        self.reserve = max(1.0, max_workers / 8)
-        self.charge = 1.0  # what the server takes off its limit of tokens for one of ours
-        self.charged_tokens = self.estimated_tokens = 0.0  # over the calls seen lately
         self.buckets: dict[str, Bucket] = {}
 
     def delay(self, tokens: float, now: float) -> float:
         """Seconds until a call of so many tokens may leave; 0 or less: now."""
         waits = [self.resume_at - now]
         for name, bucket in self.buckets.items():
-            cost = tokens * self.charge if kind_of(name) == "tokens" else 1.0
-            needed = min(bucket.capacity, (1 + self.reserve) * cost)
+            cost = tokens if kind_of(name) == "tokens" else 1.0
+            needed = min(bucket.capacity, 2 * cost)  # room for another one, since levels are estimates
             until_full_enough = (needed - bucket.level_at(now)) / bucket.rate
             waits.append(min(until_full_enough, bucket.at + MAX_LIMIT_AGE - now))
         return max(waits)
@@ -2244,7 +2237,7 @@ class Pace:
     def note_start(self, tokens: float, now: float) -> Departure:
         self.spent = {"requests": self.spent["requests"] + 1, "tokens": self.spent["tokens"] + tokens}
         for name, bucket in self.buckets.items():
-            cost = tokens * self.charge if kind_of(name) == "tokens" else 1.0
+            cost = tokens if kind_of(name) == "tokens" else 1.0
             bucket.level, bucket.at = bucket.level_at(now) - cost, now
         return Departure(now, self.spent, tokens)
 
@@ -2259,28 +2252,8 @@ class Pace:
                 continue
             rate = (limit - remaining) / reset if limit > remaining and reset > 0 else limit / 60
             since = self.spent[kind_of(name)] - departure.spent[kind_of(name)]
-            if kind_of(name) == "tokens":
-                if before and remaining < limit:  # a full limit hides what it lost
-                    self._learn_charge(before, remaining, rate, departure)
-                since *= self.charge
             level = min(limit, remaining - since + rate * (now - departure.at))
             self.buckets[name] = Bucket(limit, level, rate, now, remaining, departure)
-
-    def _learn_charge(self, before: Bucket, remaining: float, rate: float, departure: Departure) -> None:
-        """Compare how far the limit has fallen between two reports with what was spent in between by our guess.
-
-        Servers charge more or less than a prompt has: the bound of the completion, or what it came to, in the end. The
-        sums are over many calls and fade, because single reports come out of order.
-        """
-        (at, spent_before, _), (now, spent, _) = before.departure, departure
-        if spent["tokens"] <= spent_before["tokens"]:
-            return
-        self.charged_tokens = DECAY * self.charged_tokens + before.remaining - remaining + rate * (now - at)
-        self.estimated_tokens = DECAY * self.estimated_tokens + spent["tokens"] - spent_before["tokens"]
-        if self.estimated_tokens > 20 * (
-            spent["tokens"] / max(1.0, spent["requests"])
-        ):  # the calls that make it reliable
-            self.charge = min(MAX_CHARGE, max(1 / MAX_CHARGE, self.charged_tokens / self.estimated_tokens))
 
     def note_rate_limit(self, seconds: float, departure: Departure, now: float) -> None:
         """Make all calls wait: as long as the server asks, else longer with each refusal in a row."""
@@ -2289,9 +2262,7 @@ class Pace:
             self.refusals += 1
             if not self.buckets:  # with nothing known of the limit, fewer calls at once are all we have
                 self.slots = max(1.0, self.slots / 2)
-        if self.buckets:  # the limit was lower than it looked; what is refused takes nothing off it
-            self.reserve = min(MAX_RESERVE, self.reserve + RESERVE_STEP)
-            self.spent = self.spent | {"tokens": self.spent["tokens"] - departure.tokens}
+        self.spent = self.spent | {"tokens": self.spent["tokens"] - departure.tokens}  # a refusal takes nothing
         if seconds:
             self.resume_at = max(self.resume_at, now + seconds + CLOCK_MARGIN)
         else:
@@ -2300,7 +2271,6 @@ class Pace:
     def note_success(self) -> None:
         self.refusals = 0
         self.slots = min(self.max_workers, self.slots + 1 / self.slots)
-        self.reserve = max(1.0, self.reserve - RESERVE_STEP / 200)  # so that one call in 200 may be refused
 
 
 def kind_of(limit_name: str) -> str:
@@ -2340,7 +2310,7 @@ def seconds_of(duration: str) -> float:
 class Budget:
     """The most that a call can cost counts until its bill is there, and stays where none comes.
 
-    So the cap is passed at most by what calls in flight cost beyond their bounds.
+    So the cap can be exceeded only by what calls in flight cost beyond their bounds.
     """
 
     cap: float | None
@@ -2580,7 +2550,7 @@ class Server:
             raise InputError(f"The API key has an invalid character at position {stray[0]}: copy it again.")
         self.host = parts.netloc.rpartition("@")[2].lower()  # without a user or password that the address may hold
         port = {"http": ":80", "https": ":443"}[parts.scheme]
-        self.address = self.host.removesuffix(port) + parts.path.rstrip("/")  # what an answer's key has of it
+        self.address = self.host.removesuffix(port) + parts.path.rstrip("/")  # stored with each question
         self.is_local = parts.hostname in {"localhost", "127.0.0.1", "::1"}
         if not self.api_key and not f".{parts.hostname}".endswith(".openai.com"):
             self.api_key = PLACEHOLDER_KEY
@@ -2748,7 +2718,7 @@ def list_price(model: str, tier: str, usage: Usage) -> float | None:
             input_tokens=prompt, cache_read_tokens=cached, cache_write_tokens=written, output_tokens=completion
         )
         priced = genai_prices.calc_price(tokens, model, provider_id="openai", price_context={"processing": tier})
-    except Exception:  # an unknown model, or whatever the list stumbles over: a price is worth no run
+    except Exception:  # an unknown model, or whatever the list stumbles over: no price is worth losing a run for
         return None
     return float(priced.total_price)
 
@@ -2865,7 +2835,7 @@ class Attempt:
         middle = (len(rows) + 1) // 2
         return [self.again(half, **changes) for half in (rows[:middle], rows[middle:]) if half]
 
-    def take_in(self, reply: Reply, cost: float | None, unconfirmed_cost: float) -> None:
+    def add_call(self, reply: Reply, cost: float | None, unconfirmed_cost: float) -> None:
         """Add a call that has come back."""
         self.reply = reply
         self.calls += 1
@@ -2949,6 +2919,10 @@ class Job:
     attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
 
     @property
+    def name(self) -> str:
+        return self.remote_id or "without an id"
+
+    @property
     def rows(self) -> Iterator[Row]:
         return (row for attempt in self.attempts.values() for row in attempt.rows)
 
@@ -2956,7 +2930,7 @@ class Job:
 # --- Verdict ----------------------------------------------------------------------------------------------
 #
 # What a reply means: for live calls and for the lines of jobs, in one place and by evidence. In: a reply, the attempt
-# that it came to, and what this run has seen. Out: a verdict. Nothing is sent, changed or printed here.
+# that it came to, and what this run has seen. Out: a verdict. Only `Evidence.note` changes anything here.
 
 
 class Action(Enum):
@@ -2974,7 +2948,7 @@ class Verdict:
     reason: str = ""  # in our words, without any part of a text; for STOP the line for the user
     answers: Mapping[Row, str] = field(default_factory=dict)  # a 0 or 1 per label
     problems: Mapping[Row, str] = field(default_factory=dict)  # why the other rows have none
-    seconds: float | None = None  # of waiting before a retry; None: as a server's failure or rate limit is waited for
+    seconds: float | None = None  # of waiting before a retry; None: back off
     is_rate: bool = False
     is_refusal: bool = False  # a reply that would come again: it counts towards the probe
     is_too_long: bool = False  # no prompt as long as this one is sent again
@@ -2987,7 +2961,7 @@ class Evidence:
     """What this run has seen: `judge` reads it, and `note` adds to it what a verdict has made of a reply."""
 
     parameters: Parameters  # in force now
-    answered: set[str] = field(default_factory=set)  # parameters under which something was, without their room
+    answered: set[str] = field(default_factory=set)  # parameters under which something was answered, without their room
     answered_at: float = -math.inf
     reached: bool = False  # whether anything has come back
     refusals: int = 0  # in a row, without an answer between
@@ -3039,7 +3013,7 @@ class Evidence:
         if not reply.prompt_billed:  # some servers count nothing
             return ""
         sent, billed = prompt_tokens(attempt, attempt.parameters), reply.prompt_billed
-        before, is_under = self.underbilled.get(attempt.rows[0].key), is_cut(reply, attempt, self)
+        before, is_under = self.underbilled.get(attempt.rows[0].key), is_truncated(reply, attempt, self)
         for row in attempt.rows:
             self.underbilled.pop(row.key, None)
         if is_under:
@@ -3082,7 +3056,7 @@ FILTER_WORDS = re.compile(r"content.?(filter|policy|management)|responsibleai|in
 
 def judge(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, now: float) -> Verdict:
     """What a reply means, to a live call or in a line of a job."""
-    return within_jobs(first_rule(reply, attempt, evidence, server, now), attempt)
+    return within_jobs(judge_by_rules(reply, attempt, evidence, server, now), attempt)
 
 
 def within_jobs(verdict: Verdict, attempt: Attempt) -> Verdict:
@@ -3092,8 +3066,8 @@ def within_jobs(verdict: Verdict, attempt: Attempt) -> Verdict:
     return replace(verdict, action=Action.GIVE_UP) if is_over and is_again else verdict
 
 
-def first_rule(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, now: float) -> Verdict:
-    """The first rule that fits decides."""
+def judge_by_rules(reply: Reply, attempt: Attempt, evidence: Evidence, server: Server, now: float) -> Verdict:
+    """Rules 1 to 8, of which the first that fits decides."""
     status, words = reply.error_status, " ".join([*reply.error.names, reply.error.message]).lower()
     wait, is_limit = requested_wait(reply), status == 429 or "rate_limit_exceeded" in reply.error.names
     by_id = find_answers(reply, attempt)
@@ -3103,7 +3077,7 @@ def first_rule(reply: Reply, attempt: Attempt, evidence: Evidence, server: Serve
         return Verdict(Action.STOP, f"{server.host} {CACHED}")
     if is_from_cache(reply, attempt, evidence):
         return Verdict(Action.RETRY, "the same reply came to another request", seconds=0.0, id_set=1)
-    if is_cut(reply, attempt, evidence):
+    if is_truncated(reply, attempt, evidence):
         return Verdict(Action.SPLIT, "the prompt was cut to the length that the server takes in")
 
     # 2. An answer that passes the check is one, whatever its envelope.
@@ -3236,7 +3210,7 @@ CACHED = (
 
 
 def is_from_cache(reply: Reply, attempt: Attempt, evidence: Evidence) -> bool:
-    """Whether this may be the reply to another request, from a cache that takes similar requests for the same.
+    """Whether this may be the reply to another request, from a cache that mistakes similar requests for identical ones.
 
     An id alone proves nothing, since some servers derive it from the clock; so such a request is sent again, under
     other row ids, and an answer with the first ones is another's.
@@ -3260,7 +3234,7 @@ def has_first_ids(reply: Reply, attempt: Attempt) -> bool:
     return isinstance(first, dict) and not isinstance(second, dict)
 
 
-def is_cut(reply: Reply, attempt: Attempt, evidence: Evidence) -> bool:
+def is_truncated(reply: Reply, attempt: Attempt, evidence: Evidence) -> bool:
     """Whether a prompt of several rows may have been cut to the model's context, and answered all the same."""
     if len(attempt.rows) == 1 or not reply.prompt_billed or reply.status // 100 != 2:
         return False
@@ -3707,8 +3681,9 @@ class Store:
         return " ".join(str(self.numbers[question]) for question in prompt.questions)
 
     def plan_job(self, job: Job) -> None:
-        """Keep a job before it is created."""
+        """Keep a job before it is created, or created once more."""
         with self._transaction():
+            self.db.execute("DELETE FROM jobs WHERE tag = ?", (job.tag,))
             values = {"tag": job.tag, "server": job.server, "planned_at": job.planned_at, "set_aside": job.set_aside}
             values |= {"parameters": job.parameters.as_json, "user_price": json.dumps(job.user_price)}
             number = self._insert("jobs", values)
@@ -3740,7 +3715,7 @@ class Store:
             }
             self._insert("attempts", values)
             self.db.execute("DELETE FROM job_requests")
-        return [(str(job.remote_id), len(job.attempts)) for job in jobs]
+        return [(job.name, len(job.attempts)) for job in jobs]
 
     def has_jobs(self) -> bool:
         return bool(self._one("SELECT count(*) FROM job_requests")[0])
@@ -3810,7 +3785,7 @@ class Files:
         self.folder = None if store.path is None else store.path.resolve().parent  # None: the working directory
 
     def check(self) -> None:
-        """Refuse to replace a file, unless it is unchanged since this program wrote it, or one that cannot be written.
+        """Refuse a file that this program did not write, or that was changed since, and a path that takes no file.
 
         Whether it can is tried with a draft: permissions, disks and the length of names have no other common sign.
         """
@@ -4019,7 +3994,7 @@ def show(line: str, stream: TextIO | None) -> None:
 # --- Sending ----------------------------------------------------------------------------------------------
 #
 # In: attempts. Out: pairs of an attempt and a verdict, each as it lands. A sender waits, retries, splits and probes as
-# the verdicts say; it never looks into an answer.
+# the verdicts say; only the probe looks into replies.
 
 Landed: TypeAlias = Generator[tuple[Attempt, Verdict], None, None]
 
@@ -4110,7 +4085,7 @@ class LiveSender:
         with self.calls:
             while self.in_flight or (self.is_running and (self.parked or self.waiting or self._fill(new))):
                 if self.parked and not self.in_flight:
-                    yield from self._settle_parked()
+                    yield from self._judge_parked_again()
                     continue
                 pause = self._launch(new)
                 if self.stop.is_set() and self.calls.stopped_at == math.inf:
@@ -4119,7 +4094,7 @@ class LiveSender:
                 if not returned:
                     continue
                 attempt = self.in_flight.pop(returned[0])
-                verdict = self._take_in(attempt, returned[1])
+                verdict = self._process(attempt, returned[1])
                 has_landed = self._follow(attempt, verdict)
                 self._launch(new)  # before the caller spends time on the attempt
                 if has_landed:
@@ -4137,7 +4112,7 @@ class LiveSender:
         return not self.error and not self.stop.is_set()
 
     def _fill(self, new: Iterator[Attempt]) -> bool:
-        """Have the next attempt in `again`, if there is one, in a size that is not known to be too long."""
+        """Have the next attempt in `to_send`, split if it is known to be too long; return whether there is one."""
         if not self.to_send:
             self.to_send.extend(itertools.islice(new, 1))
         while self.to_send and self.evidence.is_too_long(self.to_send[0]):
@@ -4187,10 +4162,10 @@ class LiveSender:
     def _max_at_once(self) -> int:
         return int(self.pace.slots) if self.evidence.works else min(int(self.pace.slots), MAX_UNPROVEN)
 
-    def _take_in(self, attempt: Attempt, reply: Reply) -> Verdict:
+    def _process(self, attempt: Attempt, reply: Reply) -> Verdict:
         """Add a reply to its attempt, and to all that is learned from replies."""
         now = time.monotonic()
-        self._settle(attempt, reply, now)
+        self._book(attempt, reply, now)
         verdict = self._judge(attempt, reply, now)
         if verdict.action is Action.DONE or verdict.is_refusal:
             self.pace.note_success()
@@ -4209,14 +4184,14 @@ class LiveSender:
             self.warn(f"{self.server.host} {news}")
         return verdict
 
-    def _settle(self, attempt: Attempt, reply: Reply, now: float) -> None:
+    def _book(self, attempt: Attempt, reply: Reply, now: float) -> None:
         """Take in what a live call has cost, and what its reply says of limits."""
         self.pace.note_headers(reply.headers, attempt.departure, now)
         cost, unconfirmed = self.server.billed(reply, LiveSender.tier, self.server.user_price, self.server.model), 0.0
         if cost is None and reply.may_be_billed and self.server.knows_price:
             unconfirmed = attempt.bound or worst_cost(attempt, attempt.parameters, self.server, LiveSender.tier)
         self.budget.settle(attempt.bound, unconfirmed if cost is None else cost)
-        attempt.take_in(reply, cost, unconfirmed)
+        attempt.add_call(reply, cost, unconfirmed)
 
     def _note_limit(self, reply: Reply, attempt: Attempt, verdict: Verdict, now: float) -> None:
         """Make all calls wait, and say so where that is long."""
@@ -4233,7 +4208,7 @@ class LiveSender:
             parts = self._parts(attempt, verdict)
             self.to_send.extendleft(reversed(parts))
             self.progress.expect(len(parts))
-            self._report_refusal(attempt, verdict)
+            self._report_given_up(attempt, verdict)
             return True
         if action is Action.ADAPT and verdict.parameters is None:
             self.parked.append(attempt)
@@ -4254,7 +4229,7 @@ class LiveSender:
         heapq.heappush(self.waiting, replace(attempt, due=due, id_set=id_set))  # after a stop only to be recorded
         return False
 
-    def _report_refusal(self, attempt: Attempt, verdict: Verdict) -> None:
+    def _report_given_up(self, attempt: Attempt, verdict: Verdict) -> None:
         """Say in the server's words, once for each reason, why a row is given up."""
         said = self.server.server_message(attempt.reply, attempt.rows) if attempt.reply else ""
         if verdict.action is Action.GIVE_UP and said and verdict.reason not in self.told:
@@ -4276,7 +4251,7 @@ class LiveSender:
         changed = differences(self.evidence.parameters, parameters)
         if changed:
             self.warn(f"{self.server.host} rejects a parameter of the request: continuing with {changed}.")
-        if self.evidence.works:  # more room alone is no other form
+        if self.evidence.works:  # what was dropped or given is a bound alone
             self.evidence.answered.add(parameters.without_room)
         self.evidence.parameters = parameters
         if self.server.is_capped and parameters.completion_bound is None and not {*BOUNDS} & {*self.prompt.extra_body}:
@@ -4287,7 +4262,7 @@ class LiveSender:
 
     # The probe: what this server takes is found out with one harmless text, asked alone.
 
-    def _settle_parked(self) -> Landed:
+    def _judge_parked_again(self) -> Landed:
         """Judge again what waits for the probe: by what has been answered meanwhile, or else after probing."""
         for is_probed in (False, True):
             parked, self.parked = self.parked, []
@@ -4311,7 +4286,8 @@ class LiveSender:
         """Ask one harmless text, at most 16 times, and adopt the parameters under which it is answered.
 
         (a) as it is; (b) without what the server's words point at; (c) at its simplest; (d) from there with one part
-        after the other put back. If it is answered in no way, the run ends with the words of (a).
+        after the other put back; (e) if (a) failed with a 5xx, as it is again, as long as there are retries; (f) with
+        two labels of our own. If it is answered in no way, the run ends with the words of (a).
         """
         evidence, current = self.evidence, self.evidence.parameters
         tried: list[tuple[Attempt, Verdict]] = []
@@ -4336,19 +4312,19 @@ class LiveSender:
             return tried[-1][0].reply or Reply(0, {}, None, 0.0)
 
         if (yield from ask(current)):  # (a)
-            return self._works_with(replace(current, room=room))
+            return self._adopt_working(replace(current, room=room))
         if not tried or not self.is_running:
             return None
         first, verdict = last(), tried[-1][1]
         is_failing = is_failure(first)
         if first_choice(first.body).get("finish_reason") == "length" and current.completion_bound:
             bound = max_completion_tokens(tried[-1][0], tried[-1][0].parameters)
-            return self._end_by(
+            return self._fail_with(
                 f"{self.server.host} came to no answer in {bound:,} tokens, not even about a harmless text: try "
                 "another `model`, or have it think less (`extra_body`)."
             )
         if verdict.action is Action.STOP:
-            return self._end_by(verdict.reason)
+            return self._fail_with(verdict.reason)
         found, lower = None, current
         while first.status and not found and len(tried) < MAX_PROBE_CALLS // 2 and self.is_running:  # (b)
             words = " ".join([*last().error.names, last().error.message])
@@ -4366,7 +4342,7 @@ class LiveSender:
                     found = wanted
         if not self.is_running:
             return None
-        if found and is_failing:  # a 5xx is no verdict on a form: the form as it is may be answered by now
+        if found and is_failing:  # (e): a 5xx is no verdict on a form: the form as it is may be answered by now
             found = current if (yield from ask(current)) else found
         tries, until = 0, time.monotonic() + UNREACHABLE_SECONDS
         while not found and is_failing and tries < self.server.max_retries and self.is_running:
@@ -4374,19 +4350,19 @@ class LiveSender:
                 break
             tries += 1
             self._pause(backoff(tries, self.pace.jitter()))
-            tried[:] = tried[-1:]  # these waits have no end but that of the retries
+            tried[:] = tried[-1:]  # only `max_retries` limits these calls
             found = current if (yield from ask(current)) else None
         if not self.is_running:
             return None
         if found:
-            return self._works_with(replace(found, room=max(found.room, room)))
+            return self._adopt_working(replace(found, room=max(found.room, room)))
         if is_failing:
-            return self._end_by(self._failing_line(first))
-        is_ours = yield from ask(simplest, prompt.neutral)
+            return self._fail_with(self._failing_line(first))
+        is_ours = yield from ask(simplest, prompt.neutral)  # (f)
         useless = next((t for t in tried if t[0].reply and t[0].reply.status // 100 == 2), None)
         if useless and useless[0].reply and not useless[0].reply.error.message:  # answered, at last, but not usably
             first, verdict = useless[0].reply, useless[1]
-        return self._end_by(self._useless_line(first, verdict.reason, is_ours))
+        return self._fail_with(self._useless_line(first, verdict.reason, is_ours))
 
     def _ask_alone(
         self, parameters: Parameters, prompt: Prompt
@@ -4406,10 +4382,11 @@ class LiveSender:
             attempt.parameters, attempt.departure = parameters, self.pace.note_start(tokens, time.monotonic())
             body = build_body(attempt, parameters)
             reply, now = self._reply_to(partial(self.server.chat, body)), time.monotonic()
-            self._settle(attempt, reply, now)
+            self._book(attempt, reply, now)
             self.evidence.reached |= reply.status > 0
             self.progress.expect(1)
-            yield attempt, Verdict(Action.DONE)
+            yield attempt, Verdict(Action.DONE)  # so that what it cost is recorded
+            # Judged as if these parameters were in force, else a refusal would only be asked again.
             verdict = judge(reply, attempt, replace(self.evidence, parameters=parameters), self.server, now)
             if not verdict.is_rate:
                 return attempt, verdict
@@ -4429,19 +4406,18 @@ class LiveSender:
         """Wait, unless the run is to stop."""
         until = time.monotonic() + seconds
         while self.is_running and (left := until - time.monotonic()) > 0:
-            self.progress.waiting(left)
             self.stop.wait(min(0.5, left))
 
     def _is_allowed(self, parameters: Parameters) -> bool:
         return parameters.completion_bound is not None or not self.server.is_capped
 
-    def _works_with(self, parameters: Parameters) -> None:
+    def _adopt_working(self, parameters: Parameters) -> None:
         self._adopt(parameters)
         self.evidence.answered.add(parameters.without_room)
         self.evidence.answered_at, self.evidence.refusals = time.monotonic(), 0
         self.evidence.failing_since = math.inf
 
-    def _end_by(self, line: str) -> None:
+    def _fail_with(self, line: str) -> None:
         self.error = self.error or ProviderError(line)
 
     def _failing_line(self, reply: Reply) -> str:
@@ -4559,7 +4535,7 @@ class JobSender(LiveSender):
         """Take up the jobs of earlier runs. What never reached the provider goes into the next one."""
         for job in self.store.open_jobs():
             if job.server != self.server.address:
-                self.warn(f"Job {job.remote_id} is open at {job.server}: pass that as `base_url` to collect it.")
+                self.warn(f"Job {job.name} is open at {job.server}: pass that as `base_url` to collect it.")
                 continue
             for attempt in job.attempts.values():
                 self._restore(attempt)
@@ -4611,13 +4587,13 @@ class JobSender(LiveSender):
                 continue
             reply = self._call(lambda client, name=file_id: client.files.with_raw_response.content(name))
             if not has_content(reply) and kind == "output_file_id":
-                raise self._refused(reply, thing=str(file_id))
+                raise self._error_of(reply, thing=str(file_id))
             with reply.body if has_content(reply) else io.BytesIO() as file:
                 for line in read_lines(file):
                     seen.add(line["custom_id"])
                     yield from self._take_line(job, line)
         if self.parked and self.is_running:
-            yield from self._settle_parked()
+            yield from self._judge_parked_again()
         self._raise_error()
         if len(seen) < count_of(remote, "completed"):  # they were paid for
             self.warn(
@@ -4643,7 +4619,7 @@ class JobSender(LiveSender):
         reply = Reply(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0, unsaid)
         cost = self.server.billed(reply, self.tier, job.user_price, attempt.prompt.model)
         self.budget.settle(0.0, cost or 0.0)
-        attempt.take_in(reply, cost, 0.0)
+        attempt.add_call(reply, cost, 0.0)
         attempt.jobs += 1
         verdict = self._judge(attempt, reply, time.monotonic())
         if self._follow(attempt, verdict):
@@ -4718,7 +4694,7 @@ class JobSender(LiveSender):
         named = (f"{job.tag}.jsonl", file)
         uploaded = self._call(lambda client: client.files.with_raw_response.create(file=named, purpose="batch"))
         if not has_content(uploaded):
-            raise self._refused(uploaded, rows=job.rows)
+            raise self._error_of(uploaded, rows=job.rows)
         file_id, until = str(uploaded.body.get("id")), time.monotonic() + FILE_SECONDS
         order = {
             "endpoint": "/v1/chat/completions",
@@ -4726,6 +4702,7 @@ class JobSender(LiveSender):
             "metadata": {"enrich_dataset": job.tag},
         }
         for tries in itertools.count(1):
+            job.planned_at = time.time()
             self.store.plan_job(job)
             reply = self._call(
                 lambda client: client.batches.with_raw_response.create(input_file_id=file_id, **order),
@@ -4749,7 +4726,7 @@ class JobSender(LiveSender):
                         f"{self.server.host} created a job without an id, so that it could not be collected: its Batch "
                         "API is not OpenAI's; drop `use_batch_api`."
                     )
-                raise self._refused(reply, rows=job.rows)
+                raise self._error_of(reply, rows=job.rows)
             self._sleep(requested_wait(reply) or min(self.options.poll_interval, FILE_SECONDS / 60))
         self.store.note_job(job)
         self.jobs.append(job)
@@ -4796,7 +4773,7 @@ class JobSender(LiveSender):
         """The object that a call returns; `thing`: what a 404 means to be unknown."""
         reply = self._call(make)
         if not has_content(reply):
-            raise self._refused(reply, thing)
+            raise self._error_of(reply, thing)
         return cast("dict[str, Any]", reply.body)
 
     def _call(self, make: Callable[..., Any], max_retries: int | None = None) -> Reply:
@@ -4807,7 +4784,7 @@ class JobSender(LiveSender):
             raise Stopped
         return reply
 
-    def _refused(self, reply: Reply, thing: str = "", rows: Iterable[Row] = ()) -> ProviderError:
+    def _error_of(self, reply: Reply, thing: str = "", rows: Iterable[Row] = ()) -> ProviderError:
         """The error of a call that did not succeed; `rows` are what it sent, `thing` what a 404 means to be unknown."""
         host, status, rows = self.server.host, reply.status, list(rows)
         said, words = self.server.server_message(reply, rows), " ".join([*reply.error.names, reply.error.message])
@@ -5323,6 +5300,11 @@ def read_sample(source: Source, table: Table, labels: Sequence[str]) -> Gold:
         raise InputError(f"The sample {sample.source} has rows of different draws: use one draw's rows alone.")
     places = table.find(b"".join(keys))
     numbers = np.where(places < 0, -1, table.first_rows[places]) if len(table) else places
+    if len(keys) and (numbers < 0).all():
+        raise InputError(
+            f"No text of the sample {sample.source} is in {table.source}: pass the table from which it was drawn, with "
+            "the same `label_column`."
+        )
     lacking = [label for label in labels if label not in sample.header]
     draw = Draw(np.array(chances), *(identities.pop() if identities else (0, 0)))
     names, contents = [f"t{key.hex()}" for key in keys], {"gold": sample.content}
@@ -5650,7 +5632,7 @@ class Plan:
     in_jobs: int  # that only wait for open jobs
     pending: int  # to send
     distinct: int  # of the pending rows, counting equal ones once
-    refused_before: int  # of these, those that an earlier run gave up because of their texts
+    given_up_before: int  # of these, those that an earlier run gave up because of their texts
     batches: int  # to send
     lacks: tuple[bool, ...] | None  # which labels are sent, if those are the same for all rows
 
@@ -5672,7 +5654,7 @@ def make_plan(task: Task, cells: Cells, batches: Sequence[Batch], is_example: Bo
         in_jobs=int((with_text & (cells == IN_JOB).any(axis=1) & ~pending).sum()),
         pending=int(pending.sum()),
         distinct=sum(len(batch.numbers) for batch in batches),
-        refused_before=sum(batch.has_one_try for batch in batches),
+        given_up_before=sum(batch.has_one_try for batch in batches),
         batches=len(batches),
         lacks=lacks.pop() if len(lacks) == 1 else None,
     )
@@ -5844,7 +5826,7 @@ def plan_lines(plan: Plan, options: Options, other_answers: Sequence[str]) -> li
         "Rows equal to an example (labelled from it, not sent)": plan.example_rows,
         "Rows with a blank text (not sent, left blank)": plan.blank_texts,
         "Duplicate rows (sent once)": plan.pending - plan.distinct if plan.lacks else 0,
-        "Rows given up by an earlier run (sent last, alone and once)": plan.refused_before,
+        "Rows given up by an earlier run (sent last, alone and once)": plan.given_up_before,
     }
     lines = [f"Starting parallel enrichment from row {options.start_index}..."]
     lines += [f"{what}: {number}" for what, number in counts.items() if number]
@@ -6014,8 +5996,6 @@ def gold_lines(report: Report) -> list[str]:
         *(draw_lines(figures) if "draw" in figures else comparison_lines(figures["gold"])),
     ]
     lines += [f"Gold rows that are {what}: {count}" for what, count in unmatched.items() if count]
-    if "draw" in figures and unmatched["not in the table"]:
-        lines.append("A sample's rows are found only with the `label_column` with which it was drawn")
     lacking, others = figures["gold_labels_without_a_column"], figures["gold_columns_not_compared"]
     lines += [f"Labels without a gold column: {', '.join(lacking)}"] if lacking else []
     lines += [f"Gold columns that match no label (not compared): {', '.join(others)}"] if others else []

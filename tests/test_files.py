@@ -285,7 +285,7 @@ class TestDrafts:
         assert not any(draft.exists() for draft in drafts)
         Path(f"{job.output}.sample.csv").unlink()
         assert sorted(path.name for path in job.output.parent.iterdir()) == [
-            "in.csv", "out.csv", "out.csv.answers.sqlite3", "out.csv.run.json",
+            "in.csv", "out.csv", "out.csv.answers.sqlite3", "out.csv.methods.md", "out.csv.run.json",
         ]  # fmt: skip
 
 

@@ -426,10 +426,9 @@ class TestCommand:
         job.enrich(sample=30)
         assert job.command("--gold", str(path)) == 0
         assert "Gold rows that are not coded: 10\n" in capsys.readouterr().out
-        assert job.command("--gold", str(path), "--label-column", "id") == 0
-        printed = capsys.readouterr().out
-        assert "Gold rows that are not in the table: 30\n" in printed
-        assert "A sample's rows are found only with the --label-column with which it was drawn\n" in printed
+        assert job.command("--gold", str(path), "--label-column", "id") == 2
+        told = f"No text of the sample {path} is in {job.input}: pass the table from which it was drawn, with the same"
+        assert told in capsys.readouterr().err
 
     def test_a_deleted_row_still_counts_as_drawn(self, job: Job) -> None:
         path = sample_of(job)
@@ -452,12 +451,13 @@ class TestCommand:
         assert job.command("--gold", str(path)) == 0
         assert "=== Shares, corrected by what people coded, with 95 % intervals ===" in capsys.readouterr().out
 
-    def test_a_coded_one_and_a_table_without_rows(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_one_of_another_table_is_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         path = sample_of(job)
         job.write(make_texts(100)).enrich(sample=20)
         code(path)
-        assert job.write([]).command("--gold", str(path)) == 0
-        assert "Gold rows that are not in the table: 20\n" in capsys.readouterr().out
+        for texts in ([], ["other texts"]):
+            assert job.write(texts).command("--gold", str(path)) == 2
+            assert f"No text of the sample {path} is in {job.input}" in capsys.readouterr().err
 
     def test_it_grows_in_another_folder_too(self, job: Job, tmp_path: Path) -> None:
         job.write(make_texts(100)).enrich(sample=20)

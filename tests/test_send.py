@@ -180,16 +180,6 @@ def test_capacity_level_and_refill_are_learned() -> None:
     assert limiter.delay(9000, now=100.0) <= 0  # more than the bucket holds: it must do with all
 
 
-def test_each_limit_of_tokens_is_compared_with_its_own_last_report() -> None:
-    """The account's and the project's, of which a call takes just what we guess."""
-    limiter, limits = module.Pace(8), {"tokens": 1_000_000, "project-tokens": 30_000}
-    for number in range(1, 100):
-        departure = limiter.note_start(100, float(number))
-        reports = [told(limit, limit - 100 * number, "1000h", name) for name, limit in limits.items()]
-        limiter.note_headers(reports[0] | reports[1], departure, float(number))
-    assert limiter.charge == pytest.approx(1, rel=0.01)
-
-
 def test_a_daily_limit_is_not_taken_for_one_a_minute() -> None:
     assert module.rate_limits(told(10_000, 9_999, "8.64s")) == {"requests": (10_000, 9_999, 8.64)}
     limiter = module.Pace(8)
