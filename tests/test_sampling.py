@@ -131,10 +131,19 @@ class TestDrawing:
             with pytest.raises(ValueError, match="sample_id"):
                 module.read_sample_id(wrong)
 
-    def test_ids_of_equal_probabilities_have_nothing_in_common(self) -> None:
-        names = [module.sample_id(key, 0.25, (1000, 7)) for key in keys_of(500)]
-        for place in range(33, 65):
-            assert len({name[place] for name in names}) == 16
+    def test_neither_order_nor_ids_tell_what_the_model_said_over_200_seeds(self) -> None:
+        """Correlations of the model's labels with a text's place in the file and with each digit of its id."""
+        predicted = labelled(2000)
+        sizes, found = sizes_of(predicted), []
+        for seed in range(200):
+            keys = [module.digest(seed, number) for number in range(2000)]  # other texts each time
+            drawn, chances = module.draw_sample(keys, sizes, 200, seed)
+            names = [module.sample_id(keys[index], chances[index], (2000, 7)) for index in drawn]
+            shown = np.array([[place, *(int(digit, 16) for digit in name[1:])] for place, name in enumerate(names)])
+            said = predicted[drawn].any(axis=1)
+            found.append([np.corrcoef(column, said)[0, 1] for column in shown.T])
+        mean = np.mean(found, axis=0)
+        assert np.abs(mean).max() < 4 / np.sqrt(200 * 200)  # of 65 columns, none
 
 
 class TestShares:
@@ -226,6 +235,23 @@ class TestShares:
 
         table = module.corrected_differences({"here": shares(48, 80), "there": shares(56, 70)})
         assert table.loc[("a", "there")].tolist() == pytest.approx([0.2, 0.0524, 0.3339], abs=1e-4)
+
+    def test_intervals_are_statsmodels_to_1e_12_on_random_tables(self) -> None:
+        from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
+
+        def shares(ones: int, rows: int) -> pd.DataFrame:
+            low, high = module.wilson(ones, rows)
+            told = {"corrected_share": ones / rows, "corrected_share_low": low, "corrected_share_high": high}
+            return pd.DataFrame([told], index=["a"])
+
+        dice = np.random.default_rng(5)
+        for _ in range(200):
+            (n1, n2), chance = dice.integers(5, 400, 2), dice.random()
+            x1, x2 = dice.binomial([n1, n2], chance)
+            assert module.wilson(x1, n1) == pytest.approx(proportion_confint(x1, n1, method="wilson"), abs=1e-12)
+            told = module.corrected_differences({"here": shares(x2, n2), "there": shares(x1, n1)}).loc[("a", "there")]
+            right = confint_proportions_2indep(x1, n1, x2, n2, method="newcomb")
+            assert [told["low"], told["high"]] == pytest.approx(right, abs=1e-12)
 
     def test_the_width_that_is_told_comes_true(self) -> None:
         setting = SETTINGS["recall 0.8, precision 0.8"]
