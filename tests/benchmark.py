@@ -60,7 +60,7 @@ def sparse_bodies(path: Path) -> list[dict[str, Any]]:
     """This program's own requests, for a client that does nothing but send them."""
     options = module.Options(path, None, "text", None, LABELS)
     prompt = module.read_prompt(options, "a-server")
-    rows = [module.Row(module.digest(text, None), text, None) for text in dict.fromkeys(read_texts(path))]
+    rows = [module.Row(module.digest(text), text) for text in dict.fromkeys(read_texts(path))]
     parameters = module.default_parameters("gpt-4o-mini", is_capped=False, extra_body={})
     batches = (tuple(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
     return [module.build_body(module.Attempt(batch, prompt), parameters) for batch in batches]

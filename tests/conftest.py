@@ -55,8 +55,8 @@ def make_texts(count: int) -> list[str]:
     return [f"{WORDS[i % 10]} and {WORDS[i * 7 // 10 % 10]}, number {i}" for i in range(count)]
 
 
-def make_row(text: str, label: str | None = None) -> module.Row:
-    return module.Row(module.digest(text, label), text, label)
+def make_row(text: str, *context: str) -> module.Row:
+    return module.Row(module.digest(text, *context), text, context)
 
 
 def write_texts(path: Path, texts: Sequence[str]) -> Path:

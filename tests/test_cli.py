@@ -160,7 +160,7 @@ WRONG = {
         ["--labels", "racist", "Racist"],
         "The labels 'racist' and 'Racist' differ only in case",
     ),
-    "label is the text column": (["--labels", "text"], "'text' is already the text or label column"),
+    "label is the text column": (["--labels", "text"], "'text' is already the text, label or context column"),
     "by": (["--by", "source"], "The --by column 'source' is not in the header"),
     "label with newline": (["--labels", "a\nb"], "printable"),
     "text column": (["--text-column", "texts"], "which has 'id', 'text'"),

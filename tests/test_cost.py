@@ -326,7 +326,7 @@ class TestSizes:
     def test_auto_follows_the_readmes_table(self, length: int, rows: int, sizes: tuple[int, int]) -> None:
         frame = pd.DataFrame({"text": ["x" * length] * rows}, dtype=object)
         options = module.frame_options(frame, "text", ["a"], batch_size="auto", max_workers="auto")
-        table = module.read_table(frame, module.Columns("text", None, options.labels))
+        table = module.read_table(frame, module.Columns("text", (), options.labels))
         fitted, _ = module.fit_to_table(options, table)
         assert (fitted.batch_size, fitted.max_workers) == sizes
 

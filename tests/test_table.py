@@ -273,7 +273,7 @@ def test_no_file_that_pandas_and_strict_csv_read_alike_is_refused_for_its_quotes
     path.write_bytes(content.encode())
     if frame.to_numpy().tolist() == [row for row in rows[1:] if row]:
         try:
-            module.read_table(path, module.Columns("text", None, []))
+            module.read_table(path, module.Columns("text", (), []))
         except module.InputError as error:
             assert "quote" not in str(error)
 
@@ -358,7 +358,7 @@ def test_any_bytes_are_refused_in_one_line_or_kept_with_fields_added(
     path, output = tmp_path / "any.csv", tmp_path / "any_out.csv"
     path.write_bytes(content)
     try:
-        table = module.read_table(path, module.Columns("text", None, ["x", "b"]))
+        table = module.read_table(path, module.Columns("text", (), ["x", "b"]))
     except module.InputError as error:
         assert len(str(error).splitlines()) == 1
         return
@@ -366,7 +366,7 @@ def test_any_bytes_are_refused_in_one_line_or_kept_with_fields_added(
     cells[cells[:, 0] == module.BLANK, 0] = 1
     with output.open("wb") as file:
         table.write(cells, ["x", "b"], file)
-    again = module.read_table(output, module.Columns("text", None, ["x", "b"]))
+    again = module.read_table(output, module.Columns("text", (), ["x", "b"]))
     assert texts_of(again) == texts_of(table)
     assert again.given.tolist() == cells.tolist()
     assert gaps_of(again) == gaps_of(table)
