@@ -305,10 +305,18 @@ class Options:
             object.__setattr__(self, declared.name, value)
         if self.sample and self.output_filepath is None:
             raise InputError("`sample` writes a file beside the output, so it is for enrich_dataset, which has one.")
-        object.__setattr__(self, "coders", None if self.coders is None else [*self.coders])
+        object.__setattr__(self, "coders", None if self.coders is None else [as_path(each) for each in self.coders])
+        for name in ("input_filepath", "output_filepath", "store_filepath", "examples", "gold", "plot"):
+            object.__setattr__(self, name, as_path(getattr(self, name)))
+        if isinstance(self.instructions, os.PathLike):
+            object.__setattr__(self, "instructions", as_path(self.instructions))
         if isinstance(self.context, str):
             raise InputError(f"`context` must be a list of columns, not a string: pass [{self.context!r}].")
         object.__setattr__(self, "context", None if self.context is None else [*self.context])
+        if hasattr(self.input_filepath, "iloc"):  # whose columns may have names that are no strings
+            for name in ("text_column", "label_column", "by", "gold_key"):
+                object.__setattr__(self, name, header_name(getattr(self, name)))
+            object.__setattr__(self, "context", self.context and [header_name(name) for name in self.context])
         tables = [("gold", self.gold), ("examples", self.examples), *(("coders", each) for each in self.coders or ())]
         for name, table in tables:
             if not isinstance(table, (str, Path, type(None))) and not hasattr(table, "to_csv"):
@@ -381,7 +389,12 @@ class Options:
         written = self.written
         if "input" not in read and "output" in written:
             raise InputError("`input_filepath` must be a path: label a DataFrame with enrich_dataframe(df, ...).")
+        for what, path in (read | written).items():
+            if re.match(r"\w{2,}:/", str(path)):
+                raise InputError(f"The {what} {path} is an address: download the file, or name one on this machine.")
         for what, path in read.items():
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise InputError(f"The {what} {path} is a device or a pipe, which can be read but once: save it first.")
             if not (path.is_file() if what == "input" else path.exists()):
                 raise InputError(f"There is no file {path}: check the path of the {what}.")
         for what, path in (read | written).items():
@@ -435,20 +448,44 @@ class Options:
 
 
 OWN_PARAMETERS = {"model", "messages", "stream", "n", "response_format"}
-NOT_CSV = {".xlsx": "excel", ".xls": "excel", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+NOT_CSV = {
+    **dict.fromkeys([".xlsx", ".xls", ".xlsm", ".ods"], "excel"),
+    **dict.fromkeys([".json", ".jsonl", ".ndjson"], "json"),
+    ".parquet": "parquet",
+    ".feather": "feather",
+    ".dta": "stata",
+    ".sav": "spss",
+}
+UNPACK = {".gz": "gunzip -k", ".bz2": "bunzip2 -k", ".xz": "unxz -k", ".zip": "unzip"}
 
 
 def check_kind(what: str, path: Path) -> None:
     """Refuse a table that is no CSV, or that would be a CSV under another kind's name."""
     kind = NOT_CSV.get(path.suffix.lower())
-    lines = ", lines=True" if path.suffix.lower() == ".jsonl" else ""
-    if kind and what == "output":
+    lines = ", lines=True" if path.suffix.lower() in {".jsonl", ".ndjson"} else ""
+    unpack = UNPACK.get(path.suffix.lower())
+    if (kind or unpack) and what == "output":
         raise InputError(f"The output {path} is always CSV: use a name that ends in .csv.")
+    if unpack:
+        raise InputError(f"The {what} {path} is compressed: unpack it ({unpack} {path}), and pass what is in it.")
     if kind:
         raise InputError(
             f"The {what} {path} is not a CSV: convert it with "
             f"pandas.read_{kind}({str(path)!r}{lines}).to_csv({str(path.with_suffix('.csv'))!r}, index=False)."
         )
+
+
+def as_path(value: Any) -> Any:
+    """A path as Python's own, with ~ expanded; what is none stays."""
+    if isinstance(value, os.PathLike):
+        return Path(value).expanduser()
+    is_home = isinstance(value, str) and value.startswith("~")
+    return str(Path(value).expanduser()) if is_home else value
+
+
+def header_name(name: Any) -> Any:
+    """A DataFrame's column name as a header has it: header_name(2020) == "2020 (int)"."""
+    return name if name is None or isinstance(name, str) else f"{name!r} ({type(name).__name__})"
 
 
 def check_apart(written: Mapping[str, Path], others: Mapping[str, Path]) -> None:
@@ -542,6 +579,8 @@ def require_matplotlib(path: Path | None = None) -> None:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise InputError("A plot needs matplotlib: pip install matplotlib.") from None
+    except ValueError:  # a notebook's backend, which its terminal's programs inherit
+        raise InputError(f"matplotlib does not know MPLBACKEND {os.environ.get('MPLBACKEND')!r}: unset it.") from None
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path and path.suffix[1:].lower() not in kinds:
         raise InputError(f"The plot {path} must end in a kind of picture that can be drawn: .{', .'.join(kinds)}.")
@@ -739,7 +778,9 @@ def load_table(options: Options, console: Console) -> Table:
     columns = Columns(options.text_column, options.context_columns, options.labels, options.by_column)
     table = read_table(options.input_filepath, columns, options.encoding)
     if is_file:
-        console.say(f"Dataset loaded: {len(table)} rows")
+        console.say(f"Dataset loaded: {len(table) - table.header_records} rows")
+    if table.header_records:
+        console.say(f"Header lines after the first, as Qualtrics writes them (left blank): {table.header_records}")
     if table.encoding not in {"utf-8", "utf-16-le", "utf-16-be"}:
         console.say(f"Encoding: {table.encoding}" + (", since the file is not UTF-8" if not options.encoding else ""))
     return table
@@ -762,7 +803,8 @@ def fit_to_table(options: Options, table: Table) -> tuple[Options, BoolArray]:
             "file as UTF-8."
         ) from None
     requested = np.zeros(len(table), bool)
-    requested[options.start_index : options.start_index + (options.limit or len(table))] = True
+    start = max(options.start_index, table.header_records)
+    requested[start : start + (options.limit or len(table))] = True
     rows = int(requested.sum())
     if options.batch_size == "auto":
         middle = median(table.lengths[requested].tolist()) if rows else 0
@@ -1190,7 +1232,9 @@ def blank_cells(rows: int, labels: int) -> Cells:
 
 # What a cell of a file may hold, in lower case: also what pandas and spreadsheets write for floats and truth values.
 CELL_VALUES = dict.fromkeys(["0", "0.0", "0,0", "false"], 0) | dict.fromkeys(["1", "1.0", "1,0", "true"], 1)
-CELL_VALUES[""] = BLANK
+# What R, SPSS, pandas and databases write for a missing value.
+MISSING_CODES = {"NA", "NaN", "<NA>", "NULL", "\\N"}
+CELL_VALUES |= dict.fromkeys(["", *map(str.lower, MISSING_CODES)], BLANK)
 
 
 def merge(below: Cells, above: Cells) -> Cells:
@@ -1293,6 +1337,9 @@ class Table:
     first_rows: IntArray  # for each distinct key, the number of its first row
     key_indexes: IntArray  # for each row, its key's place among the distinct ones
     lengths: npt.NDArray[np.int32]  # of texts with their context, in characters; 0: a blank text, not sent
+    missing: list[int]  # rows whose text is an unquoted code for a missing value
+    header_records: int  # its first rows that are no rows but further header lines, as Qualtrics writes
+    has_surplus: bool  # whether each record ends with a delimiter more than the header
     given: Cells  # what it holds of the new labels already
     by_values: list[str]  # that shares are broken down by, if they are
     frame: pd.DataFrame | None = None  # the DataFrame; None: it is a file
@@ -1349,13 +1396,28 @@ class Table:
         records = itertools.chain([self.raw_header], map(self.record, range(len(self))))
         text = io.BytesIO(b"".join(record.encode() for record in records))
         try:
-            frame: pd.DataFrame = pd.read_csv(text, sep=self.delimiter, low_memory=False, **how)
-            return frame
+            with warnings.catch_warnings():  # of a delimiter more than the header has
+                warnings.simplefilter("ignore")
+                how |= {"index_col": False} if self.has_surplus else {}
+                frame: pd.DataFrame = pd.read_csv(text, sep=self.delimiter, low_memory=False, **how)
+            return self._with_texts(frame)
         except Exception as error:  # pandas' own faults have no common class, and their words may hold a text
             raise InputError(
                 f"pandas {pd.__version__} cannot read {self.source} as a DataFrame ({type(error).__name__}): upgrade "
                 "pandas, or use the command line, which needs no DataFrame."
             ) from None
+
+    def _with_texts(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The frame with texts missing where they are for us: pandas takes more words for missing, though quoted."""
+        name = self.header[self.text_at]
+        is_missing = frame[name].isna().to_numpy()
+        lost = (is_missing & (self.lengths > 0)).nonzero()[0]
+        if len(lost) or not is_missing[self.missing].all():
+            texts = frame[name].astype(object)
+            texts.iloc[lost] = [row.text for row in self.rows(lost)]
+            texts.iloc[self.missing] = None
+            frame[name] = texts
+        return frame
 
     def write(self, cells: Cells, labels: Sequence[str], file: IO[bytes]) -> None:
         """The table, byte for byte, with the new fields at each record's end; old label columns are filled in."""
@@ -1365,7 +1427,8 @@ class Table:
         old = [place for place, column in enumerate(self.label_indexes) if column is not None]
         filled = np.any((self.given[:, old] < 0) & (cells[:, old] >= 0), axis=1)
         all_cells, width = cells.tobytes(), len(labels)
-        quotes_cells = len(self) > 0 and quotes_all(self.record(0), self.delimiter)
+        first = self.header_records
+        quotes_cells = len(self) > first and quotes_all(self.record(first), self.delimiter)
 
         @lru_cache(maxsize=65_536)  # most rows repeat another one's cells
         def fields(row: bytes) -> str:
@@ -1381,16 +1444,15 @@ class Table:
             raw = self.record(number)
             if filled[number]:
                 raw = self._fill_in(raw, cells[number], self.given[number])
-            row = all_cells[number * width : (number + 1) * width]
-            file.write(self.content[written:start] + append(raw, fields(row)).encode(self.encoding))
+            new = fields(all_cells[number * width : (number + 1) * width])
+            new = new.removeprefix(self.delimiter) if self.has_surplus else new
+            file.write(self.content[written:start] + append(raw, new).encode(self.encoding))
             written = self.ends[number]
         file.write(self.content[written:])
 
     def _fill_in(self, raw: str, cells: Cells, given: Cells) -> str:
         """A record with values written into the blank fields of the label columns that it had before."""
-        delimiter = re.escape(self.delimiter)
-        field = rf'"(?:[^"]|"")*(?:"[^{delimiter}]*)?|[^{delimiter}]*'  # as it is written, quotes and all
-        fields = [found[1] for found in re.finditer(rf"(?:^|{delimiter})({field})", raw, re.DOTALL)]
+        fields = raw_fields(raw, self.delimiter)
         for column, before, value in zip(self.label_indexes, given.tolist(), cells.tolist(), strict=True):
             if column is not None and before < 0 <= value:
                 end = fields[column][len(fields[column].rstrip("\r\n")) :]
@@ -1469,7 +1531,7 @@ def check_cp1252(content: bytes, source: str) -> None:
 
 def frame_content(df: pd.DataFrame, columns: Columns) -> bytes:
     """The columns of a DataFrame that are read, as a CSV; what is missing is blank."""
-    header = [name if isinstance(name, str) else f"{name!r} ({type(name).__name__})" for name in df.columns]
+    header = [str(header_name(name)) for name in df.columns]
     named = {columns.text: columns.text_is} | dict.fromkeys(columns.context, "column")
     named |= {} if columns.by is None or columns.by in named else {columns.by: "`by` column"}
     named |= {label: "column" for label in columns.labels if label in header and label not in named}
@@ -1477,6 +1539,11 @@ def frame_content(df: pd.DataFrame, columns: Columns) -> bytes:
     def values(name: str) -> Iterator[str]:
         column = df.iloc[:, find_column(header, name, named[name], FRAME)]
         for row, (value, is_missing) in enumerate(zip(column, column.isna(), strict=True)):
+            if isinstance(value, bytes):
+                raise InputError(
+                    f"Row {row} of the column {name!r} holds bytes: read the file with its encoding, such as "
+                    "pandas.read_sas(..., encoding='latin-1')."
+                )
             if isinstance(value, (list, tuple, set, dict)) or getattr(value, "ndim", None):
                 raise InputError(f"Row {row} of the column {name!r} holds a {type(value).__name__}: make it a text.")
             yield "" if is_missing else str(value)
@@ -1533,6 +1600,8 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
     by_at = None if columns.by is None else find_column(header, columns.by, "`by` column", source)
     held_at = [find_column(header, label, "column", source) if label in header else None for label in columns.labels]
 
+    header_records = count_header_records(head, delimiter, source)
+    has_surplus, missing = False, list[int]()
     keys, lengths, starts, ends = bytearray(), array("i"), array("q"), array("q")
     end, header_end, raw_header = 0, 0, ""
     held = {place: array("b") for place, column in enumerate(held_at) if column is not None}
@@ -1550,7 +1619,10 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
         if not header_end:
             header_end, raw_header = end, raw
             continue
-        if len(fields) != len(header):
+        if not starts and len(fields) == len(header) + 1:
+            again = io.TextIOWrapper(io.BytesIO(content), encoding, newline="")
+            has_surplus = has_surplus_field(read_records(again, delimiter, source), len(header), source)
+        if len(fields) != len(header) + has_surplus:
             is_torn = raw.endswith("\r") and not raw_header.endswith("\r")
             hint = " (it ends at a carriage return in an unquoted field)" if is_torn else ""
             raise InputError(
@@ -1558,13 +1630,17 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
                 "the row, or quote the field that holds the delimiter or line end."
             )
         text, context = fields[text_at], [fields[place] for place in context_at]
-        keys += digest(text, *context)
-        lengths.append(len(text) + sum(map(len, context)) if text.strip() else 0)
+        is_missing = text in MISSING_CODES and not raw_fields(raw, delimiter)[text_at].startswith('"')
+        if is_missing:
+            missing.append(len(starts))
+        keys += digest(None if is_missing else text, *context)  # else it would get the answer to such a text
+        is_sent = text.strip() and not is_missing and len(starts) >= header_records
+        lengths.append(len(text) + sum(map(len, context)) if is_sent else 0)
         if by_at is not None:
             by_values.append(sys.intern(fields[by_at]))
         for place, column in held.items():
             cell = fields[held_at[place] or 0]
-            value = CELL_VALUES.get(cell.strip().lower())
+            value = CELL_VALUES.get(cell.strip().lower()) if len(starts) >= header_records else BLANK
             if value is None:
                 shown = repr(cell) if re.fullmatch(r"\S{,12}", cell) else f"a text of {len(cell)} characters"
                 where = f"row {len(starts)}" + (f" (line {line})" if source != FRAME else "")
@@ -1583,7 +1659,7 @@ def parse_csv(content: bytes, encoding: str, source: str, columns: Columns) -> T
     return Table(
         source, content, encoding, delimiter, header, raw_header, header_end, starts, ends,
         text_at, context_at, tuple(held_at), bytes(keys), distinct, first_rows, key_indexes,
-        np.array(lengths), given, by_values,
+        np.array(lengths), missing, header_records, has_surplus, given, by_values,
     )  # fmt: skip
 
 
@@ -1630,6 +1706,38 @@ def read_records(lines: Iterable[str], delimiter: str, source: str) -> Iterator[
             )
         if text:
             yield [] if is_blank else fields, text, line
+
+
+def raw_fields(raw: str, delimiter: str) -> list[str]:
+    """A record's fields as they are written, quotes and all."""
+    delimiter = re.escape(delimiter)
+    field = rf'"(?:[^"]|"")*(?:"[^{delimiter}]*)?|[^{delimiter}]*'
+    return [found[1] for found in re.finditer(rf"(?:^|{delimiter})({field})", raw, re.DOTALL)]
+
+
+def count_header_records(head: Iterable[str], delimiter: str, source: str) -> int:
+    """How many records are further header lines: Qualtrics writes two, the second of import ids in JSON."""
+    found, place = 0, -1
+    with contextlib.suppress(InputError):  # the head may end within a record
+        for fields, _, _ in read_records(head, delimiter, source):
+            place += bool(fields)
+            if place > 2:
+                break
+            found = place if any(cell.startswith('{"ImportId":') for cell in fields) and place > 0 else found
+    return found
+
+
+def has_surplus_field(records: Iterable[tuple[list[str], str, int]], width: int, source: str) -> bool:
+    """Whether all records end with a delimiter more than the header, whose fields are so many."""
+    rows = [fields for fields, _, _ in records if fields][1:]
+    if {len(fields) for fields in rows} != {width + 1}:
+        return False
+    if any(fields[-1] for fields in rows):
+        raise InputError(
+            f"{source}: each record has one field more than the header, as if its first column had no name (R's row "
+            "names?): write it without row names, or give that column a name."
+        )
+    return True
 
 
 def is_merged(raw: str, delimiter: str) -> bool:
@@ -2793,7 +2901,9 @@ def requested_wait(reply: Reply) -> float:
             if wait > 0 and math.isfinite(wait):
                 return wait
     with contextlib.suppress(KeyError, ValueError, TypeError, OverflowError):
-        until, now = (parsedate_to_datetime(headers[name]) for name in ("retry-after", "date"))  # both by its clock
+        until = parsedate_to_datetime(headers["retry-after"])
+        # By the server's clock, if it tells it.
+        now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(until.tzinfo)
         return max(0.0, (until - now).total_seconds())
     asked = re.search(r"(?:try again|retry)\w* in ((?:[\d.]+ ?(?:ms|s|m|h|d)[a-z]*\s?)+)", reply.error.message.lower())
     return seconds_of(asked[1].replace(" ", "")) if asked and reply.error_status >= 400 else 0.0
@@ -3817,7 +3927,7 @@ class Files:
 
     def __init__(self, store: Store, options: Options) -> None:
         self.store, self.paths, self.options = store, options.written, options
-        self.folder = None if store.path is None else store.path.resolve().parent  # None: the working directory
+        self.folder = None if store.path is None else store.path.resolve().parent
 
     def check(self) -> None:
         """Refuse a file that this program did not write, or that was changed since, and a path that takes no file.
@@ -3890,7 +4000,7 @@ class Files:
     def name(self, path: Path) -> str:
         """The name under which the store knows it: relative to its own folder, so that both can be moved together."""
         with contextlib.suppress(ValueError):  # on another drive
-            return os.path.relpath(path.resolve(), self.folder)
+            return str(path.resolve()) if self.folder is None else os.path.relpath(path.resolve(), self.folder)
         return str(path.resolve())
 
 
@@ -5458,6 +5568,11 @@ def read_codes(source: Source, options: Options, table: Table, name: str = "gold
     if rows["key"].duplicated().any():
         raise InputError(f"Different rows of {table.source} have the same {key!r} as a gold row: {unique}.")
     numbers = pd.Series(rows.index, rows["key"]).reindex(people, fill_value=-1).to_numpy()
+    if options.gold_key is not None and len(people) and len(index) and not index.isin(people).any():
+        raise InputError(
+            f"No {key!r} of the gold labels ({gold.source}) is in {table.source}: they have {people[0][:40]!r} and the "
+            f"like, it has {index[0][:40]!r} (spreadsheets drop zeros and add decimals): write them alike."
+        )
     others = [name for name in gold.header if name not in {key, *options.labels}]
     lacking = [label for label in options.labels if label not in gold.header]
     return Gold(gold.given, list(people), numbers, {"gold": gold.content}, others, lacking)
@@ -5766,7 +5881,7 @@ def make_report(
         options=options,
         host=task.server.host,
         is_local=task.server.is_local,
-        table_rows=len(table),
+        table_rows=len(table) - table.header_records,
         started_at=task.started_at,
         plan=plan,
         cells=cells,
@@ -5781,7 +5896,7 @@ def make_report(
         blank_rows=blank_rows,
         line_numbers=dict(zip(blank_rows, table.line_numbers(blank_rows), strict=False)),
         labels=count_labels(cells[requested], options.labels),
-        table_labels=count_labels(cells, options.labels),
+        table_labels=count_labels(cells[table.header_records :], options.labels),
         shares=shares_by(cells[requested], options.labels, by_values) if table.by_values else {},
         figures=figures or {},
         seconds=seconds,

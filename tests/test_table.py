@@ -40,7 +40,7 @@ EXACT = {
     "ends-in-a-quoted-newline": (b'id,text\n1,"praise\n"\n', b'id,text,praise\n1,"praise\n",1\n'),
     "blank-lines": (b"\n\nid,text\n\n1,praise\n\n \n2,cake\n\n", b"\n\nid,text,praise\n\n1,praise,1\n\n \n2,cake,0\n\n"),
     "odd-quotes": (b'id,text\n "1",praise "x"\n"a"b"c,praise\n', b'id,text,praise\n "1",praise "x",1\n"a"b"c,praise,1\n'),
-    "numbers-as-they-were": (b"id,text\n00123,praise\n1.10,NA\n1e5,null\n", b"id,text,praise\n00123,praise,1\n1.10,NA,0\n1e5,null,0\n"),
+    "numbers-as-they-were": (b"id,text\n00123,praise\n1.10,NA\n1e5,null\n", b"id,text,praise\n00123,praise,1\n1.10,NA,\n1e5,null,0\n"),
     "control-characters": (b"id,text\n\x18\x1c\x1d,praise\x85\n", None),
     "blank-header": (b",text,\n1,praise,2\n", b",text,,praise\n1,praise,2,1\n"),
     "newline-in-header": (b'"a\n\x0b",text\n1,praise\n', b'"a\n\x0b",text,praise\n1,praise,1\n'),
@@ -80,7 +80,7 @@ def test_a_label_is_quoted_where_it_must_be(enrich_bytes: Callable[..., bytes]) 
 REFUSED = {
     "too-long": (b"id,text\n1,2\n1,2,3\n", "line 3: this record has 3 fields, the header has 2"),
     "too-short": (b"id,text\n1\n", "line 2: this record has 1 fields"),
-    "trailing-delimiter": (b"id,text\n1,2,\n", "line 2: this record has 3 fields"),
+    "one-longer-row": (b"id,text\n1,2,\n1,2\n", "line 2: this record has 3 fields"),
     "torn-by-cr": (b"id,text\n1,a\rb\n", "line 3: this record has 1 fields"),
     "unclosed-quote": (b'id,text\n1,a\n2,"b\n3,c\n', "line 3: a quote in this record is never closed"),
     "no-such-column": (b"id,body\n1,2\n", "is not in the header of .*which has 'id', 'body'"),

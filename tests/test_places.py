@@ -1,0 +1,318 @@
+"""Files, frames and places as people have them: exports of other programs, odd names, environments."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import LABELS, ROOT, Job
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stand_in_server import StandIn
+
+import enrich_dataset as module
+
+IMPORT_IDS = '"{""ImportId"":""QID1""}","{""ImportId"":""QID2_TEXT""}"\n'
+
+
+class TestQualtrics:
+    """An export has two more header lines; its text is in the last column."""
+
+    CONTENT = f'QID1,text\n"How old\nare you?","What do you think of violence, in your own words?"\n{IMPORT_IDS}'
+
+    def test_its_further_header_lines_are_left_blank_not_sent_and_not_counted(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        content = self.CONTENT + "31,cake\n29,violence\n"
+        job.input.write_text(content)
+        assert job.command("--sample", "9") == 0
+        printed = capsys.readouterr().out
+        assert "Dataset loaded: 2 rows\n" in printed
+        assert "Header lines after the first, as Qualtrics writes them (left blank): 2\n" in printed
+        assert "praising_violence: 1/2 (50.0%)\n" in printed
+        assert "✓ Sample: 2 of 2 distinct texts" in printed
+        assert "blank text" not in printed
+        assert job.asked == ["cake", "violence"]
+        lines = job.output.read_text().splitlines()
+        assert lines[0] == f"QID1,text,{','.join(LABELS)}"
+        assert lines[2:] == ['are you?","What do you think of violence, in your own words?",,,', f"{IMPORT_IDS.strip()},,,",
+                             "31,cake,0,0,0", "29,violence,1,0,0"]  # fmt: skip
+
+    def test_a_frame_of_it_is_treated_alike_and_label_columns_are_no_values_there(self, job: Job) -> None:
+        frame = pd.DataFrame({"text": ["What?", '{"ImportId":"QID1"}', "violence"], LABELS[0]: ["Is it?", "{}", None]})
+        labelled = module.enrich_dataframe(frame, "text", LABELS, base_url=job.server.url)
+        assert job.asked == ["violence"]
+        assert labelled[LABELS[0]].isna().tolist() == [True, True, False]
+
+    def test_one_with_import_ids_alone(self, job: Job) -> None:
+        job.input.write_text(f"id,text\n{IMPORT_IDS}1,cake\n")
+        job.enrich()
+        assert job.asked == ["cake"]
+
+
+CODES = ["NA", "NaN", "<NA>", "NULL", r"\N"]
+TEXTS = ["None", "null", "n/a", "nan", "na"]
+
+
+class TestMissingValues:
+    def test_unquoted_codes_are_missing_texts_and_quoted_ones_and_other_words_are_texts(self, job: Job) -> None:
+        rows = [*CODES, *(f'"{code}"' for code in CODES), *TEXTS]
+        job.input.write_text("id,text\n" + "".join(f"{number},{text}\n" for number, text in enumerate(rows)))
+        frame = job.enrich()
+        assert sorted(job.asked) == sorted([*CODES, *TEXTS])
+        assert frame["text"].isna().tolist() == [True] * 5 + [False] * 10
+        assert frame["text"].tolist()[5:] == [*CODES, *TEXTS]
+        assert frame[LABELS[0]].isna().tolist() == [True] * 5 + [False] * 10
+        assert job.output.read_text().splitlines()[1:7] == [
+            *(f"{number},{code},,," for number, code in enumerate(CODES)),
+            '5,"NA",0,0,0',
+        ]
+
+    @pytest.mark.parametrize("code", [*CODES, *(f'"{code}"' for code in CODES), "na", "nan", " NA "])
+    def test_in_label_and_gold_columns_they_are_blanks_quoted_or_not(self, job: Job, code: str) -> None:
+        job.input.write_text(f"text,{LABELS[0]}\nviolence,{code}\ntram,0\n")
+        gold = job.output.with_name("gold.csv")
+        gold.write_text(f"text,{LABELS[0]}\nviolence,1\ntram,{code}\n")
+        told = job.enrich(gold=gold).attrs["enrichment"]
+        assert sorted(job.asked) == ["tram", "violence"]
+        assert told["gold"][LABELS[0]]["rows"] == 1
+
+    def test_in_a_frame_what_pandas_calls_missing_is_missing_and_no_word(self, job: Job) -> None:
+        frame = pd.DataFrame({"text": ["NA", None, float("nan"), pd.NA, "cake"]})
+        labelled = module.enrich_dataframe(frame, "text", LABELS, base_url=job.server.url)
+        assert job.asked == ["NA", "cake"]
+        assert labelled[LABELS[0]].isna().tolist() == [False, True, True, True, False]
+
+
+class TestSurplus:
+    def test_a_delimiter_at_the_end_of_each_row_is_read_and_the_first_label_takes_its_field(self, job: Job) -> None:
+        job.input.write_text("id,text\n1,cake,\n2,violence,\n")
+        frame = job.enrich()
+        assert job.output.read_text() == f"id,text,{','.join(LABELS)}\n1,cake,0,0,0\n2,violence,1,0,0\n"
+        assert pd.read_csv(job.output)[LABELS[0]].tolist() == [0, 1]
+        assert frame["text"].tolist() == ["cake", "violence"]
+
+    def test_row_names_without_a_header_are_told_as_what_they_are(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.input.write_text('"text","label"\n"1","cake","x"\n"2","violence","y"\n')
+        assert job.command() == 2
+        errors = capsys.readouterr().err
+        assert "each record has one field more than the header, as if its first column had no name (R's row" in errors
+        assert errors.count("\n") == 1
+
+    def test_one_row_that_is_longer_is_told_by_its_line(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        job.input.write_text("id,text\n1,cake,\n2,violence\n")
+        assert job.command() == 2
+        assert "line 2: this record has 3 fields, the header has 2" in capsys.readouterr().err
+
+
+class TestNames:
+    def test_a_home_folder_and_any_path_like_will_do(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Place:
+            def __init__(self, path: Path) -> None:
+                self.path = path
+
+            def __fspath__(self) -> str:
+                return str(self.path)
+
+        monkeypatch.setenv("HOME", str(job.input.parent))
+        job.write(["cake"])
+        url: Any = {"base_url": job.server.url, "quiet": True}
+        module.enrich_dataset("~/in.csv", "~/out.csv", "text", None, LABELS, **url)
+        assert job.output.exists()
+        module.enrich_dataset(Place(job.input), Place(job.output), "text", None, LABELS, **url)  # type: ignore[arg-type]
+        assert len(job.server.calls) == 1
+
+    def test_columns_of_a_frame_may_have_any_names(self, job: Job) -> None:
+        frame = pd.DataFrame({0: ["cake", "violence"], ("a", 1): ["x", "y"], 2020: [1, 2]})
+        labelled = module.enrich_dataframe(
+            frame,
+            0,
+            LABELS,
+            context=[("a", 1)],
+            by=2020,
+            base_url=job.server.url,  # type: ignore[arg-type, list-item]
+        )
+        assert list(labelled.columns) == [0, ("a", 1), 2020, *LABELS]
+        assert labelled[LABELS[0]].tolist() == [0, 1]
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("in.csv.gz", "is compressed: unpack it (gunzip -k "),
+            ("in.csv.bz2", "is compressed: unpack it (bunzip2 -k "),
+            ("in.zip", "is compressed: unpack it (unzip "),
+            ("in.csv.xz", "is compressed: unpack it (unxz -k "),
+            ("in.xlsm", "convert it with pandas.read_excel("),
+            ("in.ods", "convert it with pandas.read_excel("),
+            ("in.ndjson", "convert it with pandas.read_json("),
+            ("in.dta", "convert it with pandas.read_stata("),
+            ("in.sav", "convert it with pandas.read_spss("),
+            ("in.feather", "convert it with pandas.read_feather("),
+        ],
+    )
+    def test_a_file_that_is_no_csv_says_how_to_make_one_and_is_none_as_output(
+        self, job: Job, name: str, words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = job.input.with_name(name)
+        path.write_bytes(b"x")
+        arguments = [str(path) if word == str(job.input) else word for word in job.arguments()]
+        assert module.main(arguments) == 2
+        assert words in capsys.readouterr().err
+        arguments = [str(path) if word == str(job.output) else word for word in job.write(["cake"]).arguments()]
+        assert module.main(arguments) == 2
+        assert "is always CSV: use a name that ends in .csv" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("path", "words"),
+        [
+            ("/dev/stdin", "is a device or a pipe, which can be read but once: save it first"),
+            ("https://example.org/x.csv", "is an address: download the file"),
+            ("s3://bucket/x.csv", "is an address: download the file"),
+        ],
+    )
+    def test_what_is_no_file_is_refused_with_the_reason(
+        self, job: Job, path: str, words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = [path if word == str(job.input) else word for word in job.arguments()]
+        if path == "/dev/stdin":  # under a test it may be a file
+            run = subprocess.run(
+                [sys.executable, str(ROOT / "enrich_dataset.py"), *arguments], input="text\ncake\n", text=True,
+                capture_output=True,
+            )  # fmt: skip
+            assert words in run.stderr
+            assert run.returncode == 2
+        else:
+            assert module.main(arguments) == 2
+            assert words in capsys.readouterr().err
+
+    def test_bytes_in_a_frame_are_refused_with_the_cure(self) -> None:
+        with pytest.raises(module.InputError, match=r"Row 0 of the column 'text' holds bytes: read the file with its"):
+            module.enrich_dataframe(pd.DataFrame({"text": [b"caf\xe9"]}), "text", ["a"])
+
+    def test_gold_keys_of_which_none_fits_are_shown_beside_the_tables(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job.input.write_text("id,text\n001,cake\n002,tram\n")
+        gold = job.output.with_name("gold.csv")
+        gold.write_text(f"id,{LABELS[0]}\n1,1\n2,0\n")
+        assert job.command("--gold", str(gold), "--gold-key", "id") == 2
+        assert "they have '1' and the like, it has '001' (spreadsheets drop zeros" in capsys.readouterr().err
+        assert not job.server.calls
+
+
+VALUES = {
+    "texts": st.one_of(st.none(), st.text(max_size=6)),
+    "numbers": st.integers(-9, 9),
+    "floats": st.floats(allow_nan=True, width=16),
+    "dates": st.datetimes(pd.Timestamp("2000-01-01").to_pydatetime(), pd.Timestamp("2030-01-01").to_pydatetime()),
+    "truths": st.booleans(),
+}
+KINDS = {"texts": [object, "string", "category"], "numbers": ["int8", "Int64", object], "floats": ["float32", "Float64"],
+         "dates": ["datetime64[ns]"], "truths": [bool, "boolean"]}  # fmt: skip
+
+
+@st.composite
+def frames(draw: st.DrawFn) -> tuple[pd.DataFrame, Any]:
+    """A frame of odd types, index and names, and the column of its texts."""
+    rows = draw(st.integers(0, 5))
+    names = draw(st.lists(st.one_of(st.text(max_size=3), st.integers(0, 9), st.tuples(st.text(max_size=2), st.integers(0, 3))),
+                          min_size=1, max_size=4, unique_by=str))  # fmt: skip
+    columns = {}
+    for name in names:
+        kind = draw(st.sampled_from(sorted(VALUES)))
+        values = draw(st.lists(VALUES[kind], min_size=rows, max_size=rows))
+        columns[name] = pd.Series(values, dtype=draw(st.sampled_from(KINDS[kind])))
+    frame = pd.DataFrame(columns)
+    frame.columns = pd.Index(names, tupleize_cols=False)
+    index = draw(st.sampled_from(["range", "texts", "doubled", "dates"]))
+    frame.index = {
+        "range": pd.RangeIndex(rows), "texts": pd.Index(list("vwxyz")[:rows], name="text"),
+        "doubled": pd.Index([1] * rows), "dates": pd.date_range("2020", periods=rows),
+    }[index]  # fmt: skip
+    return frame, draw(st.sampled_from(names))
+
+
+@settings(max_examples=60, deadline=None)
+@given(frames())
+def test_any_frame_comes_back_as_it_was_with_columns_added(given_frame: tuple[pd.DataFrame, Any]) -> None:
+    frame, name = given_frame
+    before = frame.copy(deep=True)
+    with StandIn() as server:
+        labelled = module.enrich_dataframe(frame, name, ["a label"], base_url=server.url)
+    pd.testing.assert_frame_equal(frame, before)
+    pd.testing.assert_frame_equal(labelled.iloc[:, :-1], before, check_column_type=False)
+    assert list(labelled.columns) == [*before.columns, "a label"]
+    is_blank = before[name].isna() | (before[name].astype(str).str.strip() == "")
+    assert labelled["a label"].isna().tolist() == is_blank.tolist()
+
+
+class TestEnvironment:
+    def run(
+        self, job: Job, *more: str, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "enrich_dataset.py"), *job.arguments(*more)]
+        return subprocess.run(
+            command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+
+    def test_a_backend_of_a_notebook_works_or_is_named(self, job: Job) -> None:
+        plot = job.output.with_suffix(".png")
+        job.write(["cake"])
+        for backend in ("module://matplotlib_inline.backend_inline", "no such backend"):
+            run = self.run(job, "--plot", str(plot), "--base-url", job.server.url, MPLBACKEND=backend)
+            assert run.returncode == 0 or f"matplotlib does not know MPLBACKEND '{backend}': unset it." in run.stderr
+            assert "unexpected" not in run.stderr
+
+    def test_a_working_directory_that_is_gone_is_no_matter(self, job: Job, tmp_path: Path) -> None:
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        job.write(["cake"])
+        command = [sys.executable, str(ROOT / "enrich_dataset.py"), *job.arguments("--base-url", job.server.url)]
+        code = f"import os, subprocess, sys; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r}); "
+        code += f"sys.exit(subprocess.call({command!r}))"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert job.output.exists()
+
+    @pytest.mark.parametrize("with_date", [True, False])
+    def test_a_date_to_retry_after_is_read_by_the_servers_clock_or_else_by_ours(self, with_date: bool) -> None:
+        from datetime import UTC, datetime, timedelta
+        from email.utils import format_datetime
+
+        now = datetime.now(UTC) - timedelta(hours=3) * with_date
+        headers = {"retry-after": format_datetime(now + timedelta(seconds=30), usegmt=True)}
+        headers |= {"date": format_datetime(now, usegmt=True)} if with_date else {}
+        wait = module.requested_wait(module.Reply(429, headers, {}, 0.0))
+        assert wait == pytest.approx(30, abs=1.5)
+
+    @pytest.mark.parametrize(("first", "seconds"), [("0", 2.0), ("1500", 1.5)])
+    def test_milliseconds_count_unless_there_are_none(self, first: str, seconds: float) -> None:
+        reply = module.Reply(429, {"retry-after-ms": first, "retry-after": "2"}, {}, 0.0)
+        assert module.requested_wait(reply) == seconds
+
+    def test_the_example_asks_nothing_when_it_is_run_again(self, tmp_path: Path) -> None:
+        import shutil
+
+        for name in ("example_usage.py", "enrich_dataset.py", "HatefulData.csv"):
+            shutil.copy(ROOT / name, tmp_path)
+        (tmp_path / "tests").mkdir()
+        for name in ("stand_in_server.py", "local_model.py"):
+            shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+        code = "import importlib.util as u, runpy\nfind = u.find_spec\n"
+        code += "u.find_spec = lambda name, *more: None if name == 'xllamacpp' else find(name, *more)\n"
+        code += "runpy.run_path('example_usage.py', run_name='__main__')"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")}
+        runs = [
+            subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+            for _ in range(2)
+        ]
+        assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
+        assert "Total API calls made: 4 " in runs[0].stdout
+        assert "Nothing to send: no API call is made" in runs[1].stdout
