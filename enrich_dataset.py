@@ -2365,6 +2365,9 @@ class Pace:
         self.refusals = 0  # by rate limits, in a row
         self.refused_at = -math.inf
         self.spent = {"requests": 0.0, "tokens": 0.0}
+        # Calls for which a limit must have room besides the next one, since levels are estimates: at first one in eight
+        # of those in flight, whose completions may still be charged; fewer with each success, by what keeps refusals rare.
+        self.reserve = max(1.0, max_workers / 8)
         self.buckets: dict[str, Bucket] = {}
 
     def delay(self, tokens: float, now: float) -> float:
@@ -2372,7 +2375,7 @@ class Pace:
         waits = [self.resume_at - now]
         for name, bucket in self.buckets.items():
             cost = tokens if kind_of(name) == "tokens" else 1.0
-            needed = min(bucket.capacity, 2 * cost)  # room for another one, since levels are estimates
+            needed = min(bucket.capacity, (1 + self.reserve) * cost)
             until_full_enough = (needed - bucket.level_at(now)) / bucket.rate
             waits.append(min(until_full_enough, bucket.at + MAX_LIMIT_AGE - now))
         return max(waits)
@@ -2414,6 +2417,7 @@ class Pace:
     def note_success(self) -> None:
         self.refusals = 0
         self.slots = min(self.max_workers, self.slots + 1 / self.slots)
+        self.reserve = max(1.0, self.reserve - 0.0025)
 
 
 def kind_of(limit_name: str) -> str:
