@@ -724,7 +724,7 @@ def run(options: Options, console: Console, returns_frame: bool = False) -> tupl
         task = Task(options, table, requested, preset, prompt, gold, server, store, files, console, started_at)
         files.check()
         if options.sample and files.paths["sample"].exists():
-            read_sample(files.paths["sample"], table, options.labels)  # so that an unreadable one is reported now
+            read_sample(files.paths["sample"], table, options)  # so that an unreadable one is reported now
         if options.forget_jobs and not options.dry_run:
             console.warn(*(f"Job {name} is abandoned: {count} requests." for name, count in store.abandon_jobs()))
 
@@ -957,7 +957,7 @@ def compare_specifications(task: Task, gold: Gold | None, cells: Cells) -> list[
         rows = int((task.requested & (known >= 0).any(axis=1)).sum())
         if not rows and prompt.questions[0].context != task.prompt.questions[0].context:
             # Then a row's key is another one, so that its answers cannot be matched, but counted.
-            rows = sum(answers for *_, answers in task.store.asked(prompt))
+            rows = sum(each.answers for each in task.store.asked(prompt))
         shares = {
             label: ratio(count.ones, count.ones + count.zeros)
             for label, count in count_labels(merged[task.requested], labels).items()
@@ -966,7 +966,9 @@ def compare_specifications(task: Task, gold: Gold | None, cells: Cells) -> list[
         if gold and gold.draw and 2 * rows >= task.requested.sum():
             corrected = correct_by_draw(task, gold, gold.draw, find_population(table, task.for_model), merged)
         shown = {"differs_in": differing(task.prompt, prompt), "rows": rows, "shares": shares}
-        found.append(shown | {"corrected_shares": corrected.get("corrected_shares")})
+        known_labels = [label for label, share in shares.items() if not math.isnan(share)]
+        corrected = {k: v for k, v in corrected.get("corrected_shares", {}).items() if k in known_labels}
+        found.append(shown | {"corrected_shares": corrected or None})
     return (
         [*found[:1], *(each for each in found[1:] if each["rows"])] if any(each["rows"] for each in found[1:]) else []
     )
@@ -1036,8 +1038,8 @@ def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
         weights = population.rows_of(gold.numbers) / gold.draw.probabilities
     if "corrected_shares" in figures and task.options.output_filepath is not None:
         with task.files.replacing("coded") as file:
-            labelled, drawn = task.for_model.nonzero()[0], figures["draw"]["drawn"]
-            file.write(coded_content(gold, population, table, labelled, cells, task.options, drawn))
+            labelled = task.for_model.nonzero()[0]
+            file.write(coded_content(gold, population, table, labelled, cells, task.options))
     if len(gold.codes):
         figures |= measure_coders(gold, weights, labels, task.options.seed)
     if task.options.output_filepath is not None:
@@ -1065,6 +1067,7 @@ def correct_by_draw(task: Task, gold: Gold, draw: Draw, population: Population, 
         "rows": int(population.counts.sum()),
         "drawn": noted.get("drawn"),
         "coded": coded,
+        "ones": {label: int((column == 1).sum()) for label, column in zip(labels, gold.cells.T, strict=True)},
         **{name: noted.get(name) for name in ("seed", "drawn_at", "design")},
         "labels_whose_prompt_has_changed": [x for x in labels if drawn_with.get(x, now[x]) != now[x]],
     }
@@ -1084,10 +1087,12 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
     A text that was in an earlier draw stays: its probability is the larger of its old and its new one, since with
     permanent random numbers it is in either draw if its number is below it.
     """
+    import numpy as np
+
     options, table, path = task.options, task.table, task.files.paths["sample"]
     population = find_population(table, task.for_model)
     predicted, identity = cells[population.numbers], population.identity
-    before = read_sample(path, table, options.labels) if path.exists() else None
+    before = read_sample(path, table, options) if path.exists() else None
     places = {key: place for place, key in enumerate(population.keys)}
     earlier = [places.get(bytes.fromhex(key[1:])) for key in before.keys] if before else []
     kept = {place: index for index, place in enumerate(earlier) if place is not None}
@@ -1095,9 +1100,12 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
     first = json.loads(noted or "{}")
     seed = first.get("seed", options.seed)
     sizes = sampling_sizes(predicted, population.counts)
-    drawn, chances = draw_sample(population.keys, sizes, max(options.sample, len(kept)), seed)
-    for place, index in kept.items():
-        chances[place] = max(chances[place], before.draw.probabilities[index]) if before and before.draw else 1.0
+    drawn, chances = draw_sample(population.keys, sizes, options.sample, seed)
+    if before and before.draw:
+        is_enough = before.draw[1:] == identity and len(kept) >= options.sample
+        drawn = drawn[:0] if is_enough else drawn
+        earlier_chances = before.draw.probabilities[list(kept.values())]
+        chances[list(kept)] = earlier_chances if is_enough else np.maximum(chances[list(kept)], earlier_chances)
     chosen = [*kept, *(place for place in drawn.tolist() if place not in kept)]
     how = {
         "seed": seed,
@@ -1114,7 +1122,9 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
     left = len(earlier) - len(kept)
     return [
         "",
-        f"✓ Sample: {len(chosen)} of {len(population.keys)} distinct texts, in {path}",
+        f"✓ Sample: {len(chosen)} of {len(population.keys)} distinct texts"
+        + (f" ({len(kept)} drawn earlier)" if kept else "")
+        + f", in {path}",
         *([f"  Left out, since these texts are no longer in the table: {left}"] if left else []),
         "  Fill in 1 or 0 for each label, from the top, then pass the file as `gold`",
         *width_lines(options.labels, population, predicted, sizes, len(chosen), figures),
@@ -1143,14 +1153,18 @@ def width_lines(
     for place, label in enumerate(labels):
         found = [known.get(label, {}).get(name, math.nan) for name in ("precision", "recall")]
         precision, recall = found if all(each > 0 for each in found) else (USUAL_QUALITY, USUAL_QUALITY)
-        widths = (
-            expected_width(predicted[:, place], rows, inclusion_probabilities(sizes, size), precision, recall)
+        widths = [
+            100 * expected_width(predicted[:, place], rows, inclusion_probabilities(sizes, size), precision, recall)
             for size in (count, 2 * count)
-        )
-        table.append([label, decimal(precision), decimal(recall), *map(percent, widths)])
+        ]
+        is_given = bool((predicted[:, place] == 1).any())
+        told = [f"{width:.1f}" if is_given else "-" for width in widths]
+        table.append([label, decimal(precision), decimal(recall), *told])
     head = ["", "precision", "recall", f"{count} coded", f"{2 * count} coded"]
     lines = align(head, table)
-    return ["  Width of the 95 % intervals to expect, at this precision and recall:", *(f"  {line}" for line in lines)]
+    how = "found with `gold`" if known else "assumed (with `gold`: as found)"
+    title = f"  Width of the 95 % intervals to expect, in points from end to end, at the precision and recall {how}:"
+    return [title, *(f"  {line}" for line in lines)]
 
 
 USUAL_QUALITY = 0.8  # precision and recall, as long as nothing is coded
@@ -1409,14 +1423,13 @@ class Table:
 
     def _with_texts(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The frame with texts missing where they are for us: pandas takes more words for missing, though quoted."""
-        name = self.header[self.text_at]
-        is_missing = frame[name].isna().to_numpy()
+        is_missing = frame.iloc[:, self.text_at].isna().to_numpy()
         lost = (is_missing & (self.lengths > 0)).nonzero()[0]
         if len(lost) or not is_missing[self.missing].all():
-            texts = frame[name].astype(object)
+            texts = frame.iloc[:, self.text_at].astype(object)
             texts.iloc[lost] = [row.text for row in self.rows(lost)]
             texts.iloc[self.missing] = None
-            frame[name] = texts
+            frame.isetitem(self.text_at, texts)
         return frame
 
     def write(self, cells: Cells, labels: Sequence[str], file: IO[bytes]) -> None:
@@ -1734,8 +1747,9 @@ def has_surplus_field(records: Iterable[tuple[list[str], str, int]], width: int,
         return False
     if any(fields[-1] for fields in rows):
         raise InputError(
-            f"{source}: each record has one field more than the header, as if its first column had no name (R's row "
-            "names?): write it without row names, or give that column a name."
+            f"{source}, line 2: this record has {width + 1} fields, the header has {width}: fix the row, or quote the "
+            "field that holds the delimiter. So it is with all records: if R wrote row names, write the file without "
+            "them, or give their column a name."
         )
     return True
 
@@ -2366,7 +2380,7 @@ class Pace:
         self.refused_at = -math.inf
         self.spent = {"requests": 0.0, "tokens": 0.0}
         # Calls for which a limit must have room besides the next one, since levels are estimates: at first one in eight
-        # of those in flight, whose completions may still be charged; fewer with each success, by what keeps refusals rare.
+        # of those in flight, whose completions may still be charged; fewer with each success.
         self.reserve = max(1.0, max_workers / 8)
         self.buckets: dict[str, Bucket] = {}
 
@@ -3601,7 +3615,8 @@ WHERE model = ? AND outcome = 'answered' AND calls = 1
 """
 # What was sent, and what answered, for each set of questions that was asked together.
 ASKED = """
-SELECT questions, parameters, tier, model_served, system_fingerprint, max(requested), sum(length(row_keys)) / ?
+SELECT questions, parameters, tier, model_served, system_fingerprint, max(requested), sum(length(row_keys)) / ?,
+    min(ended_at), max(ended_at)
 FROM attempts WHERE answers != '' GROUP BY 1, 2, 3, 4, 5 ORDER BY min(id)
 """
 # CAST takes the first of an attempt's numbers of questions; all of them have one server, model and form.
@@ -3619,6 +3634,20 @@ class Experience(NamedTuple):
     completion: float = 1.0
     prevalence: float = USUAL_PREVALENCE  # of the labels, in the answers
     answers: int = 0
+
+
+class Asked(NamedTuple):
+    """What was asked and answered alike."""
+
+    prompt: Prompt
+    parameters: Parameters
+    tier: str
+    model: str | None  # that answered, by its own name
+    fingerprint: str | None
+    most_rows: int  # in a call
+    answers: int  # rows
+    first_at: str
+    last_at: str
 
 
 class Totals(NamedTuple):
@@ -3759,15 +3788,15 @@ class Store:
                 others.setdefault(apart, {})[question.label] = question
         return [Prompt(tuple(questions.values())) for questions in others.values()]
 
-    def asked(self, prompt: Prompt) -> list[tuple[Prompt, Parameters, str, str | None, str | None, int, int]]:
-        """What was asked of these labels: prompt, parameters, tier, model and fingerprint, most rows, answers."""
+    def asked(self, prompt: Prompt) -> list[Asked]:
+        """What was asked of these labels."""
         with self._transaction():
             stored, rows = self._questions(), self.db.execute(ASKED, (KEY_BYTES,)).fetchall()
         found = []
         for asked, parameters, *rest in rows:
             questions = tuple(stored[number] for number in asked.split())
             if {*questions} & {*prompt.questions}:
-                found.append((Prompt(questions), Parameters.from_json(parameters), *rest))
+                found.append(Asked(Prompt(questions), Parameters.from_json(parameters), *rest))
         return found
 
     def last_parameters(self, prompt: Prompt) -> Parameters | None:
@@ -5421,17 +5450,31 @@ class Gold(NamedTuple):
     draw: Draw | None = None  # if its rows were drawn
     codes: Sequence[Cells] = ()  # each coder's cells of these rows, if there are several
 
+    def name(self, place: int) -> str:
+        """A row's key as its file has it."""
+        if self.draw is None:
+            return self.keys[place]
+        _, *identity = self.draw
+        key = bytes.fromhex(self.keys[place][1:])
+        return sample_id(key, float(self.draw.probabilities[place]), (identity[0], identity[1]))
+
     def coded(self, labels: Sequence[str]) -> list[str]:
         """The labels that people gave to some row, or denied it."""
         return [label for label, column in zip(labels, self.cells.T, strict=True) if (column >= 0).any()]
 
 
-def read_sample(source: Source, table: Table, labels: Sequence[str]) -> Gold:
-    """Read a sample, whatever a spreadsheet has made of its order, delimiters and line ends."""
+def read_sample(source: Source, table: Table, options: Options, newest: Gold | None = None) -> Gold:
+    """Read a sample, whatever a spreadsheet has made of its order, delimiters and line ends.
+
+    `newest`: the sample beside the output. Of a copy that was made before it grew, its probabilities count.
+    """
     import numpy as np
 
-    sample = read_table(source, Columns(SAMPLE_ID, (), labels, text_is="column", advice="fix the cell"))
-    keys, chances, identities = [], [], set()
+    has_text = options.text_column in sample_header(source)
+    context = (options.text_column,) if has_text else ()
+    columns = Columns(SAMPLE_ID, context, options.labels, text_is="column", advice="fix the cell")
+    sample = read_table(source, columns)
+    keys, chances, identities = [], [], []
     for number, row in enumerate(sample.rows()):
         try:
             key, chance, *identity = read_sample_id(row.text)
@@ -5442,22 +5485,58 @@ def read_sample(source: Source, table: Table, labels: Sequence[str]) -> Gold:
             ) from None
         keys.append(key)
         chances.append(chance)
-        identities.add(tuple(identity))
+        identities.append(tuple(identity))
     if len(set(keys)) < len(keys):
         raise InputError(f"The sample {sample.source} has a {SAMPLE_ID} twice: remove one of these rows.")
-    if len(identities) > 1:
-        raise InputError(f"The sample {sample.source} has rows of different draws: use one draw's rows alone.")
+    names, at = [f"t{key.hex()}" for key in keys], {}
+    if newest and newest.draw:
+        at = {name: place for place, name in enumerate(newest.keys)}
+    if newest and newest.draw and all(name in at for name in names):
+        draw = newest.draw._replace(probabilities=newest.draw.probabilities[[at[name] for name in names]])
+    elif len(set(identities)) > 1:
+        raise InputError(
+            f"The sample {sample.source} has rows of different draws: copy the codes into the newest one, "
+            f"{options.output_filepath}.sample.csv."
+        )
+    else:
+        draw = Draw(np.array(chances), *(identities[0] if identities else (0, 0)))
     places = table.find(b"".join(keys))
     numbers = np.where(places < 0, -1, table.first_rows[places]) if len(table) else places
     if len(keys) and (numbers < 0).all():
         raise InputError(
             f"No text of the sample {sample.source} is in {table.source}: pass the table from which it was drawn, with "
-            "the same `label_column` and `context`."
+            "the same `label_column` and `context`, or draw anew."
         )
-    lacking = [label for label in labels if label not in sample.header]
-    draw = Draw(np.array(chances), *(identities.pop() if identities else (0, 0)))
-    names, contents = [f"t{key.hex()}" for key in keys], {"gold": sample.content}
-    return Gold(sample.given, names, numbers, contents, [], lacking, draw)
+    check_texts(sample, table, numbers)
+    lacking = [label for label in options.labels if label not in sample.header]
+    return Gold(sample.given, names, numbers, {"gold": sample.content}, [], lacking, draw)
+
+
+def check_texts(sample: Table, table: Table, numbers: IntArray) -> None:
+    """Refuse a sample whose ids have come to stand beside other texts, as if one column had been sorted alone."""
+    known, moved = (numbers >= 0).nonzero()[0], []
+    for place, row, told in zip(known, table.rows(numbers[known]), sample.rows(known), strict=True):
+        # By ASCII alone: a spreadsheet may have lost the rest.
+        beginnings = [re.sub("[^a-z0-9]", "", text.lower())[:200] for text in (row.text, *told.context)]
+        moved += [place] if len(set(beginnings)) > 1 else []
+    if len(moved) > 1:  # a single one is no exchange, but a text that was edited
+        raise InputError(
+            f"Row {moved[0]} of the sample {sample.source} has the {SAMPLE_ID} of another text: was one column sorted "
+            "alone? Restore the file from a copy."
+        )
+
+
+def sample_header(source: Source) -> str:
+    """The first lines of a sample, or its column names, to look for a name in."""
+    if not isinstance(source, (str, Path)):
+        return "\n".join(map(str, source.columns))
+    try:
+        with Path(source).open("rb") as file:
+            head = file.read(65_536).replace(b"\0", b"")  # as UTF-16 it has these
+    except OSError:  # which is told when it is read
+        return ""
+    # Excel may name the delimiter in the first line.
+    return "\n".join(head.decode("utf-8", "replace").splitlines()[:2])
 
 
 def sample_content(rows: Iterable[tuple[str, Row]], before: Path | None, options: Options, delimiter: str) -> bytes:
@@ -5484,22 +5563,19 @@ def sample_content(rows: Iterable[tuple[str, Row]], before: Path | None, options
 
 def is_sample(source: Source) -> bool:
     """Whether this is a sample that was drawn, rather than any table of labels."""
-    if isinstance(source, (str, Path)):
-        try:
-            with Path(source).open("rb") as file:
-                head = file.read(65_536).replace(b"\0", b"")  # as UTF-16 it has these
-        except OSError:  # which is told when it is read
-            return False
-        return SAMPLE_ID.encode() in b"".join(head.splitlines()[:2])  # Excel may name the delimiter in the first
-    return SAMPLE_ID in source.columns
+    return SAMPLE_ID in sample_header(source)
 
 
 def read_gold(options: Options, table: Table) -> Gold | None:
     """Read people's labels: of one person, or what most of several say, over which `gold` decides."""
-    final = None if options.gold is None else read_codes(options.gold, options, table)
+    newest, beside = None, Path(f"{options.output_filepath}.sample.csv")
+    if options.has_gold and options.output_filepath is not None and beside.exists():
+        with contextlib.suppress(InputError):  # it need not be what is passed
+            newest = read_sample(beside, table, options)
+    final = None if options.gold is None else read_codes(options.gold, options, table, newest)
     if options.coders is None:
         return final
-    return join_coders([read_codes(source, options, table, "coders") for source in options.coders], final)
+    return join_coders([read_codes(source, options, table, newest, "coders") for source in options.coders], final)
 
 
 def join_coders(coders: Sequence[Gold], final: Gold | None) -> Gold:
@@ -5534,12 +5610,12 @@ def join_coders(coders: Sequence[Gold], final: Gold | None) -> Gold:
     )  # fmt: skip
 
 
-def read_codes(source: Source, options: Options, table: Table, name: str = "gold") -> Gold:
+def read_codes(source: Source, options: Options, table: Table, newest: Gold | None = None, name: str = "gold") -> Gold:
     """Read one person's labels, and match them with rows of the table."""
     import pandas as pd
 
     if is_sample(source):
-        sample = read_sample(source, table, options.labels)
+        sample = read_sample(source, table, options, newest)
         if not sample.coded(options.labels):
             raise InputError(
                 f"No 1 or 0 is filled in in the sample that is passed as `{name}`: have people code some rows."
@@ -5614,6 +5690,7 @@ def correct_by_sample(
     figures["corrected_shares_by"] = {
         "column": by,
         "reference": population.values[0],
+        "others": int((population.counts[:, -1] > 0).sum()),
         "groups": {label: {value: groups[value].loc[label].to_dict() for value in groups} for label in whole.index},
         "differences": {label: differences.loc[label].to_dict("index") for label in differences.index.unique(0)},
     }
@@ -5627,11 +5704,10 @@ def coded_content(
     rows: IntArray,
     cells: Cells,
     options: Options,
-    drawn: int | None,
 ) -> bytes:
     """For regressions: the population's rows, by their numbers, with the model's labels and people's.
 
-    And the probability at which a row's text was drawn and coded, by which people's labels are to be weighted.
+    And the probability at which a row's text was drawn and coded, by whose inverse people's labels are to be weighted.
     """
     import numpy as np
     import pandas as pd
@@ -5640,8 +5716,8 @@ def coded_content(
     texts = np.searchsorted(table.key_indexes[population.numbers], table.key_indexes[rows])
     places = pd.Index(population.numbers).get_indexer(pd.Index(gold.numbers))
     inside = places >= 0
-    chances = gold.draw.probabilities[inside] if gold.draw else np.ones(int(inside.sum()))
-    kept = ratio(len(gold.keys), max(len(gold.keys), drawn or 0))
+    often, chances = population.counts.sum(axis=1), np.ones(len(population.keys))
+    chances[places[inside]] = gold.draw.probabilities[inside] if gold.draw else 1.0
     frame = pd.DataFrame({"row": rows, "line": list(table.line_numbers(rows)) or pd.NA, "text_number": texts})
     if by is not None:
         frame[by] = [table.by_values[row] for row in rows]
@@ -5649,11 +5725,11 @@ def coded_content(
     for place, label in enumerate(labels):
         people, probability = np.full(len(model), BLANK, np.int8), np.full(len(model), np.nan)
         people[places[inside]] = gold.cells[inside, place]
-        drawn_texts = np.isin(np.arange(len(model)), places[inside])
-        probability[places[inside]] = chances * kept
         for group in (model[:, place] == 1, model[:, place] == 0, model[:, place] < 0):
-            probability[group] *= ratio(int((people[group] >= 0).sum()), int(drawn_texts[group].sum()))
-        probability[people < 0] = np.nan
+            coded = group & (people >= 0)
+            # Scaled, so that in each group the weights add up to its rows, as in the corrected shares.
+            scale = ratio(float((often[coded] / chances[coded]).sum()), float(often[group].sum()))
+            probability[coded] = chances[coded] * scale
         frame[label] = labelled[label]
         frame[f"{label}_people"] = label_columns(people[texts, None], [label])[label]
         frame[f"{label}_probability"] = probability[texts]
@@ -5686,7 +5762,7 @@ def compare_with_gold(
     disagreements = [
         (
             int(numbers[at]),
-            gold.keys[matched[at]],
+            gold.name(int(matched[at])),
             labels[place],
             int(model[at, place]),
             " ".join("-" if code < 0 else str(code) for code in codes[:, at, place])
@@ -5721,14 +5797,18 @@ def measure_coders(gold: Gold, weights: FloatArray, labels: Sequence[str], seed:
         agreeing = (ones * (ones - 1) + (coders - ones) * (coders - ones - 1)) / 2
         figures[label] = {
             "texts": int((coders > 1).sum()),
+            "tied": int(((coders > 1) & (gold.cells[:, place] < 0)).sum()),
             "agreement": ratio(float(agreeing[coders > 1].sum()), float(pairs.sum())),
             "alpha": alpha.value,
             "alpha_low": alpha.low,
             "alpha_high": alpha.high,
         }
-    is_open = (gold.cells < 0) & ((codes >= 0).sum(axis=0) > 1)
     distinct = {hashlib.sha256(content).digest() for name, content in gold.contents.items() if name != "gold"}
-    return {"coders": figures, "cells_not_settled": int(is_open.sum()), "equal_files": len(codes) - len(distinct)}
+    return {
+        "coders": figures,
+        "cells_not_settled": sum(each["tied"] for each in figures.values()),
+        "equal_files": len(codes) - len(distinct),
+    }
 
 
 RESAMPLES = 1000
@@ -5907,21 +5987,30 @@ def make_report(
     )
 
 
-def asked_record(
-    asked: Iterable[tuple[Prompt, Parameters, str, str | None, str | None, int, int]],
-) -> dict[str, list[dict[str, Any]]]:
+def asked_record(asked: Iterable[Asked]) -> dict[str, list[dict[str, Any]]]:
     """Each set of questions that was asked together; the parameters, and the models that answered; with the answers."""
-    prompts: dict[Prompt, list[int]] = {}
-    served: Counter[tuple[str | None, str | None]] = Counter()
+    prompts: dict[Prompt, list[Asked]] = {}
+    served: dict[tuple[str | None, str | None], list[Asked]] = {}
     sent_with: Counter[tuple[str, str]] = Counter()
-    for prompt, parameters, tier, model, fingerprint, most_rows, answers in asked:
-        most, total = prompts.get(prompt, [0, 0])
-        prompts[prompt] = [max(most, most_rows), total + answers]
-        served[model, fingerprint] += answers
-        sent_with[json.dumps(parameters.shown), tier] += answers
+    for each in asked:
+        prompts.setdefault(each.prompt, []).append(each)
+        served.setdefault((each.model, each.fingerprint), []).append(each)
+        sent_with[json.dumps(each.parameters.shown), each.tier] += each.answers
     return {
-        "prompts": [{"answers": total, **prompt.as_record(most)} for prompt, (most, total) in prompts.items()],
-        "served": [{"answers": n, "model": model, "system_fingerprint": mark} for (model, mark), n in served.items()],
+        "prompts": [
+            {"answers": sum(each.answers for each in alike), **prompt.as_record(max(x.most_rows for x in alike))}
+            for prompt, alike in prompts.items()
+        ],
+        "served": [
+            {
+                "answers": sum(each.answers for each in alike),
+                "model": model,
+                "system_fingerprint": mark,
+                "first_at": min(each.first_at for each in alike),
+                "last_at": max(each.last_at for each in alike),
+            }
+            for (model, mark), alike in served.items()
+        ],
         "sent_with": [{"answers": n, **json.loads(shown), "tier": tier} for (shown, tier), n in sent_with.items()],
     }
 
@@ -5961,13 +6050,20 @@ def specification_lines(specifications: Sequence[Mapping[str, Any]], requested: 
     rows = [[name_of(each), f"{each['rows']:,}", *map(percent, each["shares"].values())] for each in (this, *large)]
     lines += ["", "=== The same labels by other models, prompts or forms, which the store has ===", *align(head, rows)]
     corrected = [
-        [name_of(each), *(rate_words(its, "corrected_share", percent) for its in each["corrected_shares"].values())]
+        [
+            name_of(each),
+            *(
+                rate_words(each["corrected_shares"][label], "corrected_share", percent)
+                if label in each["corrected_shares"]
+                else "-"
+                for label in this["shares"]
+            ),
+        ]
         for each in (this, *large)
         if each["corrected_shares"]
     ]
     if corrected:
-        coded = next(each["corrected_shares"] for each in (this, *large) if each["corrected_shares"])
-        lines += ["", "Corrected by what people coded:", *align(["", *coded], corrected)]
+        lines += ["", "Corrected by what people coded:", *align(["", *this["shares"]], corrected)]
     return [*lines, ""]
 
 
@@ -6157,7 +6253,7 @@ def gold_lines(report: Report) -> list[str]:
     lines += [f"Labels without a gold column: {', '.join(lacking)}"] if lacking else []
     lines += [f"Gold columns that match no label (not compared): {', '.join(others)}"] if others else []
     if report.options.output_filepath is not None:
-        lines.append(f"Where the model and people differ: {report.options.written['disagreements']}")
+        lines.append(f"Where the model, people or coders differ: {report.options.written['disagreements']}")
     return lines
 
 
@@ -6166,16 +6262,19 @@ def coder_lines(figures: Mapping[str, Any]) -> list[str]:
     if "coders" not in figures:
         return []
     rows = [
-        [label, str(each["texts"]), percent(each["agreement"]), rate_words(each, "alpha", decimal)]
+        [label, str(each["texts"]), percent(each["agreement"]), rate_words(each, "alpha", decimal), str(each["tied"])]
         for label, each in figures["coders"].items()
     ]
     title = "=== Agreement of the coders (Krippendorff's alpha), with 95 % intervals ==="
-    lines = ["", title, *align(["", "texts", "agreement", "alpha"], rows)]
+    lines = ["", title, *align(["", "texts", "agreement", "alpha", "tied"], rows)]
     if figures["equal_files"]:
-        lines.append(f"Files with the same content as another coder's: {figures['equal_files']}")
+        lines.append(
+            f"✗ Files with the same content as another coder's, whose agreement says nothing: {figures['equal_files']}"
+        )
     if figures["cells_not_settled"]:
         lines.append(
-            f"Cells on which coders are tied: {figures['cells_not_settled']}; settle them in a copy, passed as `gold`"
+            f"✗ Cells on which coders are tied: {figures['cells_not_settled']}. They are left out of what follows, and "
+            "are the hard ones: settle them in a copy, passed as `gold`"
         )
     return lines
 
@@ -6232,22 +6331,26 @@ def group_lines(figures: Mapping[str, Any]) -> list[str]:
     """Corrected shares by the values of another column, and how they differ from the most frequent one's."""
     if "corrected_shares_by" not in figures:
         return []
-    column, reference, groups, differences = figures["corrected_shares_by"].values()
+    by = figures["corrected_shares_by"]
     rows = []
-    for label, by_value in groups.items():
+    for label, by_value in by["groups"].items():
         for value, each in by_value.items():
-            other = differences.get(label, {}).get(value)
-            told = (
-                ""
-                if other is None
-                else f"{points(other['difference'])} ({points(other['low'])} to {points(other['high'])})"
-            )
             shares = percent(each["raw_share"]), rate_words(each, "corrected_share", percent)
-            rows.append(
-                [f"{label}: {value or '(blank)'}", f"{each['coded']:.0f}", *shares, "-" if "nan" in told else told]
-            )
-    title = f"=== Corrected shares by {column!r}, and their differences from {reference or '(blank)'!r} in points ==="
-    return ["", title, *align(["", "coded", "raw", "corrected", "difference"], rows)]
+            told = difference_words(by, label, value)
+            rows.append([f"{label}: {value or '(blank)'}", f"{each['coded']:.0f}", *shares, told])
+    title = f"=== Corrected shares by {by['column']!r}, and the differences from {by['reference']!r} in points ==="
+    lines = ["", title, *align(["", "coded", "raw", "corrected", "difference"], rows)]
+    return [*lines, *([f"Distinct texts with other values, not shown: {by['others']}"] if by["others"] else [])]
+
+
+def difference_words(by: Mapping[str, Any], label: str, value: str) -> str:
+    """In points, with the interval; "" for the value that others are compared with."""
+    each = by["differences"].get(label, {}).get(value)
+    if each is None:
+        return ""
+    limits = [each[name] for name in ("difference", "low", "high")]
+    is_known = not any(limit is None or math.isnan(limit) for limit in limits)
+    return "{} ({} to {})".format(*map(points, limits)) if is_known else "-"
 
 
 def points(share: float) -> str:
@@ -6267,8 +6370,8 @@ def rate_words(figures: Mapping[str, float], name: str, show: Callable[[float], 
     return show(value) if math.isnan(low) or math.isnan(value) else f"{show(value)} ({show(low)} to {show(high)})"
 
 
-def percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{share:.1%}"
+def percent(share: float | None) -> str:
+    return "-" if share is None or math.isnan(share) else f"{share:.1%}"
 
 
 def decimal(value: float) -> str:
@@ -6369,88 +6472,164 @@ def run_record(report: Report) -> dict[str, Any]:
 
 
 def methods_sheet(record: Mapping[str, Any]) -> str:
-    """A paragraph to paste, and the core items of GUIDE-LLM (Feuerriegel et al. 2026, Nature Human Behaviour).
+    """A text to paste, and the core items of GUIDE-LLM (Feuerriegel et al. 2026, Nature Human Behaviour).
 
     The items' codes are theirs, the words ours.
     """
-    items = "\n".join(f"| {code} | {what} | {told} |" for code, what, told in guide_items(record))
+    items = markdown(["item", "what", "here"], guide_items(record))
     prompts = "\n\n".join(f"```text\n{each['system_message_without_examples']}\n```" for each in record["prompts"])
-    return (
-        "# Methods\n\nWritten from the record of the run. What only you can say is marked [author: ...]. Once you have "
-        f"edited this file, no run replaces it.\n\n## To paste\n\n{' '.join(paragraph(record))}\n\n"
-        f"## GUIDE-LLM\n\n| item | what | here |\n|---|---|---|\n{items}\n\n## Instructions sent with each call\n\n"
-        f"{prompts or '[no answer of this prompt is stored]'}\n"
+    return "\n\n".join(
+        [
+            "# Methods",
+            "Written from the record of the run (run.json beside it). What only you can say is marked [author: ...]. "
+            "Once you have edited this file, no run replaces it.",
+            "## To paste",
+            " ".join(labelling_words(record)),
+            *validation_words(record),
+            "## GUIDE-LLM",
+            items,
+            "Also yours to say: where and when the texts come from and in which language; whether the model may have "
+            "been trained on them; what reading them did to the coders; what was preregistered.",
+            "## Instructions sent with each call",
+            prompts or "[no answer to these instructions is stored]",
+            "",
+        ]
     )
 
 
-def paragraph(record: Mapping[str, Any]) -> Iterator[str]:
-    rows, figures, this_run = record["rows"], record, record["this_run"]
-    models = join_words(sorted({str(each["model"]) for each in record["served"]})) or record["parameters"]["model"]
-    labels = join_words([*record["labels"]])
-    dates = record["all_runs_on_this_store"]
-    since, until = (str(dates[name] or "")[:10] for name in ("first_answer_at", "last_answer_at"))
-    when = f" {'on ' + since if since == until else f'between {since} and {until}'}" if since else ""
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def labelling_words(record: Mapping[str, Any]) -> Iterator[str]:
+    rows, parameters = record["rows"], record["parameters"]
+    models = join_words(sorted({str(each["model"]) for each in record["served"]})) or parameters["model"]
+    since = min((each["first_at"] for each in record["served"]), default="")[:10]
+    until = max((each["last_at"] for each in record["served"]), default="")[:10]
+    when = f" {f'on {since}' if since == until else f'from {since} to {until}'}" if since else ""
+    is_local = record["server"].partition(":")[0] in {"localhost", "127.0.0.1", "[::1]"}
+    mark = " [author: a server of your own: which, and which version of the model?]" if is_local else ""
+    table = f" (of a table of {rows['table']:,})" if rows["table"] > rows["requested"] else ""
     yield (
-        f"We had {rows['requested']:,} of {rows['table']:,} rows labelled ({labels}) by {models} at {record['server']}"
-        f"{when}, {record['parameters']['batch_size']} texts to a call, each text judged on its own; "
-        f"{rows['labelled']:,} rows are labelled."
+        f"{models} (requested as {parameters['model']}) at {record['server']}{mark} labelled {rows['labelled']:,} of "
+        f"{rows['requested']:,} texts{table}{when}, with these labels: {join_words([*record['labels']])}."
     )
+    yield f"Up to {parameters['batch_size']} texts shared a call; the instructions ask to judge each on its own."
+    if not isinstance(record["labels"], dict):
+        yield "They define no label. [author: which definitions did the coders have?]"
     blank = rows["requested"] - rows["labelled"] - rows["without_text"]
     if blank:
         yield f"{blank:,} rows ({blank / rows['requested']:.1%}) have a text and no answer."
-    draw = figures.get("draw")
+    for each in record.get("specifications", [])[1:]:
+        yield f"{each['rows']:,} rows were also labelled under another {join_words(each['differs_in'])}."
+
+
+def validation_words(record: Mapping[str, Any]) -> Iterator[str]:
+    """What is known of the texts that people coded, as paragraphs and tables."""
+    draw, coders = record.get("draw"), record.get("coders", {})
     if draw:
-        drawn = "an unknown number" if draw["drawn"] is None else f"{draw['drawn']:,}"
+        number = "[author: how many]" if draw["drawn"] is None else f"{draw['drawn']:,}"
         how = f" ({draw['design']}; seed {draw['seed']}; {str(draw['drawn_at'])[:10]})" if draw["design"] else ""
-        yield f"To validate the labels we drew {drawn} of {draw['texts']:,} distinct texts{how}."
-        yield "The file that was coded shows neither the model's labels nor anything that follows from them."
-    if figures.get("coders"):
-        alphas = [f"{label} {rate_words(each, 'alpha', decimal)}" for label, each in figures["coders"].items()]
-        people = sum(name.startswith("coder_") for name in record)
-        yield f"{people} people coded; Krippendorff's alpha, with its 95 % interval, is {join_words(alphas)}."
-    if figures.get("corrected_shares"):
-        shares = figures["corrected_shares"].items()
-        told = [f"{label} {rate_words(each, 'corrected_share', percent)}" for label, each in shares]
-        found = [
-            f"{label} {rate_words(each, 'precision', decimal)} and {rate_words(each, 'recall', decimal)}"
-            for label, each in shares
+        yield (
+            f"To validate the labels, {number} of {draw['texts']:,} distinct texts were drawn at random, those with "
+            f"rare labels more often{how}. The columns, order and ids of the file that was coded do not show what the "
+            "model said."
+        )
+    if coders:
+        people, is_final = sum(name.startswith("coder_") for name in record), "gold_sha256" in record
+        tied = [f"{each['tied']} for {label}" for label, each in coders.items() if each["tied"]]
+        decided = "a file in which differences were settled [author: by whom, how?] decided"
+        most = "what most of them said counted" + (f"; ties were left out ({join_words(tied)})" if tied else "")
+        yield (
+            f"{people} people coded [author: who, how trained, independently of each other?]; "
+            f"{decided if is_final else most}."
+        )
+    elif draw:
+        yield "[author: who coded, and how were they trained?]"
+    shares = record.get("corrected_shares") or {}
+    if draw and not shares:
+        yield "Shares are not corrected, since the texts are others than those from which the sample was drawn."
+    if not shares:
+        return
+    names = ["precision", "recall", "f1", "kappa"]
+    head = ["label", "coded", "of these 1", "share by the model", "corrected share", *names, "alpha"]
+    yield markdown(
+        head,
+        [
+            [
+                label,
+                f"{each['coded']:.0f}",
+                str(draw["ones"][label]) if draw else "",
+                percent(each["raw_share"]),
+                rate_words(each, "corrected_share", percent),
+                *(rate_words(each, name, decimal) for name in names),
+                rate_words(coders[label], "alpha", decimal) if label in coders else "-",
+            ]
+            for label, each in shares.items()
+        ],
+    )
+    by = record.get("corrected_shares_by")
+    if by:
+        rows = [
+            [label, value, rate_words(each, "corrected_share", percent), difference_words(by, label, value)]
+            for label, values in by["groups"].items()
+            for value, each in values.items()
         ]
-        yield f"Corrected by what was coded, the labels' shares, with 95 % intervals, are {join_words(told)}."
-        yield f"Precision and recall are {join_words(found)}."
-    if this_run["reused_rows"]:
-        yield "Some answers were given in earlier runs."
+        head = ["label", by["column"], "corrected share", f"points more than {by['reference']}"]
+        yield markdown(head, rows)
+    yield (
+        "A corrected share weighs the codes by the inverse of the probability of being drawn, among the texts to which "
+        "the model gave the label, did not give it, and gave no answer. In brackets are 95 % intervals: of rates by "
+        "Anscombe's arcsine (1948) at Kish's effective size, combined by MOVER (Zou & Donner 2008), of differences by "
+        "Newcombe (1998), of Krippendorff's alpha by a bootstrap over texts. They are not adjusted for several "
+        "comparisons, and do not cover errors of the coders."
+    )
 
 
 def guide_items(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    parameters, draw = record["parameters"], record.get("draw")
-    served = join_words([f"{each['model']} ({each['answers']:,} answers)" for each in record["served"]])
-    sent = join_words([json.dumps({k: v for k, v in each.items() if k != "answers"}) for each in record["sent_with"]])
+    parameters, draw, rows = record["parameters"], record.get("draw"), record["rows"]
+    served = [
+        f"{each['model']} ({each['answers']:,} answers, {each['first_at'][:16]} to {each['last_at'][:16]})"
+        for each in record["served"]
+    ]
+    sent = [
+        ", ".join(f"{name} {value}" for name, value in each.items() if name != "answers" and value is not None)
+        for each in record["sent_with"]
+    ]
     examples = max((each["examples"] for each in record["prompts"]), default=0)
-    sent_columns = [parameters["text_column"], parameters["label_column"], *(parameters["context"] or ())]
-    columns = join_words([str(column) for column in sent_columns if column])
+    columns = [parameters["text_column"], parameters["label_column"], *(parameters["context"] or ())]
+    columns = [str(column) for column in columns if column]
     versions = join_words([f"{name} {version}" for name, version in record["versions"].items()])
-    dates = record["all_runs_on_this_store"]
-    validated = "see the paragraph above" if draw or record.get("gold") else "[author: none is recorded; say why]"
+    blank = rows["requested"] - rows["labelled"] - rows["without_text"]
+    coded = max(draw["coded"].values(), default=0) if draw else 0
     changed = join_words(draw["labels_whose_prompt_has_changed"]) if draw else ""
     warned = f"; the prompt of {changed} was changed after the sample was drawn [author: say why]" if changed else ""
+    people = f"people coded {coded:,} texts{warned}" if draw else "[author: none is recorded; say why]"
     return [
         ("A.1", "purpose", "[author: what the labels are for, and why a model gives them]"),
-        ("A.2", "people in the loop", "[author: who checked or changed what]" if not draw else "people coded a sample"),
+        ("A.2", "people in the loop", f"{people}; [author: what else people checked or changed]" if draw else people),
         (
             "B.1",
-            "model, provider, version, dates of access",
-            f"{served or parameters['model']}, at {record['server']}, {dates['first_answer_at']} to "
-            f"{dates['last_answer_at']}",
+            "model, provider, version, dates",
+            f"{join_words(served) or parameters['model']}, at {record['server']}",
         ),
         ("B.2", "access", "Batch API" if parameters["use_batch_api"] else "chat completions over HTTP"),
-        ("B.3", "parameters", sent or "[no answer is stored]"),
+        ("B.3", "parameters", join_words(sent) or "[no answer is stored]"),
         ("B.4", "customisation", f"examples in the prompt: {examples}; [author: fine-tuning, retrieval, if any]"),
         ("B.5", "state across calls", f"none; a call holds up to {parameters['batch_size']} texts"),
         ("C.1", "prompts", "the texts as JSON, under the instructions below; the answer's form is in run.json"),
         ("C.2", "system-wide instructions", "below"),
-        ("D.1", "personal data", f"sent: the columns {columns}; [author: consent, agreements, anonymisation]"),
-        ("E.1", "validation by people", validated + warned),
-        ("E.2", "processing of answers", "answers that do not fit the labels are asked again; what is left is blank"),
+        (
+            "D.1",
+            "personal data",
+            f"sent: the column{'s' * (len(columns) > 1)} {join_words(columns)}; [author: consent, anonymisation]",
+        ),
+        ("E.1", "validation by people", people),
+        (
+            "E.2",
+            "processing of answers",
+            f"answers that do not fit the labels are asked again; left blank: {blank} rows",
+        ),
         ("F.1", "code", f"{versions}; [author: where your data and code are]"),
         ("G.1", "funding", "[author: funding and interests]"),
     ]

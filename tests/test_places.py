@@ -103,7 +103,7 @@ class TestSurplus:
         job.input.write_text('"text","label"\n"1","cake","x"\n"2","violence","y"\n')
         assert job.command() == 2
         errors = capsys.readouterr().err
-        assert "each record has one field more than the header, as if its first column had no name (R's row" in errors
+        assert "So it is with all records: if R wrote row names, write the file without them" in errors
         assert errors.count("\n") == 1
 
     def test_one_row_that_is_longer_is_told_by_its_line(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -403,7 +403,7 @@ class TestGold:
         job.write(["violence", "two\nlines", "attack"])
         assert job.command("--gold", str(path), "--gold-key", "id") == 0
         listed = Path(f"{job.output}.disagreements.csv")
-        assert f"Where the model and people differ: {listed}\n" in capsys.readouterr().out
+        assert f"Where the model, people or coders differ: {listed}\n" in capsys.readouterr().out
         assert listed.read_text().split() == [
             "row,line,key,label,model,people", "0,2,0,praising_violence,1,0", "0,2,0,personal_attacks,0,1",
             "2,5,2,praising_violence,0,1", "2,5,2,personal_attacks,1,0",
@@ -466,9 +466,11 @@ class TestRecord:
         assert record["input_sha256"] == hashlib.sha256(job.input.read_bytes()).hexdigest()
         assert record["rows"]["table"] == record["rows"]["labelled"] == 30
         assert set(record["versions"]) == {"enrich_dataset", "python", "openai", "pandas"}
-        assert record["served"] == [
-            {"answers": 30, "model": "gpt-4o-mini-2024-07-18", "system_fingerprint": "fp_stand_in"}
-        ]
+        (served,) = record["served"]
+        assert {name: served[name] for name in ("answers", "model", "system_fingerprint")} == {
+            "answers": 30, "model": "gpt-4o-mini-2024-07-18", "system_fingerprint": "fp_stand_in",
+        }  # fmt: skip
+        assert record["this_run"]["started_at"][:10] <= served["first_at"][:10] <= served["last_at"][:10]
         (prompt,) = record["prompts"]
         assert "what praising_violence means" in prompt["system_message_without_examples"]
         assert prompt["response_format"] == job.server.calls[0].body["response_format"]

@@ -276,7 +276,13 @@ class TestCommand:
         assert job.command("--sample", "60") == 0
         printed = capsys.readouterr().out
         assert "✓ Sample: 60 of 1000 distinct texts" in printed
-        assert re.search(r"precision +recall +60 coded +120 coded\n +praising_violence +0\.800 +0\.800 +\d+", printed)
+        assert (
+            "  Width of the 95 % intervals to expect, in points from end to end, at the precision and recall assumed"
+            in printed
+        )
+        assert re.search(
+            r"precision +recall +60 coded +120 coded\n +praising_violence +0\.800 +0\.800 +\d+\.\d ", printed
+        )
         rows = read_sample(path)
         assert list(rows[0]) == ["sample_id", "text", *LABELS]
         assert path.read_bytes().startswith(b"\xef\xbb\xbf")
@@ -456,6 +462,41 @@ class TestCommand:
         told = f"No text of the sample {path} is in {job.input}: pass the table from which it was drawn, with the same"
         assert told in capsys.readouterr().err
 
+    def test_copies_of_before_it_grew_are_read_by_what_is_known_now(self, job: Job) -> None:
+        """Of one person, who has pasted the new rows under the old ones, and of one who has coded the new file."""
+        path = sample_of(job)
+        job.write(make_texts(400)).enrich(sample=60)
+        code(path)
+        old = read_sample(path)
+        job.enrich(sample=120)
+        code(path)
+        whole = job.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
+        pasted = job.output.with_name("pasted.csv")
+        write_sample(pasted, [*old, *read_sample(path)[60:]])
+        assert job.enrich(gold=pasted).attrs["enrichment"]["corrected_shares"] == whole
+
+    def test_ids_that_stand_beside_other_texts_are_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        path = sample_of(job)
+        job.write(make_texts(100)).enrich(sample=20)
+        code(path)
+        rows = read_sample(path)
+        for row, name in zip(rows, sorted(row["sample_id"] for row in rows), strict=True):
+            row["sample_id"] = name
+        write_sample(path, rows)
+        assert job.command("--gold", str(path)) == 2
+        assert "has the sample_id of another text: was one column sorted alone?" in capsys.readouterr().err
+
+    def test_it_does_not_grow_when_as_many_are_drawn_already(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = sample_of(job)
+        job.write(make_texts(200)).enrich(sample=50)
+        before = path.read_bytes()
+        for more in (("--by", "id"), ("--limit", "200"), ("--by", "id")):
+            assert job.command("--sample", "40", *more) == 0
+            assert "✓ Sample: 50 of 200 distinct texts (50 drawn earlier), in" in capsys.readouterr().out
+        assert path.read_bytes() == before
+
     def test_a_deleted_row_still_counts_as_drawn(self, job: Job) -> None:
         path = sample_of(job)
         job.write(make_texts(100)).enrich(sample=100)
@@ -507,7 +548,7 @@ class TestCommand:
         code(path)
         assert job.command("--by", "source", "--gold", str(path), "--plot", str(plot)) == 0
         printed = capsys.readouterr().out
-        assert "=== Corrected shares by 'source', and their differences from 'c' in points ===\n" in printed
+        assert "=== Corrected shares by 'source', and the differences from 'c' in points ===\n" in printed
         assert re.search(r"praising_violence: a +\d+ +[\d.]+% +[\d.]+% \([\d.]+% to [\d.]+%\) +[+-][\d.]+ \(", printed)
         told = json.loads(Path(f"{job.output}.run.json").read_text())["corrected_shares_by"]
         assert told["column"] == "source"
@@ -571,18 +612,27 @@ class TestMethods:
         sheet, path = Path(f"{job.output}.methods.md"), sample_of(job)
         job.write([*make_texts(100), "poison-refusal"]).enrich(sample=40, instructions="Be strict.")
         text = sheet.read_text()
+        assert "gpt-4o-mini-2024-07-18 (requested as gpt-4o-mini) at 127.0.0.1" in text
         assert (
-            "We had 101 of 101 rows labelled (praising_violence, personal_attacks and sexual_harassment) by gpt" in text
+            "[author: a server of your own: which, and which version of the model?] labelled 100 of 101 texts on"
+            in text
         )
+        assert ", with these labels: praising_violence, personal_attacks and sexual_harassment." in text
         assert "1 rows (1.0%) have a text and no answer." in text
         assert "| E.1 | validation by people | [author: none is recorded; say why] |" in text
+        assert "To validate" not in text
         assert len(re.findall(r"^\| [A-G]\.\d \| ", text, re.MULTILINE)) == 14
         assert "Be strict." in text
         code(path)
         job.enrich(gold=path, instructions="Be strict.")
         text = sheet.read_text()
-        assert "To validate the labels we drew 40 of 101 distinct texts (sequential Poisson" in text
-        assert re.search(r"Corrected by what was coded, .*praising_violence [\d.]+% \([\d.]+% to", text)
+        assert (
+            "To validate the labels, 40 of 101 distinct texts were drawn at random, those with rare labels more" in text
+        )
+        assert re.search(r"\| praising_violence \| 40 \| \d+ \| [\d.]+% \| [\d.]+% \([\d.]+% to [\d.]+%\) \|", text)
+        assert "[author: who coded, and how were they trained?]" in text
+        assert "null" not in text
+        assert "None" not in text
 
     def test_one_that_its_author_has_edited_is_left_as_it_is(
         self, job: Job, capsys: pytest.CaptureFixture[str]
@@ -632,6 +682,8 @@ class TestRegression:
         code_lines = ("import pandas as pd\nimport statsmodels" + lines).replace("labelled.csv", str(job.output))
         exec(code_lines.replace("hateful", LABELS[0]), names)  # noqa: S102 # our own README
         right = pd.Series([int(truth(text)[0]) for text in texts]).groupby(rows["type"]).mean()
+        told = job.enrich(gold=path, by="type").attrs["enrichment"]["corrected_shares"][LABELS[0]]
+        assert names["rows"]["y"].mean() == pytest.approx(told["corrected_share"], abs=1e-9)
         low, high = names["fit"].conf_int().loc["C(type)[T.there]"]
         assert low <= right["there"] - right["here"] <= high
         assert high - low < 0.25
