@@ -1429,7 +1429,7 @@ class Table:
             texts = frame.iloc[:, self.text_at].astype(object)
             texts.iloc[lost] = [row.text for row in self.rows(lost)]
             texts.iloc[self.missing] = None
-            frame.isetitem(self.text_at, texts)
+            frame.isetitem(self.text_at, texts.array)
         return frame
 
     def write(self, cells: Cells, labels: Sequence[str], file: IO[bytes]) -> None:
