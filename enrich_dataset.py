@@ -28,6 +28,7 @@ HTTP *calls* as that takes; a *job* is what OpenAI's Batch API runs.
 from __future__ import annotations
 
 import argparse
+import base64
 import codecs
 import contextlib
 import csv
@@ -429,6 +430,7 @@ class Options:
             "coded": beside(".coded.csv", self.has_gold),
             "store": beside(".answers.sqlite3") if self.store_filepath is None else self.store_filepath,
             "sample": beside(".sample.csv", self.sample > 0),
+            "coding page": beside(".sample.html", self.sample > 0),
         }
         return {what: Path(path) for what, path in files.items() if path is not None}
 
@@ -1116,9 +1118,11 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
     }
     task.store.note(f"draw {identity[0]} {identity[1]}", json.dumps(how))
     ids = [sample_id(population.keys[place], chances[place], identity) for place in chosen]
-    rows = table.rows(population.numbers[chosen])
+    pairs = list(zip(ids, table.rows(population.numbers[chosen]), strict=True))
     with task.files.replacing("sample") as file:
-        file.write(sample_content(zip(ids, rows, strict=True), path if before else None, options, table.delimiter))
+        file.write(sample_content(pairs, path if before else None, options, table.delimiter))
+    with task.files.replacing("coding page") as file:
+        file.write(coding_page(pairs, options, path.name.removesuffix(".csv")))
     left = len(earlier) - len(kept)
     return [
         "",
@@ -1126,7 +1130,8 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
         + (f" ({len(kept)} drawn earlier)" if kept else "")
         + f", in {path}",
         *([f"  Left out, since these texts are no longer in the table: {left}"] if left else []),
-        "  Fill in 1 or 0 for each label, from the top, then pass the file as `gold`",
+        "  Fill in 1 or 0 for each label, from the top, then pass the file as `gold`; or code in a browser, on "
+        f"{task.files.paths['coding page']}",
         *width_lines(options.labels, population, predicted, sizes, len(chosen), figures),
     ]
 
@@ -2422,6 +2427,7 @@ class Pace:
             self.refusals += 1
             if not self.buckets:  # with nothing known of the limit, fewer calls at once are all we have
                 self.slots = max(1.0, self.slots / 2)
+        self.reserve += 0.5  # the limit was lower than it looked
         self.spent = self.spent | {"tokens": self.spent["tokens"] - departure.tokens}  # a refusal takes nothing
         if seconds:
             self.resume_at = max(self.resume_at, now + seconds + CLOCK_MARGIN)
@@ -2431,7 +2437,7 @@ class Pace:
     def note_success(self) -> None:
         self.refusals = 0
         self.slots = min(self.max_workers, self.slots + 1 / self.slots)
-        self.reserve = max(1.0, self.reserve - 0.0025)
+        self.reserve = max(1.0, self.reserve - 0.0025)  # so that one call in 200 may be refused
 
 
 def kind_of(limit_name: str) -> str:
@@ -5431,6 +5437,188 @@ def expected_width(predicted: Cells, rows: IntArray, chances: FloatArray, precis
         rates.append(Rate(value, value, value) if math.isnan(size) or math.isnan(value) else arcsine(value, size))
     corrected = correct_share(parts, rates)["corrected_share"]
     return corrected.high - corrected.low
+
+
+# --- Coding page ------------------------------------------------------------------------------------------
+#
+# In: a sample. Out: one page to code it on, in any browser, without a server or the network.
+
+
+def coding_page(rows: Sequence[tuple[str, Row]], options: Options, name: str) -> bytes:
+    """The page for a sample of ids and rows; `name` begins the names of the files that it saves.
+
+    What it holds of the table is data: nothing in it is ever read as markup, and its policy allows no request.
+    """
+    definitions = options.new_labels if isinstance(options.new_labels, Mapping) else {}
+    context = options.context or []
+    data = {
+        "digest": digest(*options.labels).hex(),
+        "file": name,
+        "column": options.text_column,
+        "context": context,
+        "labels": [{"name": label, "definition": definitions.get(label, "")} for label in options.labels],
+        "rows": [
+            {"id": row_id, "text": row.text, "context": row.context[len(row.context) - len(context) :]}
+            for row_id, row in rows
+        ],
+    }
+    # So that no text can end the element that holds it.
+    page = CODING_PAGE.replace("DATA", encodable(json.dumps(data)).replace("<", "\\u003c"))
+    for place, element in (("STYLE_HASH", "style"), ("SCRIPT_HASH", "script")):
+        content = CODING_PAGE.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
+        value = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        page = page.replace(place, f"sha256-{value}", 1)
+    return page.encode()
+
+
+CODING_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'STYLE_HASH'; script-src 'SCRIPT_HASH'">
+<title>Coding</title>
+<style>
+:root { color-scheme: light dark; font: 1.05rem/1.5 system-ui, sans-serif; }
+body { margin: 0 auto; max-width: 52rem; padding: 0.5rem 1rem 3rem; }
+nav, footer { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center; margin: 1rem 0; } h1 { font-size: 1.2rem; }
+button, input { font: inherit; padding: 0.2rem 0.8rem; max-width: 100%; box-sizing: border-box; }
+button, #coder { min-height: 2.4rem; } footer { border-top: 1px solid; padding-top: 1rem; }
+input[type="radio"] { width: 1.2rem; height: 1.2rem; min-height: 0; vertical-align: -0.2rem; margin-left: 0; }
+#text { font-size: 1.35rem; white-space: pre-wrap; overflow-wrap: anywhere; border-block: 1px solid; padding: 1rem 0; }
+#context dt { font-weight: bold; } #context dd { margin: 0 0 0.5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+fieldset { margin: 0.6rem 0; border: 2px solid; } fieldset.open { border-style: dashed; }
+fieldset.open legend::after { content: " (open)"; font-weight: normal; }
+legend { font-weight: bold; } fieldset p { margin: 0 0 0.4rem; } label { display: inline-block; box-sizing: border-box; max-width: 100%; padding: 0.3rem 1rem 0.3rem 0; }
+.warning { border: 3px double; padding: 0.5rem; } kbd { border: 1px solid; border-radius: 0.2rem; padding: 0 0.3rem; }
+</style>
+<p id="lost" class="warning" role="alert" hidden>This browser keeps nothing for this page: save before you close it.</p>
+<nav>
+  <button id="back">Back</button> <button id="next">Next</button> <button id="open">Next open one</button>
+  <button id="none">The open ones are 0</button> <span id="progress" role="status"></span>
+</nav>
+<main>
+  <h1 id="place" tabindex="-1"></h1>
+  <dl id="context"></dl>
+  <div id="text" dir="auto"></div>
+  <form id="labels" autocomplete="off"></form>
+</main>
+<p class="keys">Keys: a label's key: 1, then 0, then open. <kbd>0</kbd> the open ones are 0. <kbd>Enter</kbd> next open one. <kbd>←</kbd> <kbd>→</kbd> back and next.</p>
+<footer>
+  <label>Your name <input id="coder" size="10" autocomplete="off"></label> <button id="save">Save as CSV</button>
+  <label>Go on from a saved CSV: <input id="load" type="file" accept=".csv"></label> <span id="told" role="status"></span>
+</footer>
+<script type="application/json" id="data">DATA</script>
+<script>
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const get = id => document.getElementById(id), memory = {}, keys = "123456789abcdefghijklmnopqrstuvwxyz";
+const words = { "1": "1: it applies", "0": "0: it does not", "": "open" };
+let at = 0;
+
+// By a text's key alone, so that a sample that has grown keeps what is decided.
+const stored = id => `coding ${data.digest} ${id.slice(0, 33)}`;
+function codesOf(id) {
+  if (!memory[id]) try { memory[id] = JSON.parse(localStorage.getItem(stored(id))) || {}; } catch { memory[id] = {}; }
+  return memory[id];
+}
+function keep(id, codes) {
+  memory[id] = codes;
+  try { localStorage.setItem(stored(id), JSON.stringify(codes)); } catch { get("lost").hidden = false; }
+}
+const isOpen = row => data.labels.some(label => !codesOf(row.id)[label.name]);
+const element = (name, text, fields) => Object.assign(document.createElement(name), { textContent: text }, fields);
+
+// Everything that a table holds is set as text, never as markup.
+data.labels.forEach((label, number) => {
+  const box = element("fieldset", ""), key = keys[number] ? `${keys[number]}  ` : "";
+  box.append(element("legend", key + label.name), element("p", label.definition));
+  for (const value of ["1", "0", ""]) {
+    const choice = element("label", ""), radio = element("input", "", { type: "radio", name: `label ${number}`, value });
+    radio.addEventListener("change", () => decide(label.name, value));
+    choice.append(radio, ` ${words[value]}`);
+    box.append(choice);
+  }
+  get("labels").append(box);
+});
+
+function decide(name, value) {
+  keep(data.rows[at].id, { ...codesOf(data.rows[at].id), [name]: value });
+  show(false);
+}
+function noneOfTheOpen() {
+  data.labels.filter(label => !codesOf(data.rows[at].id)[label.name]).forEach(label => decide(label.name, "0"));
+}
+function show(isNew = true) {
+  const row = data.rows[at], codes = codesOf(row.id), open = data.rows.filter(isOpen).length;
+  get("progress").textContent = `${data.rows.length - open} coded, ${open} open`;
+  get("place").textContent = `Text ${at + 1} of ${data.rows.length}`;
+  get("context").replaceChildren(...data.context.flatMap((name, place) =>
+    [element("dt", name), element("dd", row.context[place], { dir: "auto" })]));
+  get("text").textContent = row.text;
+  data.labels.forEach((label, number) => {
+    const box = get("labels").children[number], value = codes[label.name] || "";
+    box.className = value ? "" : "open";
+    for (const radio of box.querySelectorAll("input")) radio.checked = radio.value === value;
+  });
+  if (isNew) { get("place").focus({ preventScroll: true }); scrollTo(0, 0); }
+}
+function go(step) { at = Math.min(Math.max(at + step, 0), data.rows.length - 1); show(); }
+function goToOpen() {
+  const next = [...data.rows.keys()].map(n => (at + 1 + n) % data.rows.length).find(n => isOpen(data.rows[n]));
+  get("told").textContent = next === undefined ? "All texts are coded. Save them." : "";
+  if (next !== undefined) { at = next; show(); }
+}
+
+const quoted = value => `"${String(value).replaceAll('"', '""')}"`;
+function save() {
+  const names = ["sample_id", ...data.context, data.column, ...data.labels.map(label => label.name)];
+  const lines = data.rows.map(row =>
+    [row.id, ...row.context, row.text, ...data.labels.map(label => codesOf(row.id)[label.name] || "")]);
+  const text = "\ufeff" + [names, ...lines].map(line => line.map(quoted).join(",") + "\r\n").join("");
+  const coder = get("coder").value.trim().replace(/[^\p{L}\p{N}_-]+/gu, "_") || "coder";
+  const link = element("a", "", { download: `${data.file}.${coder}.csv`, href: URL.createObjectURL(new Blob([text])) });
+  link.click();
+  get("told").textContent = `Saved as ${link.download}`;
+}
+function parse(text) {
+  const delimiter = text.split("\n", 1)[0].includes(";") ? ";" : ",", records = [[]];
+  const field = new RegExp(`("(?:[^"]|"")*"|[^${delimiter}\\r\\n]*)(${delimiter}|\\r?\\n|\\r|$)`, "gy");
+  for (let found; field.lastIndex < text.length && (found = field.exec(text));) {
+    records.at(-1).push(found[1].startsWith('"') ? found[1].slice(1, -1).replaceAll('""', '"') : found[1]);
+    if (found[2] !== delimiter) records.push([]);
+  }
+  return records.filter(record => record.length > 1);
+}
+async function load() {
+  const [names, ...records] = parse((await get("load").files[0].text()).replace(/^\ufeff/, ""));
+  const known = new Map(data.rows.map(row => [row.id.slice(0, 33), row.id])), place = names.indexOf("sample_id");
+  const found = place < 0 ? [] : records.filter(record => known.has(record[place].slice(0, 33)));
+  for (const record of found) {
+    const id = known.get(record[place].slice(0, 33));
+    const given = data.labels.map(label => [label.name, record[names.indexOf(label.name)]]);
+    keep(id, { ...codesOf(id), ...Object.fromEntries(given.filter(([, value]) => value === "0" || value === "1")) });
+  }
+  get("told").textContent = found.length ? `Read the codes of ${found.length} texts.` : "This file has no text of this sample.";
+  show();
+}
+
+document.addEventListener("keydown", event => {
+  const isTyping = event.target === get("coder"), isHeld = event.ctrlKey || event.metaKey || event.altKey;
+  const act = { ArrowLeft: () => go(-1), ArrowRight: () => go(1), Enter: goToOpen, "0": noneOfTheOpen }[event.key];
+  const label = data.labels[keys.indexOf(event.key.toLowerCase())];
+  if (isTyping || isHeld || !(act || label) || (event.key === "Enter" && event.target.tagName === "BUTTON")) return;
+  event.preventDefault();
+  if (act) act(); else decide(label.name, { "": "1", "1": "0", "0": "" }[codesOf(data.rows[at].id)[label.name] || ""]);
+});
+for (const [id, act] of Object.entries({ back: () => go(-1), next: () => go(1), open: goToOpen, none: noneOfTheOpen, save }))
+  get(id).addEventListener("click", act);
+get("load").addEventListener("change", load);
+get("coder").value = (() => { try { return localStorage.getItem("coder") || ""; } catch { return ""; } })();
+get("coder").addEventListener("input", () => { try { localStorage.setItem("coder", get("coder").value); } catch { } });
+show();
+</script>
+</html>
+"""  # noqa: E501
 
 
 # --- Gold -------------------------------------------------------------------------------------------------

@@ -1,0 +1,216 @@
+"""The coding page, in a real browser: Debian's chromium, if it and selenium are installed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LABELS, Job, make_texts
+
+import enrich_dataset as module
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+if not shutil.which("chromium") or not shutil.which("chromedriver"):
+    pytest.skip("chromium and chromedriver are not installed", allow_module_level=True)
+
+HOSTILE = [
+    "<script>document.title = 'gone'</script>",
+    "</script><img src=x onerror=\"document.title='gone'\">",
+    "&amp; &lt;b&gt; are what they are, <b>too</b>",
+    "two lines\nand  two  spaces",
+    "كل البشر يولدون أحرارا",
+    'a "quoted" one, with a comma; and a semicolon',
+    "STYLE_HASH DATA ${1} \\u0041 <!-- <script>",
+]
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    with start(tmp_path / "profile", tmp_path / "saved") as driver:
+        yield driver
+
+
+def start(profile: Path, saved: Path, width: int = 1200) -> Any:
+    saved.mkdir(exist_ok=True)
+    options = webdriver.ChromeOptions()
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", f"--window-size={width},900",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.add_experimental_option("prefs", {"download.default_directory": str(saved)})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    options.binary_location = str(shutil.which("chromium"))
+    return webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+
+
+def page_of(job: Job) -> str:
+    return Path(f"{job.output}.sample.html").as_uri()
+
+
+def press(driver: Any, *keys: str) -> None:
+    from selenium.webdriver.common.by import By
+
+    for key in keys:
+        driver.find_element(By.TAG_NAME, "body").send_keys(key)
+
+
+def shown(driver: Any, name: str) -> str:
+    from selenium.webdriver.common.by import By
+
+    return str(driver.find_element(By.ID, name).text)
+
+
+def saved_file(driver: Any, folder: Path, coder: str) -> Path:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    field = driver.find_element(By.ID, "coder")
+    field.clear()
+    field.send_keys(coder)
+    driver.find_element(By.ID, "save").click()
+    path = folder / f"out.csv.sample.{coder}.csv"
+    WebDriverWait(driver, 10).until(
+        lambda _: path.exists() and path.stat().st_size and not [*folder.glob("*.crdownload")]
+    )
+    return path
+
+
+def requests(driver: Any) -> set[str]:
+    """The kinds of addresses that the page has asked for; the browser's own pages ask too."""
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return {each["request"]["url"].partition(":")[0] for each in sent if each["documentURL"].startswith("file:")}
+
+
+def test_ten_texts_are_coded_by_keys_kept_saved_and_compared(job: Job, tmp_path: Path) -> None:
+    job.write(make_texts(100)).enrich(sample=12)
+    profile, saved = tmp_path / "profile", tmp_path / "saved"
+    with start(profile, saved) as driver:
+        driver.get(page_of(job))
+        assert shown(driver, "progress") == "0 coded, 12 open"
+        for _ in range(5):
+            press(driver, "1", "0", "\ue007")  # the first label applies, the others do not; Enter
+        assert shown(driver, "progress") == "5 coded, 7 open"
+        assert shown(driver, "place") == "Text 6 of 12"
+    with start(profile, saved) as driver:  # closed, and opened again
+        driver.get(page_of(job))
+        assert shown(driver, "progress") == "5 coded, 7 open"
+        press(driver, "\ue007")
+        assert shown(driver, "place") == "Text 6 of 12"
+        for _ in range(5):
+            press(driver, "2", "2", "3", "0", "\ue014")  # 1 then 0, 1, the rest 0; right
+        press(driver, "1", "1", "1")  # 1, 0, open
+        assert shown(driver, "progress") == "10 coded, 2 open"
+        path = saved_file(driver, saved, "ann")
+        assert requests(driver) <= {"file", "blob", "data"}
+    rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
+    assert [[row[label] for label in LABELS] for row in rows] == [["1", "0", "0"]] * 5 + [["0", "0", "1"]] * 5 + [
+        [""] * 3
+    ] * 2
+    told = job.enrich(gold=path).attrs["enrichment"]
+    assert told["draw"]["coded"] == dict.fromkeys(LABELS, 10)
+    assert set(told["corrected_shares"]) == set(LABELS)
+
+
+def test_texts_are_data_whatever_they_hold(job: Job, browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+
+    labels = {"<i>a</i> label": "a <b>definition</b>", "other": "another"}
+    with job.input.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("thread", "text"), *((f"<u>{text}</u>", text) for text in HOSTILE)])
+    module.enrich_dataset(
+        job.input, job.output, "text", None, labels, base_url=job.server.url, sample=9, context=["thread"], quiet=True
+    )
+    browser.get(page_of(job))
+    seen = set()
+    for _ in HOSTILE:
+        seen.add(browser.find_element(By.ID, "text").get_property("textContent"))
+        assert shown(browser, "context").startswith("thread\n<u>")
+        press(browser, "\ue014")
+    assert seen == set(HOSTILE)
+    assert browser.title == "Coding"
+    assert not browser.find_elements(By.CSS_SELECTOR, "img, i, b, u")
+    assert "<i>a</i> label" in shown(browser, "labels")
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    assert requests(browser) <= {"file", "data"}
+    path = saved_file(browser, tmp_path / "saved", "Ann_Lee")
+    rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
+    assert {row["text"] for row in rows} == set(HOSTILE)
+
+
+def test_a_script_that_got_in_all_the_same_would_not_run(job: Job, browser: Any) -> None:
+    job.write(make_texts(5)).enrich(sample=5)
+    path = Path(f"{job.output}.sample.html")
+    path.write_text(path.read_text(encoding="utf-8") + "<script>document.title = 'gone'</script>", encoding="utf-8")
+    browser.get(path.as_uri())
+    assert browser.title == "Coding"
+
+
+def test_a_saved_file_is_opened_again_elsewhere_and_a_sample_that_has_grown_keeps_its_codes(
+    job: Job, tmp_path: Path
+) -> None:
+    from selenium.webdriver.common.by import By
+
+    job.write(make_texts(100)).enrich(sample=5)
+    saved = tmp_path / "saved"
+    with start(tmp_path / "one", saved) as driver:
+        driver.get(page_of(job))
+        for _ in range(4):
+            press(driver, "1", "0", "\ue014")
+        path = saved_file(driver, saved, "ben")
+        job.enrich(sample=8)
+        driver.get(page_of(job))
+        assert shown(driver, "progress") == "4 coded, 4 open"
+    with start(tmp_path / "two", saved) as driver:
+        driver.get(page_of(job))
+        assert shown(driver, "progress") == "0 coded, 8 open"
+        driver.find_element(By.ID, "load").send_keys(str(path))
+        assert shown(driver, "told") == "Read the codes of 5 texts."
+        assert shown(driver, "progress") == "4 coded, 4 open"
+
+
+def test_three_coders_on_three_copies_are_compared(job: Job, tmp_path: Path) -> None:
+    job.write(make_texts(60)).enrich(sample=10)
+    paths = []
+    for coder, keys in (("ann", "10"), ("ben", "10"), ("cem", "20")):
+        with start(tmp_path / coder, tmp_path / "saved") as driver:
+            driver.get(page_of(job))
+            for number in range(10):
+                press(driver, *(keys if number % 2 else "0"), "\ue014")
+            paths.append(saved_file(driver, tmp_path / "saved", coder))
+    told = job.enrich(coders=paths).attrs["enrichment"]
+    assert told["coders"][LABELS[0]]["texts"] == 10
+    assert told["coders"][LABELS[0]]["agreement"] == pytest.approx((5 + 5 / 3) / 10)
+    assert told["coders"][LABELS[2]]["agreement"] == 1
+    assert told["cells_not_settled"] == 0
+
+
+@pytest.mark.parametrize("width", [1200, 380])
+def test_nothing_is_wider_than_the_window_and_all_controls_have_names(job: Job, tmp_path: Path, width: int) -> None:
+    from selenium.webdriver.common.by import By
+
+    job.write([f"{text} {'x' * 300}" for text in make_texts(5)]).enrich(sample=5)
+    with start(tmp_path / "profile", tmp_path / "saved", width) as driver:
+        driver.get(page_of(job))
+        driver.set_window_size(width, 900)
+        assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        for control in driver.find_elements(By.CSS_SELECTOR, "button, input"):
+            assert control.accessible_name
+        assert driver.find_element(By.CSS_SELECTOR, "fieldset").accessible_name.startswith("1 praising_violence")
+
+
+def test_it_holds_what_the_csv_holds_and_nothing_of_the_model(job: Job) -> None:
+    job.write(make_texts(50)).enrich(sample=10)
+    page = Path(f"{job.output}.sample.html").read_text(encoding="utf-8")
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert set(data) == {"digest", "file", "column", "context", "labels", "rows"}
+    assert {frozenset(row) for row in data["rows"]} == {frozenset(["id", "text", "context"])}
+    sample = Path(f"{job.output}.sample.csv").read_text(encoding="utf-8-sig")
+    assert [row["id"] for row in data["rows"]] == [line.partition(",")[0] for line in sample.splitlines()[1:]]
