@@ -286,6 +286,7 @@ class TestDrafts:
         Path(f"{job.output}.sample.csv").unlink()
         assert sorted(path.name for path in job.output.parent.iterdir()) == [
             "in.csv", "out.csv", "out.csv.answers.sqlite3", "out.csv.methods.md", "out.csv.run.json",
+            "out.csv.sample.html",
         ]  # fmt: skip
 
 
