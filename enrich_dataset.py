@@ -705,7 +705,8 @@ class Task:
     @property
     def for_model(self) -> BoolArray:
         """The requested rows that have a text and no label from elsewhere."""
-        return self.requested & (self.table.lengths > 0) & (self.preset < 0).all(axis=1)
+        is_open: BoolArray = (~is_known(self.preset)).all(axis=1)
+        return self.requested & (self.table.lengths > 0) & is_open
 
 
 def run(options: Options, console: Console, returns_frame: bool = False) -> tuple[Report, pd.DataFrame | None]:
@@ -956,7 +957,7 @@ def compare_specifications(task: Task, gold: Gold | None, cells: Cells) -> list[
         at = [labels.index(label) for label in prompt.labels]
         known[:, at] = task.store.cells(prompt, table)[table.key_indexes]
         merged = cells if prompt is task.prompt else merge(known, task.preset)
-        rows = int((task.requested & (known >= 0).any(axis=1)).sum())
+        rows = int((task.requested & is_known(known).any(axis=1)).sum())
         if not rows and prompt.questions[0].context != task.prompt.questions[0].context:
             # Then a row's key is another one, so that its answers cannot be matched, but counted.
             rows = sum(each.answers for each in task.store.asked(prompt))
@@ -1060,7 +1061,7 @@ def correct_by_draw(task: Task, gold: Gold, draw: Draw, population: Population, 
     noted = json.loads(task.store.noted(f"draw {draw.texts} {draw.fingerprint}") or "{}")
     texts, fingerprint = population.identity
     is_same = (texts, fingerprint) == (draw.texts, draw.fingerprint)
-    coded = {label: int((column >= 0).sum()) for label, column in zip(labels, gold.cells.T, strict=True)}
+    coded = {label: int(is_known(column).sum()) for label, column in zip(labels, gold.cells.T, strict=True)}
     drawn_with, now = noted.get("prompts", {}), wordings(task.prompt)
     told = {
         "texts": draw.texts,
@@ -1256,11 +1257,16 @@ MISSING_CODES = {"NA", "NaN", "<NA>", "NULL", "\\N"}
 CELL_VALUES |= dict.fromkeys(["", *map(str.lower, MISSING_CODES)], BLANK)
 
 
+def is_known(cells: Any) -> Any:
+    """Whether cells are 1 or 0."""
+    return cells >= 0
+
+
 def merge(below: Cells, above: Cells) -> Cells:
     """`above`, with what it does not know taken from `below`, which also decides between BLANK and IN_JOB."""
     import numpy as np
 
-    return np.where(above < 0, below, above)
+    return np.where(~is_known(above), below, above)
 
 
 def answer_cells(digits: str, label_count: int) -> Cells:
@@ -1274,7 +1280,7 @@ def complete(cells: Cells) -> BoolArray:
     """For each row, whether all its cells are 0 or 1."""
     import numpy as np
 
-    return np.asarray((cells >= 0).all(axis=1))
+    return np.asarray(is_known(cells).all(axis=1))
 
 
 class LabelCount(NamedTuple):
@@ -1287,7 +1293,7 @@ class LabelCount(NamedTuple):
 
 def count_labels(cells: Cells, labels: Sequence[str]) -> dict[str, LabelCount]:
     return {
-        label: LabelCount(int((column == 1).sum()), int((column == 0).sum()), int((column < 0).sum()))
+        label: LabelCount(int((column == 1).sum()), int((column == 0).sum()), int((~is_known(column)).sum()))
         for label, column in zip(labels, cells.T, strict=True)
     }
 
@@ -1297,7 +1303,8 @@ def label_columns(cells: Cells, labels: Sequence[str]) -> dict[str, Any]:
     import pandas as pd
 
     return {
-        label: pd.arrays.IntegerArray(column.clip(0), column < 0) for label, column in zip(labels, cells.T, strict=True)
+        label: pd.arrays.IntegerArray(column.clip(0), ~is_known(column))
+        for label, column in zip(labels, cells.T, strict=True)
     }
 
 
@@ -1443,7 +1450,7 @@ class Table:
 
         added = [place for place, column in enumerate(self.label_indexes) if column is None]
         old = [place for place, column in enumerate(self.label_indexes) if column is not None]
-        filled = np.any((self.given[:, old] < 0) & (cells[:, old] >= 0), axis=1)
+        filled = np.any((~is_known(self.given[:, old])) & is_known(cells[:, old]), axis=1)
         all_cells, width = cells.tobytes(), len(labels)
         first = self.header_records
         quotes_cells = len(self) > first and quotes_all(self.record(first), self.delimiter)
@@ -5070,7 +5077,7 @@ def wilson(successes: float, trials: float) -> tuple[float, float]:
 
 def count_confusion(first: Any, second: Any) -> Confusion:
     """From two arrays of cells; a pair of which one is blank is left out."""
-    both = (first >= 0) & (second >= 0)
+    both = is_known(first) & is_known(second)
     one, other = first[both] == 1, second[both] == 1
     counts = ((one & other).sum(), (one & ~other).sum(), (~one & other).sum(), (~one & ~other).sum())
     return Confusion(*map(int, counts))
@@ -5095,7 +5102,7 @@ def measure_audit(labels: Sequence[str], numbers: Any, labelled: Cells, audited:
         first, second = labelled[:, place], audited[:, place]
         confusion = count_confusion(first, second)
         told, rows = confusion.figures(), sum(confusion)
-        differ = (first >= 0) & (second >= 0) & (first != second)
+        differ = is_known(first) & is_known(second) & (first != second)
         figures[label] = {
             "rows": rows,
             "agreement": told["accuracy"],
@@ -5202,7 +5209,7 @@ def sampling_sizes(predicted: Cells, counts: IntArray) -> FloatArray:
     """
     import numpy as np
 
-    positive, is_blank = predicted == 1, (predicted < 0).any(axis=1)
+    positive, is_blank = predicted == 1, (~is_known(predicted)).any(axis=1)
     without = ~positive.any(axis=1)
     sizes = np.zeros(len(predicted))
     for group in (*positive.T, without & ~is_blank, without & is_blank):
@@ -5381,8 +5388,8 @@ def corrected_shares(
     for label in labels:
         model, people = (frame[label].astype("Float64").fillna(BLANK).to_numpy(float) for frame in (predicted, gold))
         parts, rates = [], []
-        for group in (model == 1, model == 0, model < 0):
-            coded = group[places] & (people >= 0)
+        for group in (model == 1, model == 0, ~is_known(model)):
+            coded = group[places] & is_known(people)
             response = kept * ratio(float(coded.sum()), float(group[places].sum()))
             weights = np.asarray(often[places[coded]] / chances[coded], float)
             parts.append(ratio(float(often[group].sum()), float(often.sum())))
@@ -5391,7 +5398,7 @@ def corrected_shares(
         if math.isnan(rates[2].value):
             others = sum(part * rate.value for part, rate in zip(parts[:2], rates[:2], strict=True) if part)
             rates[2] = Rate(ratio(others, given + denied), 0.0, 1.0)
-        rows[label] = {"coded": float((people >= 0).sum()), "raw_share": ratio(given, given + denied)}
+        rows[label] = {"coded": float(is_known(people).sum()), "raw_share": ratio(given, given + denied)}
         for name, rate in correct_share(parts, rates).items():
             rows[label] |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
     return pd.DataFrame.from_dict(rows, orient="index").astype({"coded": int})
@@ -5426,7 +5433,7 @@ def corrected_differences(groups: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def expected_width(predicted: Cells, rows: IntArray, chances: FloatArray, precision: float, recall: float) -> float:
     """About how wide a label's corrected share will be if all drawn texts are coded; `predicted`: its column."""
-    groups = [predicted == 1, predicted == 0, predicted < 0]
+    groups = [predicted == 1, predicted == 0, ~is_known(predicted)]
     parts = [ratio(float(rows[group].sum()), float(rows.sum())) for group in groups]
     share = ratio(parts[0] * precision, recall)
     values = [precision, min(1.0, ratio(share * (1 - recall), parts[1])), min(1.0, share)]
@@ -5479,54 +5486,53 @@ CODING_PAGE = r"""<!doctype html>
 <title>Coding</title>
 <style>
 :root { color-scheme: light dark; font: 1.05rem/1.5 system-ui, sans-serif; }
-body { margin: 0 auto; max-width: 52rem; padding: 0.5rem 1rem 3rem; }
-nav, footer { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center; margin: 1rem 0; } h1 { font-size: 1.2rem; }
+body { margin: 0 auto; max-width: 52rem; padding: 0.5rem 1rem; } h1 { font-size: 1.2rem; margin: 0.5rem 0; }
+header, nav { display: flex; flex-wrap: wrap; gap: 0.3rem 1rem; align-items: center; background: Canvas; } nav { position: sticky; bottom: 0; padding: 0.5rem 0; border-top: 1px solid; }
 button, input { font: inherit; padding: 0.2rem 0.8rem; max-width: 100%; box-sizing: border-box; }
-button, #coder { min-height: 2.4rem; } footer { border-top: 1px solid; padding-top: 1rem; }
-input[type="radio"] { width: 1.2rem; height: 1.2rem; min-height: 0; vertical-align: -0.2rem; margin-left: 0; }
+button, #coder { min-height: 2.4rem; } input[type="radio"] { width: 1.2rem; height: 1.2rem; vertical-align: -0.2rem; margin-left: 0; }
 #text { font-size: 1.35rem; white-space: pre-wrap; overflow-wrap: anywhere; border-block: 1px solid; padding: 1rem 0; }
 #context dt { font-weight: bold; } #context dd { margin: 0 0 0.5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-fieldset { margin: 0.6rem 0; border: 2px solid; } fieldset.open { border-style: dashed; }
-fieldset.open legend::after { content: " (open)"; font-weight: normal; }
-legend { font-weight: bold; } fieldset p { margin: 0 0 0.4rem; } label { display: inline-block; box-sizing: border-box; max-width: 100%; padding: 0.3rem 1rem 0.3rem 0; }
-.warning { border: 3px double; padding: 0.5rem; } kbd { border: 1px solid; border-radius: 0.2rem; padding: 0 0.3rem; }
+fieldset { margin: 0.6rem 0; border: 2px solid; } fieldset.open { border-style: dashed; } fieldset.open legend::after { content: " (open)"; font-weight: normal; }
+legend { font-weight: bold; } fieldset p { margin: 0; } label { display: inline-block; box-sizing: border-box; max-width: 100%; padding: 0.3rem 1rem 0.3rem 0; }
+kbd { border: 1px solid; border-radius: 0.2rem; padding: 0 0.3rem; } @media (pointer: coarse) { #keys { display: none; } }
 </style>
-<p id="lost" class="warning" role="alert" hidden>This browser keeps nothing for this page: save before you close it.</p>
-<nav>
-  <button id="back">Back</button> <button id="next">Next</button> <button id="open">Next open one</button>
-  <button id="none">The open ones are 0</button> <span id="progress" role="status"></span>
-</nav>
+<header>
+  <label>Your name or initials <input id="coder" size="8" autocomplete="off"></label> <button id="save">Save as CSV</button>
+  <label>Add the codes of a saved CSV: <input id="load" type="file" accept=".csv"></label>
+</header>
+<p id="told" role="status"></p>
 <main>
-  <h1 id="place" tabindex="-1"></h1>
-  <dl id="context"></dl>
-  <div id="text" dir="auto"></div>
+  <h1 id="place" tabindex="-1" aria-describedby="text"></h1> <dl id="context"></dl> <div id="text" dir="auto"></div>
   <form id="labels" autocomplete="off"></form>
 </main>
-<p class="keys">Keys: a label's key: 1, then 0, then open. <kbd>0</kbd> the open ones are 0. <kbd>Enter</kbd> next open one. <kbd>←</kbd> <kbd>→</kbd> back and next.</p>
-<footer>
-  <label>Your name <input id="coder" size="10" autocomplete="off"></label> <button id="save">Save as CSV</button>
-  <label>Go on from a saved CSV: <input id="load" type="file" accept=".csv"></label> <span id="told" role="status"></span>
-</footer>
+<nav>
+  <button id="back">Back</button> <button id="next">Next</button> <button id="open">Next uncoded text</button>
+  <button id="rest">The rest does not apply</button> <span id="progress"></span>
+</nav>
+<p id="keys">Keys: a label's key = it applies, again = it does not. <kbd>0</kbd> = the rest does not apply. <kbd>Enter</kbd> = next uncoded text. <kbd>Space</kbd> = both. <kbd>←</kbd> <kbd>→</kbd> = back, next.</p>
 <script type="application/json" id="data">DATA</script>
 <script>
-"use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const get = id => document.getElementById(id), memory = {}, keys = "123456789abcdefghijklmnopqrstuvwxyz";
-const words = { "1": "1: it applies", "0": "0: it does not", "": "open" };
-let at = 0;
+const words = { "1": "applies", "0": "does not apply", "": "open" };
+let at = 0, unsaved = 0, lost = "";
 
-// By a text's key alone, so that a sample that has grown keeps what is decided.
-const stored = id => `coding ${data.digest} ${id.slice(0, 33)}`;
+// What is decided is kept by person and by a text's key alone, so that a sample that has grown keeps it.
+const coder = () => get("coder").value.trim(), place = id => `coding ${data.digest} ${coder()} ${id.slice(0, 33)}`;
 function codesOf(id) {
-  if (!memory[id]) try { memory[id] = JSON.parse(localStorage.getItem(stored(id))) || {}; } catch { memory[id] = {}; }
-  return memory[id];
+  try { return JSON.parse(localStorage.getItem(place(id))) || memory[place(id)] || {}; } catch { return memory[place(id)] || {}; }
 }
 function keep(id, codes) {
-  memory[id] = codes;
-  try { localStorage.setItem(stored(id), JSON.stringify(codes)); } catch { get("lost").hidden = false; }
+  memory[place(id)] = codes;
+  try { localStorage.setItem(place(id), JSON.stringify(codes)); } catch { lost = " This browser keeps nothing: save before you close the page."; }
 }
 const isOpen = row => data.labels.some(label => !codesOf(row.id)[label.name]);
 const element = (name, text, fields) => Object.assign(document.createElement(name), { textContent: text }, fields);
+const tell = text => { get("told").textContent = text + lost; };
+function isNamed() {
+  if (!coder()) { get("coder").focus(); tell("Type your name or initials first: codes are kept for each person."); }
+  return coder() !== "";
+}
 
 // Everything that a table holds is set as text, never as markup.
 data.labels.forEach((label, number) => {
@@ -5535,25 +5541,23 @@ data.labels.forEach((label, number) => {
   for (const value of ["1", "0", ""]) {
     const choice = element("label", ""), radio = element("input", "", { type: "radio", name: `label ${number}`, value });
     radio.addEventListener("change", () => decide(label.name, value));
-    choice.append(radio, ` ${words[value]}`);
-    box.append(choice);
+    box.append(choice), choice.append(radio, ` ${words[value]}`);
   }
   get("labels").append(box);
 });
 
 function decide(name, value) {
-  keep(data.rows[at].id, { ...codesOf(data.rows[at].id), [name]: value });
-  show(false);
+  if (!isNamed()) return show(false);
+  keep(data.rows[at].id, { ...codesOf(data.rows[at].id), [name]: value }), unsaved += 1;
+  show(false), tell(`${name}: ${words[value]}. Kept in this browser; changes since the last CSV: ${unsaved}.`);
 }
-function noneOfTheOpen() {
-  data.labels.filter(label => !codesOf(data.rows[at].id)[label.name]).forEach(label => decide(label.name, "0"));
-}
+const rest = () => data.labels.filter(label => !codesOf(data.rows[at].id)[label.name]).forEach(label => decide(label.name, "0"));
 function show(isNew = true) {
-  const row = data.rows[at], codes = codesOf(row.id), open = data.rows.filter(isOpen).length;
-  get("progress").textContent = `${data.rows.length - open} coded, ${open} open`;
+  const row = data.rows[at], codes = codesOf(row.id), coded = data.rows.filter(each => !isOpen(each)).length;
+  get("progress").textContent = `${coded} of ${data.rows.length} texts finished`;
   get("place").textContent = `Text ${at + 1} of ${data.rows.length}`;
-  get("context").replaceChildren(...data.context.flatMap((name, place) =>
-    [element("dt", name), element("dd", row.context[place], { dir: "auto" })]));
+  get("context").replaceChildren(...data.context.flatMap((name, number) =>
+    [element("dt", `Context, not to be coded: ${name}`), element("dd", row.context[number], { dir: "auto" })]));
   get("text").textContent = row.text;
   data.labels.forEach((label, number) => {
     const box = get("labels").children[number], value = codes[label.name] || "";
@@ -5562,23 +5566,23 @@ function show(isNew = true) {
   });
   if (isNew) { get("place").focus({ preventScroll: true }); scrollTo(0, 0); }
 }
-function go(step) { at = Math.min(Math.max(at + step, 0), data.rows.length - 1); show(); }
+function go(step) { at = Math.min(Math.max(at + step, 0), data.rows.length - 1); tell(""); show(); }
 function goToOpen() {
   const next = [...data.rows.keys()].map(n => (at + 1 + n) % data.rows.length).find(n => isOpen(data.rows[n]));
-  get("told").textContent = next === undefined ? "All texts are coded. Save them." : "";
-  if (next !== undefined) { at = next; show(); }
+  if (next !== undefined) at = next;
+  show(), tell(next === undefined ? "All texts are finished. Save them." : "");
 }
 
 const quoted = value => `"${String(value).replaceAll('"', '""')}"`;
 function save() {
+  if (!isNamed()) return;
   const names = ["sample_id", ...data.context, data.column, ...data.labels.map(label => label.name)];
   const lines = data.rows.map(row =>
     [row.id, ...row.context, row.text, ...data.labels.map(label => codesOf(row.id)[label.name] || "")]);
   const text = "\ufeff" + [names, ...lines].map(line => line.map(quoted).join(",") + "\r\n").join("");
-  const coder = get("coder").value.trim().replace(/[^\p{L}\p{N}_-]+/gu, "_") || "coder";
-  const link = element("a", "", { download: `${data.file}.${coder}.csv`, href: URL.createObjectURL(new Blob([text])) });
-  link.click();
-  get("told").textContent = `Saved as ${link.download}`;
+  const file = `${data.file}.${coder().replace(/[^\p{L}\p{N}_-]+/gu, "_")}.csv`;
+  element("a", "", { download: file, href: URL.createObjectURL(new Blob([text])) }).click();
+  unsaved = 0, tell(`Sent to your downloads as ${file} (the browser may add a number).`);
 }
 function parse(text) {
   const delimiter = text.split("\n", 1)[0].includes(";") ? ";" : ",", records = [[]];
@@ -5590,32 +5594,38 @@ function parse(text) {
   return records.filter(record => record.length > 1);
 }
 async function load() {
-  const [names, ...records] = parse((await get("load").files[0].text()).replace(/^\ufeff/, ""));
-  const known = new Map(data.rows.map(row => [row.id.slice(0, 33), row.id])), place = names.indexOf("sample_id");
-  const found = place < 0 ? [] : records.filter(record => known.has(record[place].slice(0, 33)));
-  for (const record of found) {
-    const id = known.get(record[place].slice(0, 33));
-    const given = data.labels.map(label => [label.name, record[names.indexOf(label.name)]]);
-    keep(id, { ...codesOf(id), ...Object.fromEntries(given.filter(([, value]) => value === "0" || value === "1")) });
+  if (!isNamed()) return;
+  const [names, ...records] = parse((await get("load").files[0].text()).replace(/^\ufeff/, "")), column = names.indexOf("sample_id");
+  const known = new Map(data.rows.map(row => [row.id.slice(0, 33), row.id])), is = value => value === "0" || value === "1";
+  let added = 0, differ = 0;
+  for (const record of column < 0 ? [] : records) {
+    const id = known.get(record[column].slice(0, 33)), codes = id ? { ...codesOf(id) } : {};
+    for (const label of id ? data.labels : []) {
+      const value = record[names.indexOf(label.name)], mine = codes[label.name];
+      if (is(value) && !mine) { codes[label.name] = value; added += 1; } else if (is(value) && value !== mine) differ += 1;
+    }
+    if (id) keep(id, codes);
   }
-  get("told").textContent = found.length ? `Read the codes of ${found.length} texts.` : "This file has no text of this sample.";
-  show();
+  at = Math.max(0, data.rows.findIndex(isOpen));
+  show(), tell(`Codes added: ${added}; others that differ from yours, which stay: ${differ}.`);
 }
 
+const acts = { back: () => go(-1), next: () => go(1), open: goToOpen, rest, save };
 document.addEventListener("keydown", event => {
-  const isTyping = event.target === get("coder"), isHeld = event.ctrlKey || event.metaKey || event.altKey;
-  const act = { ArrowLeft: () => go(-1), ArrowRight: () => go(1), Enter: goToOpen, "0": noneOfTheOpen }[event.key];
-  const label = data.labels[keys.indexOf(event.key.toLowerCase())];
-  if (isTyping || isHeld || !(act || label) || (event.key === "Enter" && event.target.tagName === "BUTTON")) return;
+  const { target, key, code } = event, isRadio = target.type === "radio", isControl = ["INPUT", "BUTTON"].includes(target.tagName) && !isRadio;
+  const sign = /^(Digit|Numpad)\d$/.test(code) ? code.at(-1) : key.toLowerCase(), label = sign.length === 1 && data.labels[keys.indexOf(sign)];
+  const both = () => { rest(); goToOpen(); }, act = { arrowleft: acts.back, arrowright: acts.next, enter: goToOpen, "0": rest, " ": both }[sign];
+  if (isControl || (isRadio && /^(Arrow.*| )$/.test(key)) || event.ctrlKey || event.metaKey || event.altKey || event.repeat || !(act || label)) return;
   event.preventDefault();
-  if (act) act(); else decide(label.name, { "": "1", "1": "0", "0": "" }[codesOf(data.rows[at].id)[label.name] || ""]);
+  if (act) act(); else decide(label.name, codesOf(data.rows[at].id)[label.name] === "1" ? "0" : "1");
 });
-for (const [id, act] of Object.entries({ back: () => go(-1), next: () => go(1), open: goToOpen, none: noneOfTheOpen, save }))
-  get(id).addEventListener("click", act);
-get("load").addEventListener("change", load);
-get("coder").value = (() => { try { return localStorage.getItem("coder") || ""; } catch { return ""; } })();
-get("coder").addEventListener("input", () => { try { localStorage.setItem("coder", get("coder").value); } catch { } });
-show();
+for (const [id, act] of Object.entries(acts)) get(id).addEventListener("click", () => { get("place").focus(); act(); });
+get("load").addEventListener("change", load), addEventListener("storage", () => show(false));
+addEventListener("beforeunload", event => { if (unsaved) event.preventDefault(); });
+try { get("coder").value = localStorage.getItem("coder") || ""; } catch { lost = " This browser keeps nothing."; }
+get("coder").addEventListener("input", () => { try { localStorage.setItem("coder", coder()); } catch { } show(false); });
+at = Math.max(0, data.rows.findIndex(isOpen));
+show(), isNamed();
 </script>
 </html>
 """  # noqa: E501
@@ -5648,7 +5658,7 @@ class Gold(NamedTuple):
 
     def coded(self, labels: Sequence[str]) -> list[str]:
         """The labels that people gave to some row, or denied it."""
-        return [label for label, column in zip(labels, self.cells.T, strict=True) if (column >= 0).any()]
+        return [label for label, column in zip(labels, self.cells.T, strict=True) if is_known(column).any()]
 
 
 def read_sample(source: Source, table: Table, options: Options, newest: Gold | None = None) -> Gold:
@@ -5784,7 +5794,7 @@ def join_coders(coders: Sequence[Gold], final: Gold | None) -> Gold:
         if each.draw:
             chances[at] = each.draw.probabilities
     told = np.array(codes[: len(coders)])
-    if not ((told >= 0).sum(axis=0) > 1).any():
+    if not (is_known(told).sum(axis=0) > 1).any():
         raise InputError("No text was coded by two of the `coders`: pass files that have texts in common.")
     balance = (told == 1).sum(axis=0) - (told == 0).sum(axis=0)
     cells = np.where(balance, balance > 0, BLANK).astype(np.int8)
@@ -5812,7 +5822,7 @@ def read_codes(source: Source, options: Options, table: Table, newest: Gold | No
     key = options.gold_key or options.text_column
     columns = Columns(key, (), options.labels, text_is="gold key (`gold_key`)", advice="fix the cell")
     gold = read_table(source, columns)
-    if not (gold.given >= 0).any():
+    if not is_known(gold.given).any():
         raise InputError(
             f"The gold labels ({gold.source}) have no 0 or 1 in a column of any label. They have the columns "
             f"{', '.join(map(repr, gold.header))}; the labels are {', '.join(map(repr, options.labels))}."
@@ -5913,8 +5923,8 @@ def coded_content(
     for place, label in enumerate(labels):
         people, probability = np.full(len(model), BLANK, np.int8), np.full(len(model), np.nan)
         people[places[inside]] = gold.cells[inside, place]
-        for group in (model[:, place] == 1, model[:, place] == 0, model[:, place] < 0):
-            coded = group & (people >= 0)
+        for group in (model[:, place] == 1, model[:, place] == 0, ~is_known(model[:, place])):
+            coded = group & is_known(people)
             # Scaled, so that in each group the weights add up to its rows, as in the corrected shares.
             scale = ratio(float((often[coded] / chances[coded]).sum()), float(often[group].sum()))
             probability[coded] = chances[coded] * scale
@@ -5946,7 +5956,7 @@ def compare_with_gold(
             each[f"{rate}_low"], each[f"{rate}_high"] = wilson(each["tp"], each["tp"] + each[others])
     codes = np.array([codes[matched] for codes in gold.codes] or [people])
     is_disputed = (codes == 1).any(axis=0) & (codes == 0).any(axis=0)
-    differ = (((model >= 0) & (people >= 0) & (model != people)) | is_disputed).nonzero()
+    differ = ((is_known(model) & is_known(people) & (model != people)) | is_disputed).nonzero()
     disagreements = [
         (
             int(numbers[at]),
@@ -5965,8 +5975,8 @@ def compare_with_gold(
         "gold_labels_without_a_column": gold.lacking,
         "gold_unmatched": {
             "not in the table": len(gold.keys) - len(matched),
-            "not coded": int((gold.cells < 0).all(axis=1).sum()),
-            "not labelled": int((model < 0).any(axis=1).sum()),
+            "not coded": int((~is_known(gold.cells)).all(axis=1).sum()),
+            "not labelled": int((~is_known(model)).any(axis=1).sum()),
         },
         "gold_columns_not_compared": gold.not_compared,
     }, disagreements
@@ -5980,12 +5990,12 @@ def measure_coders(gold: Gold, weights: FloatArray, labels: Sequence[str], seed:
     for place, label in enumerate(labels):
         its_codes = codes[:, :, place]
         alpha = krippendorff_alpha(its_codes, weights, seed)
-        coders, ones = (its_codes >= 0).sum(axis=0), (its_codes == 1).sum(axis=0)
+        coders, ones = is_known(its_codes).sum(axis=0), (its_codes == 1).sum(axis=0)
         pairs = coders * (coders - 1) / 2
         agreeing = (ones * (ones - 1) + (coders - ones) * (coders - ones - 1)) / 2
         figures[label] = {
             "texts": int((coders > 1).sum()),
-            "tied": int(((coders > 1) & (gold.cells[:, place] < 0)).sum()),
+            "tied": int(((coders > 1) & (~is_known(gold.cells[:, place]))).sum()),
             "agreement": ratio(float(agreeing[coders > 1].sum()), float(pairs.sum())),
             "alpha": alpha.value,
             "alpha_low": alpha.low,
@@ -6011,7 +6021,7 @@ def krippendorff_alpha(codes: Cells, weights: FloatArray, seed: int) -> Rate:
     """
     import numpy as np
 
-    coders, ones = (codes >= 0).sum(axis=0), (codes == 1).sum(axis=0)
+    coders, ones = is_known(codes).sum(axis=0), (codes == 1).sum(axis=0)
     is_paired = (coders > 1) & (weights > 0)
     n, k, w = coders[is_paired], ones[is_paired], weights[is_paired]
     if not len(n):
@@ -6141,7 +6151,7 @@ def make_report(
 ) -> Report:
     options, table, store, requested = task.options, task.table, task.store, task.requested
     spent = store.totals(this_run=True)
-    unfinished = requested & (table.lengths > 0) & (cells < 0).any(axis=1)
+    unfinished = requested & (table.lengths > 0) & (~is_known(cells)).any(axis=1)
     waiting, given_up = (cells == IN_JOB).any(axis=1), store.given_up(task.prompt, this_run=True)
     blank_rows = {
         number: IN_A_JOB if waiting[number] else given_up.get(table.key(number), "not answered yet")

@@ -55,10 +55,18 @@ def page_of(job: Job) -> str:
 
 
 def press(driver: Any, *keys: str) -> None:
+    """To whatever has the focus, as a person does."""
+    for key in keys:
+        driver.switch_to.active_element.send_keys(key)
+
+
+def open_page(driver: Any, job: Job, coder: str = "ann") -> None:
     from selenium.webdriver.common.by import By
 
-    for key in keys:
-        driver.find_element(By.TAG_NAME, "body").send_keys(key)
+    driver.get(page_of(job))
+    if not driver.find_element(By.ID, "coder").get_property("value"):
+        press(driver, coder, "\ue004")
+    driver.execute_script("document.getElementById('place').focus()")
 
 
 def shown(driver: Any, name: str) -> str:
@@ -67,13 +75,10 @@ def shown(driver: Any, name: str) -> str:
     return str(driver.find_element(By.ID, name).text)
 
 
-def saved_file(driver: Any, folder: Path, coder: str) -> Path:
+def saved_file(driver: Any, folder: Path, coder: str = "ann") -> Path:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    field = driver.find_element(By.ID, "coder")
-    field.clear()
-    field.send_keys(coder)
     driver.find_element(By.ID, "save").click()
     path = folder / f"out.csv.sample.{coder}.csv"
     WebDriverWait(driver, 10).until(
@@ -93,29 +98,31 @@ def test_ten_texts_are_coded_by_keys_kept_saved_and_compared(job: Job, tmp_path:
     job.write(make_texts(100)).enrich(sample=12)
     profile, saved = tmp_path / "profile", tmp_path / "saved"
     with start(profile, saved) as driver:
-        driver.get(page_of(job))
-        assert shown(driver, "progress") == "0 coded, 12 open"
+        open_page(driver, job)
+        assert shown(driver, "progress") == "0 of 12 texts finished"
         for _ in range(5):
             press(driver, "1", "0", "\ue007")  # the first label applies, the others do not; Enter
-        assert shown(driver, "progress") == "5 coded, 7 open"
+        assert shown(driver, "progress") == "5 of 12 texts finished"
         assert shown(driver, "place") == "Text 6 of 12"
     with start(profile, saved) as driver:  # closed, and opened again
-        driver.get(page_of(job))
-        assert shown(driver, "progress") == "5 coded, 7 open"
-        press(driver, "\ue007")
+        open_page(driver, job)
+        assert shown(driver, "progress") == "5 of 12 texts finished"
         assert shown(driver, "place") == "Text 6 of 12"
         for _ in range(5):
-            press(driver, "2", "2", "3", "0", "\ue014")  # 1 then 0, 1, the rest 0; right
-        press(driver, "1", "1", "1")  # 1, 0, open
-        assert shown(driver, "progress") == "10 coded, 2 open"
+            press(driver, "2", "2", "3", "0", "\ue014")  # applies, does not; applies; the rest; right
+        press(driver, "1")
+        assert shown(driver, "told").startswith(
+            "praising_violence: applies. Kept in this browser; changes since the last"
+        )
+        assert shown(driver, "progress") == "10 of 12 texts finished"
         path = saved_file(driver, saved, "ann")
         assert requests(driver) <= {"file", "blob", "data"}
     rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
     assert [[row[label] for label in LABELS] for row in rows] == [["1", "0", "0"]] * 5 + [["0", "0", "1"]] * 5 + [
-        [""] * 3
-    ] * 2
+        ["1", "", ""], [""] * 3,
+    ]  # fmt: skip
     told = job.enrich(gold=path).attrs["enrichment"]
-    assert told["draw"]["coded"] == dict.fromkeys(LABELS, 10)
+    assert told["draw"]["coded"] == {LABELS[0]: 11, LABELS[1]: 10, LABELS[2]: 10}
     assert set(told["corrected_shares"]) == set(LABELS)
 
 
@@ -128,11 +135,11 @@ def test_texts_are_data_whatever_they_hold(job: Job, browser: Any, tmp_path: Pat
     module.enrich_dataset(
         job.input, job.output, "text", None, labels, base_url=job.server.url, sample=9, context=["thread"], quiet=True
     )
-    browser.get(page_of(job))
+    open_page(browser, job)
     seen = set()
     for _ in HOSTILE:
         seen.add(browser.find_element(By.ID, "text").get_property("textContent"))
-        assert shown(browser, "context").startswith("thread\n<u>")
+        assert shown(browser, "context").startswith("Context, not to be coded: thread\n<u>")
         press(browser, "\ue014")
     assert seen == set(HOSTILE)
     assert browser.title == "Coding"
@@ -140,7 +147,7 @@ def test_texts_are_data_whatever_they_hold(job: Job, browser: Any, tmp_path: Pat
     assert "<i>a</i> label" in shown(browser, "labels")
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     assert requests(browser) <= {"file", "data"}
-    path = saved_file(browser, tmp_path / "saved", "Ann_Lee")
+    path = saved_file(browser, tmp_path / "saved")
     rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
     assert {row["text"] for row in rows} == set(HOSTILE)
 
@@ -161,29 +168,33 @@ def test_a_saved_file_is_opened_again_elsewhere_and_a_sample_that_has_grown_keep
     job.write(make_texts(100)).enrich(sample=5)
     saved = tmp_path / "saved"
     with start(tmp_path / "one", saved) as driver:
-        driver.get(page_of(job))
+        open_page(driver, job)
         for _ in range(4):
             press(driver, "1", "0", "\ue014")
-        path = saved_file(driver, saved, "ben")
+        path = saved_file(driver, saved)
         job.enrich(sample=8)
-        driver.get(page_of(job))
-        assert shown(driver, "progress") == "4 coded, 4 open"
+        open_page(driver, job)
+        assert shown(driver, "progress") == "4 of 8 texts finished"
     with start(tmp_path / "two", saved) as driver:
-        driver.get(page_of(job))
-        assert shown(driver, "progress") == "0 coded, 8 open"
+        open_page(driver, job)
+        assert shown(driver, "progress") == "0 of 8 texts finished"
         driver.find_element(By.ID, "load").send_keys(str(path))
-        assert shown(driver, "told") == "Read the codes of 5 texts."
-        assert shown(driver, "progress") == "4 coded, 4 open"
+        assert shown(driver, "told").startswith("Codes added: 12; others that differ from yours, which stay: 0.")
+        assert shown(driver, "progress") == "4 of 8 texts finished"
 
 
 def test_three_coders_on_three_copies_are_compared(job: Job, tmp_path: Path) -> None:
     job.write(make_texts(60)).enrich(sample=10)
     paths = []
-    for coder, keys in (("ann", "10"), ("ben", "10"), ("cem", "20")):
-        with start(tmp_path / coder, tmp_path / "saved") as driver:
+    for coder, keys in (("ann", "1 "), ("ben", "1 "), ("cem", "2 ")):
+        with start(tmp_path / "one browser", tmp_path / "saved") as driver:  # which keeps each person's codes apart
             driver.get(page_of(job))
+            driver.execute_script("localStorage.removeItem('coder')")
+            open_page(driver, job, coder)
+            assert shown(driver, "progress") == "0 of 10 texts finished"
             for number in range(10):
-                press(driver, *(keys if number % 2 else "0"), "\ue014")
+                press(driver, *(keys if number % 2 else " "))
+            assert shown(driver, "told").startswith("All texts are finished. Save them.")
             paths.append(saved_file(driver, tmp_path / "saved", coder))
     told = job.enrich(coders=paths).attrs["enrichment"]
     assert told["coders"][LABELS[0]]["texts"] == 10
@@ -198,12 +209,32 @@ def test_nothing_is_wider_than_the_window_and_all_controls_have_names(job: Job, 
 
     job.write([f"{text} {'x' * 300}" for text in make_texts(5)]).enrich(sample=5)
     with start(tmp_path / "profile", tmp_path / "saved", width) as driver:
-        driver.get(page_of(job))
+        open_page(driver, job)
         driver.set_window_size(width, 900)
         assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
         for control in driver.find_elements(By.CSS_SELECTOR, "button, input"):
             assert control.accessible_name
         assert driver.find_element(By.CSS_SELECTOR, "fieldset").accessible_name.startswith("1 praising_violence")
+
+
+def test_without_a_name_nothing_is_coded_and_keys_leave_controls_alone(job: Job, browser: Any) -> None:
+    from selenium.webdriver.common.by import By
+
+    job.write(make_texts(5)).enrich(sample=5)
+    browser.get(page_of(job))
+    browser.execute_script("document.getElementById('place').focus()")
+    press(browser, "1")
+    assert shown(browser, "told").startswith("Type your name or initials first")
+    press(browser, "a1", "\ue004")
+    assert shown(browser, "progress") == "0 of 5 texts finished"
+    radio = browser.find_elements(By.CSS_SELECTOR, "fieldset input")[0]
+    radio.click()
+    press(browser, "\ue015")  # down, within the group: it does not apply
+    assert browser.find_element(By.CSS_SELECTOR, "fieldset input:checked").get_property("value") == "0"
+    assert shown(browser, "place") == "Text 1 of 5"
+    browser.find_element(By.ID, "rest").click()
+    press(browser, "\ue007")
+    assert (shown(browser, "progress"), shown(browser, "place")) == ("1 of 5 texts finished", "Text 2 of 5")
 
 
 def test_it_holds_what_the_csv_holds_and_nothing_of_the_model(job: Job) -> None:
