@@ -302,26 +302,10 @@ class Options:
     def __post_init__(self) -> None:
         """Reject what can be known to fail before a file is read or a call is made."""
         for declared in dataclasses.fields(self):
-            value = check_option(getattr(self, declared.name), declared)
-            object.__setattr__(self, declared.name, value)
+            self._set(declared.name, check_option(getattr(self, declared.name), declared))
+        self._normalize()
         if self.sample and self.output_filepath is None:
             raise InputError("`sample` writes a file beside the output, so it is for enrich_dataset, which has one.")
-        object.__setattr__(self, "coders", None if self.coders is None else [as_path(each) for each in self.coders])
-        for name in ("input_filepath", "output_filepath", "store_filepath", "examples", "gold", "plot"):
-            object.__setattr__(self, name, as_path(getattr(self, name)))
-        if isinstance(self.instructions, os.PathLike):
-            object.__setattr__(self, "instructions", as_path(self.instructions))
-        if isinstance(self.context, str):
-            raise InputError(f"`context` must be a list of columns, not a string: pass [{self.context!r}].")
-        object.__setattr__(self, "context", None if self.context is None else [*self.context])
-        if hasattr(self.input_filepath, "iloc"):  # whose columns may have names that are no strings
-            for name in ("text_column", "label_column", "by", "gold_key"):
-                object.__setattr__(self, name, header_name(getattr(self, name)))
-            object.__setattr__(self, "context", self.context and [header_name(name) for name in self.context])
-        tables = [("gold", self.gold), ("examples", self.examples), *(("coders", each) for each in self.coders or ())]
-        for name, table in tables:
-            if not isinstance(table, (str, Path, type(None))) and not hasattr(table, "to_csv"):
-                raise InputError(f"`{name}` must be a path or a pandas DataFrame: {how_to_convert(table)}.")
         self._check_encoding()
         self._check_extra_body()
         if not (self.model or "").strip():
@@ -332,14 +316,39 @@ class Options:
             raise InputError(
                 "`no_wait` needs a store, or the results could not be collected later: pass `store_filepath`."
             )
-        if self.gold_key is not None and not self.has_gold:
-            raise InputError("`gold_key` needs gold labels: pass `gold`, or drop it.")
-        paths = [Path(each).resolve() for each in self.coders or () if isinstance(each, (str, Path))]
-        if self.coders is not None and (len(self.coders) < 2 or len(set(paths)) < len(paths)):
-            raise InputError("`coders` needs at least two different files: one for each person who coded.")
-        if not isinstance(self.new_labels, (str, Mapping)):  # an array or a generator will do
-            object.__setattr__(self, "new_labels", [] if self.new_labels is None else list(self.new_labels))
         check_labels(self.new_labels)
+        self._check_columns()
+        if self.plot is not None:
+            require_matplotlib(Path(self.plot))
+        try:
+            self._check_gold()
+            self._check_paths()
+        except OSError as error:
+            raise InputError(f"The path {error.filename} cannot be used ({error.strerror}): choose another.") from None
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _normalize(self) -> None:
+        """Paths become Python's own, arrays and generators lists, names of a DataFrame's columns strings."""
+        for name in ("input_filepath", "output_filepath", "store_filepath", "examples", "gold", "plot"):
+            self._set(name, as_path(getattr(self, name)))
+        if isinstance(self.instructions, os.PathLike):  # else it is a text
+            self._set("instructions", as_path(self.instructions))
+        for name in ("context", "coders"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                raise InputError(f"`{name}` must be a list, not a string: pass [{given!r}].")
+            self._set(name, None if given is None else [*given])
+        self._set("coders", self.coders and [as_path(each) for each in self.coders])
+        if not isinstance(self.new_labels, (str, Mapping)):
+            self._set("new_labels", [] if self.new_labels is None else list(self.new_labels))
+        if hasattr(self.input_filepath, "iloc"):
+            for name in ("text_column", "label_column", "by", "gold_key"):
+                self._set(name, header_name(getattr(self, name)))
+            self._set("context", self.context and [header_name(name) for name in self.context])
+
+    def _check_columns(self) -> None:
         for column in {self.text_column, *self.context_columns} & {*self.labels}:
             raise InputError(
                 f"{column!r} is already the text, label or context column; choose another name for the label."
@@ -349,12 +358,17 @@ class Options:
                 raise InputError(
                     f"{column!r} is sent once: name it as text, label or `context` column, not as several."
                 )
-        if self.plot is not None:
-            require_matplotlib(Path(self.plot))
-        try:
-            self._check_paths()
-        except OSError as error:
-            raise InputError(f"The path {error.filename} cannot be used ({error.strerror}): choose another.") from None
+
+    def _check_gold(self) -> None:
+        tables = [("gold", self.gold), ("examples", self.examples), *(("coders", each) for each in self.coders or ())]
+        for name, table in tables:
+            if not isinstance(table, (str, Path, type(None))) and not hasattr(table, "to_csv"):
+                raise InputError(f"`{name}` must be a path or a pandas DataFrame: {how_to_convert(table)}.")
+        if self.gold_key is not None and not self.has_gold:
+            raise InputError("`gold_key` needs gold labels: pass `gold`, or drop it.")
+        paths = [Path(each).resolve() for each in self.coders or () if isinstance(each, (str, Path))]
+        if self.coders is not None and (len(self.coders) < 2 or len(set(paths)) < len(paths)):
+            raise InputError("`coders` needs at least two different files: one for each person who coded.")
 
     def _check_encoding(self) -> None:
         if self.encoding is None:

@@ -165,5 +165,5 @@ def test_a_column_twice_in_the_header_is_refused(job: Job, capsys: pytest.Captur
 
 
 def test_a_string_is_no_list_of_columns(job: Job) -> None:
-    with pytest.raises(module.InputError, match=r"context must be a list of columns, not a string: pass \['thread'\]"):
+    with pytest.raises(module.InputError, match=r"context must be a list, not a string: pass \['thread'\]"):
         write(job).enrich(context="thread")
