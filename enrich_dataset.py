@@ -2989,7 +2989,7 @@ class Attempt:
     # Of the call in flight, or the next one:
     due: float = 0.0  # when it may leave
     departure: Departure = field(default_factory=lambda: Departure(0.0, {"requests": 0.0, "tokens": 0.0}))
-    bound: float = 0.0  # US dollars that it may cost at most
+    reserved: float = 0.0  # US dollars that it may cost at most
 
     def __lt__(self, other: Attempt) -> bool:
         """In a heap, the one that is due first comes first."""
@@ -4357,7 +4357,7 @@ class LiveSender:
                     self.error = self.budget.exceeded(bound)
                 return 0.5
             heapq.heappop(self.waiting)
-            attempt.parameters, attempt.bound = parameters, bound
+            attempt.parameters, attempt.reserved = parameters, bound
             attempt.departure = self.pace.note_start(tokens, now)
             call = partial(self.server.chat, build_body(attempt, parameters))
             self.in_flight[self.calls.start(call)] = attempt
@@ -4394,8 +4394,8 @@ class LiveSender:
         self.pace.note_headers(reply.headers, attempt.departure, now)
         cost, unconfirmed = self.server.billed(reply, LiveSender.tier, self.server.user_price, self.server.model), 0.0
         if cost is None and reply.may_be_billed and self.server.knows_price:
-            unconfirmed = attempt.bound or worst_cost(attempt, attempt.parameters, self.server, LiveSender.tier)
-        self.budget.settle(attempt.bound, unconfirmed if cost is None else cost)
+            unconfirmed = attempt.reserved or worst_cost(attempt, attempt.parameters, self.server, LiveSender.tier)
+        self.budget.settle(attempt.reserved, unconfirmed if cost is None else cost)
         attempt.add_call(reply, cost, unconfirmed)
 
     def _note_limit(self, reply: Reply, attempt: Attempt, verdict: Verdict, now: float) -> None:
@@ -4577,9 +4577,9 @@ class LiveSender:
             attempt = Attempt((Row(digest(HARMLESS), HARMLESS),), prompt, is_probe=True)
             tokens = float(prompt_tokens(attempt, parameters))
             if self.server.is_capped:
-                attempt.bound = worst_cost(attempt, parameters, self.server, LiveSender.tier)
-            if not self.budget.reserve(attempt.bound):
-                self.error = self.budget.exceeded(attempt.bound)
+                attempt.reserved = worst_cost(attempt, parameters, self.server, LiveSender.tier)
+            if not self.budget.reserve(attempt.reserved):
+                self.error = self.budget.exceeded(attempt.reserved)
                 return None
             self._pause(self.pace.delay(tokens, time.monotonic()))
             if not self.is_running:

@@ -61,8 +61,12 @@ def main() -> None:
         return
     print("No OPENAI_API_KEY is set, so no model is asked.")
     print("The labels below come from a stand-in server's word rule: they show how a run goes, and mean nothing.\n")
-    # Always at the same address, which is a part of what decides an answer: a second run asks nothing.
-    with StandIn(port=8765, first_token=0.4, per_token=0.012) as server:
+    pace = {"first_token": 0.4, "per_token": 0.012}
+    try:  # always at the same address, which is a part of what decides an answer: a second run asks nothing
+        server = StandIn(port=8765, **pace)
+    except OSError:  # taken
+        server = StandIn(**pace)
+    with server:
         enrich_sample(HERE / "HatefulData_stand_in_enriched.csv", base_url=server.url)
 
 

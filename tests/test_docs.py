@@ -138,7 +138,7 @@ def test_the_query_of_the_store_works(tmp_path: Path, server: StandIn) -> None:
     assert completion == sum(call.completion_tokens for call in server.calls)
 
 
-def test_the_example_works_without_a_key(tmp_path: Path) -> None:
+def test_the_example_works_without_a_key_and_asks_nothing_when_it_is_run_again(tmp_path: Path) -> None:
     for name in ("example_usage.py", "enrich_dataset.py", "HatefulData.csv"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "tests").mkdir()
@@ -151,6 +151,9 @@ def test_the_example_works_without_a_key(tmp_path: Path) -> None:
     assert run.stdout.startswith("No OPENAI_API_KEY is set, so no model is asked.\n")
     assert "word rule" in run.stdout
     assert "psychological_attacks: 3/38 (7.9%)\n" in run.stdout
+    assert "Total API calls made: 4 " in run.stdout
+    again = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Nothing to send: no API call is made" in again.stdout
     assert (tmp_path / "HatefulData_stand_in_enriched.csv").exists()
 
 

@@ -296,23 +296,3 @@ class TestEnvironment:
     def test_milliseconds_count_unless_there_are_none(self, first: str, seconds: float) -> None:
         reply = module.Reply(429, {"retry-after-ms": first, "retry-after": "2"}, {}, 0.0)
         assert module.requested_wait(reply) == seconds
-
-    def test_the_example_asks_nothing_when_it_is_run_again(self, tmp_path: Path) -> None:
-        import shutil
-
-        for name in ("example_usage.py", "enrich_dataset.py", "HatefulData.csv"):
-            shutil.copy(ROOT / name, tmp_path)
-        (tmp_path / "tests").mkdir()
-        for name in ("stand_in_server.py", "local_model.py"):
-            shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
-        code = "import importlib.util as u, runpy\nfind = u.find_spec\n"
-        code += "u.find_spec = lambda name, *more: None if name == 'xllamacpp' else find(name, *more)\n"
-        code += "runpy.run_path('example_usage.py', run_name='__main__')"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")}
-        runs = [
-            subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-            for _ in range(2)
-        ]
-        assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
-        assert "Total API calls made: 4 " in runs[0].stdout
-        assert "Nothing to send: no API call is made" in runs[1].stdout
