@@ -725,6 +725,11 @@ class Task:
         is_open: BoolArray = (~is_known(self.preset)).all(axis=1)
         return self.requested & (self.table.lengths > 0) & is_open
 
+    @functools.cached_property
+    def population(self) -> Population:
+        """The texts from which people's samples are drawn."""
+        return find_population(self.table, self.for_model)
+
 
 def run(options: Options, console: Console, returns_frame: bool = False) -> tuple[Report, pd.DataFrame | None]:
     """One run: the report, and the labelled frame if it is to be returned."""
@@ -984,7 +989,7 @@ def compare_specifications(task: Task, gold: Gold | None, cells: Cells) -> list[
         }
         corrected: Any = {}
         if gold and gold.draw and 2 * rows >= task.requested.sum():
-            corrected = correct_by_draw(task, gold, gold.draw, find_population(table, task.for_model), merged)
+            corrected = correct_by_draw(task, gold, gold.draw, merged)
         shown = {"differs_in": differing(task.prompt, prompt), "rows": rows, "shares": shares}
         known_labels = [label for label, share in shares.items() if not math.isnan(share)]
         corrected = {k: v for k, v in corrected.get("corrected_shares", {}).items() if k in known_labels}
@@ -1053,13 +1058,12 @@ def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
     figures, disagreements = compare_with_gold(gold, requested, labels)
     weights = np.ones(len(gold.keys))
     if gold.draw is not None:
-        population = find_population(table, task.for_model)
-        figures |= correct_by_draw(task, gold, gold.draw, population, cells)
-        weights = population.rows_of(gold.numbers) / gold.draw.probabilities
+        figures |= correct_by_draw(task, gold, gold.draw, cells)
+        weights = np.append(task.population.rows, 0)[task.population.find(gold.numbers)] / gold.draw.probabilities
     if "corrected_shares" in figures and task.options.output_filepath is not None:
         with task.files.replacing("coded") as file:
             labelled = task.for_model.nonzero()[0]
-            file.write(coded_content(gold, population, table, labelled, cells, task.options))
+            file.write(coded_content(gold, task.population, table, labelled, cells, task.options))
     if len(gold.codes):
         figures |= measure_coders(gold, weights, labels, task.options.seed)
     if task.options.output_filepath is not None:
@@ -1072,10 +1076,9 @@ def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
     return figures
 
 
-def correct_by_draw(task: Task, gold: Gold, draw: Draw, population: Population, cells: Cells) -> dict[str, Any]:
+def correct_by_draw(task: Task, gold: Gold, draw: Draw, cells: Cells) -> dict[str, Any]:
     """Shares corrected by a coded sample, unless it was drawn from other texts; and how it was drawn."""
-    labels = task.options.labels
-    noted = json.loads(task.store.noted(f"draw {draw.texts} {draw.fingerprint}") or "{}")
+    labels, population, noted = task.options.labels, task.population, noted_draw(task.store, draw)
     texts, fingerprint = population.identity
     is_same = (texts, fingerprint) == (draw.texts, draw.fingerprint)
     coded = {label: int(is_known(column).sum()) for label, column in zip(labels, gold.cells.T, strict=True)}
@@ -1084,7 +1087,7 @@ def correct_by_draw(task: Task, gold: Gold, draw: Draw, population: Population, 
         "texts": draw.texts,
         "texts_now": texts,
         "is_same_population": is_same,
-        "rows": int(population.counts.sum()),
+        "rows": int(population.rows.sum()),
         "drawn": noted.get("drawn"),
         "coded": coded,
         "ones": {label: int((column == 1).sum()) for label, column in zip(labels, gold.cells.T, strict=True)},
@@ -1096,6 +1099,11 @@ def correct_by_draw(task: Task, gold: Gold, draw: Draw, population: Population, 
     return {"draw": told} | correct_by_sample(
         gold, population, cells, labels, task.options.by_column, noted.get("drawn")
     )
+
+
+def noted_draw(store: Store, draw: Draw) -> dict[str, Any]:
+    """What the store knows of a draw besides what its ids tell."""
+    return dict(json.loads(store.noted(f"draw {draw.texts} {draw.fingerprint}") or "{}"))
 
 
 MAX_APART = 0.01  # the part by which a population may differ from that of a sample that corrects its shares
@@ -1110,14 +1118,13 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
     import numpy as np
 
     options, table, path = task.options, task.table, task.files.paths["sample"]
-    population = find_population(table, task.for_model)
+    population = task.population
     predicted, identity = cells[population.numbers], population.identity
     before = read_sample(path, table, options) if path.exists() else None
     places = {key: place for place, key in enumerate(population.keys)}
     earlier = [places.get(bytes.fromhex(key[1:])) for key in before.keys] if before else []
     kept = {place: index for index, place in enumerate(earlier) if place is not None}
-    noted = task.store.noted(f"draw {before.draw.texts} {before.draw.fingerprint}") if before and before.draw else ""
-    first = json.loads(noted or "{}")
+    first = noted_draw(task.store, before.draw) if before and before.draw else {}
     seed = first.get("seed", options.seed)
     sizes = sampling_sizes(predicted, population.counts)
     drawn, chances = draw_sample(population.keys, sizes, options.sample, seed)
@@ -1171,7 +1178,7 @@ def width_lines(
     figures: Mapping[str, Any],
 ) -> list[str]:
     """How wide the intervals of the corrected shares will be, for so many coded texts and for twice as many."""
-    rows, known = population.counts.sum(axis=1), figures.get("corrected_shares", {})
+    rows, known = population.rows, figures.get("corrected_shares", {})
     table = []
     for place, label in enumerate(labels):
         found = [known.get(label, {}).get(name, math.nan) for name in ("precision", "recall")]
@@ -2382,7 +2389,6 @@ class Bucket:
     level: float
     rate: float
     at: float
-    remaining: float  # what the server said last, to the call that left then
     departure: Departure
 
     def level_at(self, now: float) -> float:
@@ -2442,7 +2448,7 @@ class Pace:
             rate = (limit - remaining) / reset if limit > remaining and reset > 0 else limit / 60
             since = self.spent[kind_of(name)] - departure.spent[kind_of(name)]
             level = min(limit, remaining - since + rate * (now - departure.at))
-            self.buckets[name] = Bucket(limit, level, rate, now, remaining, departure)
+            self.buckets[name] = Bucket(limit, level, rate, now, departure)
 
     def note_rate_limit(self, seconds: float, departure: Departure, now: float) -> None:
         """Make all calls wait: as long as the server asks, else longer with each refusal in a row."""
@@ -4010,12 +4016,11 @@ class Files:
                 raise InputError(
                     f"The {what} {path} could not be written ({error.strerror}): choose another folder or shorter name."
                 ) from None
-            found, known = file_digest(path), self.store.noted(f"digests of {self.name(path)}")
-            if found and not path.stat().st_mode & stat.S_IWUSR:
+            if path.exists() and not path.stat().st_mode & stat.S_IWUSR:
                 raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
-            is_ours = what == "sample" or not found or found in known.split()
             # A sample is made to be filled in, and a methods sheet to be edited.
-            if not is_ours and what != "methods" and not self.options.overwrite:
+            if what not in {"sample", "methods"} and not self.options.overwrite and self.is_edited(what):
+                known = self.store.noted(f"digests of {self.name(path)}")
                 why = "was changed since it was written" if known else "was not written by a run on this store"
                 advice = (
                     " To keep corrections of cells, make it the input of a run with another output: existing 0 and 1 "
@@ -4796,7 +4801,9 @@ class JobSender(LiveSender):
             reply = self._call(lambda client, name=file_id: client.files.with_raw_response.content(name))
             if not has_content(reply) and kind == "output_file_id":
                 raise self._error_of(reply, thing=str(file_id))
-            with reply.body if has_content(reply) else io.BytesIO() as file:
+            if not has_content(reply):
+                continue
+            with reply.body as file:
                 for line in read_lines(file):
                     seen.add(line["custom_id"])
                     yield from self._take_line(job, line)
@@ -5180,7 +5187,8 @@ SHOWN_GROUPS = 6  # values of the `by` column among which shares are corrected
 DESIGN = "sequential Poisson with power allocation by rows (Ohlsson 1998; Bankier 1988, a = 1/2)"
 
 
-class Population(NamedTuple):
+@dataclass(frozen=True)
+class Population:
     """The distinct texts that a sample is drawn from: those requested that have no given labels."""
 
     numbers: IntArray  # each one's first row in the table
@@ -5188,20 +5196,24 @@ class Population(NamedTuple):
     counts: IntArray  # texts x values of the `by` column (or one column): in how many rows each occurs
     values: list[str]  # the `by` column's most frequent ones; a column of counts more than these: all the others
 
-    @property
+    @functools.cached_property
     def identity(self) -> tuple[int, int]:
         """How many texts these are, and a number that stands for which."""
         marks = (int.from_bytes(key[:4], "big") for key in self.keys)
         return len(self.keys), functools.reduce(operator.xor, marks, 0)
 
-    def rows_of(self, numbers: IntArray) -> IntArray:
-        """In how many rows these texts, by their first rows, occur; 0: they are none of it."""
-        import numpy as np
+    @functools.cached_property
+    def rows(self) -> IntArray:
+        """In how many rows each text occurs."""
+        rows: IntArray = self.counts.sum(axis=1)
+        return rows
+
+    def find(self, numbers: IntArray) -> IntArray:
+        """The places of texts by their first rows in the table; -1: they are none of it."""
         import pandas as pd
 
-        places = pd.Index(self.numbers).get_indexer(pd.Index(numbers))
-        totals = np.append(self.counts.sum(axis=1), 0)
-        return np.asarray(totals[places])
+        places: IntArray = pd.Index(self.numbers).get_indexer(pd.Index(numbers))
+        return places
 
 
 def find_population(table: Table, eligible: BoolArray) -> Population:
@@ -5215,6 +5227,11 @@ def find_population(table: Table, eligible: BoolArray) -> Population:
     texts = np.searchsorted(table.key_indexes[numbers], table.key_indexes[eligible])
     np.add.at(counts, (texts, np.array(places, int)[eligible]), 1)
     return Population(numbers, [table.key(number) for number in numbers], counts, values)
+
+
+def by_answer(cells: Any) -> tuple[BoolArray, BoolArray, BoolArray]:
+    """Which of a label's cells are 1, which 0, and which are not known."""
+    return cells == 1, cells == 0, ~is_known(cells)
 
 
 def sampling_sizes(predicted: Cells, counts: IntArray) -> FloatArray:
@@ -5405,7 +5422,7 @@ def corrected_shares(
     for label in labels:
         model, people = (frame[label].astype("Float64").fillna(BLANK).to_numpy(float) for frame in (predicted, gold))
         parts, rates = [], []
-        for group in (model == 1, model == 0, ~is_known(model)):
+        for group in by_answer(model):
             coded = group[places] & is_known(people)
             response = kept * ratio(float(coded.sum()), float(group[places].sum()))
             weights = np.asarray(often[places[coded]] / chances[coded], float)
@@ -5450,7 +5467,7 @@ def corrected_differences(groups: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def expected_width(predicted: Cells, rows: IntArray, chances: FloatArray, precision: float, recall: float) -> float:
     """About how wide a label's corrected share will be if all drawn texts are coded; `predicted`: its column."""
-    groups = [predicted == 1, predicted == 0, ~is_known(predicted)]
+    groups = by_answer(predicted)
     parts = [ratio(float(rows[group].sum()), float(rows.sum())) for group in groups]
     share = ratio(parts[0] * precision, recall)
     values = [precision, min(1.0, ratio(share * (1 - recall), parts[1])), min(1.0, share)]
@@ -5468,22 +5485,26 @@ def expected_width(predicted: Cells, rows: IntArray, chances: FloatArray, precis
 # In: a sample. Out: one page to code it on, in any browser, without a server or the network.
 
 
+def shown_context(row: Row, options: Options) -> dict[str, str]:
+    """What people are shown of a text's context: the same as the model, but never the existing label."""
+    names = options.context or []
+    return dict(zip(names, row.context[len(row.context) - len(names) :], strict=True))
+
+
 def coding_page(rows: Sequence[tuple[str, Row]], options: Options, name: str) -> bytes:
     """The page for a sample of ids and rows; `name` begins the names of the files that it saves.
 
     What it holds of the table is data: nothing in it is ever read as markup, and its policy allows no request.
     """
     definitions = options.new_labels if isinstance(options.new_labels, Mapping) else {}
-    context = options.context or []
     data = {
         "digest": digest(*options.labels).hex(),
         "file": name,
         "column": options.text_column,
-        "context": context,
+        "context": options.context or [],
         "labels": [{"name": label, "definition": definitions.get(label, "")} for label in options.labels],
         "rows": [
-            {"id": row_id, "text": row.text, "context": row.context[len(row.context) - len(context) :]}
-            for row_id, row in rows
+            {"id": row_id, "text": row.text, "context": [*shown_context(row, options).values()]} for row_id, row in rows
         ],
     }
     # So that no text can end the element that holds it.
@@ -5685,8 +5706,7 @@ def read_sample(source: Source, table: Table, options: Options, newest: Gold | N
     """
     import numpy as np
 
-    has_text = options.text_column in sample_header(source)
-    context = (options.text_column,) if has_text else ()
+    context = (options.text_column,) if options.text_column in header_names(source) else ()
     columns = Columns(SAMPLE_ID, context, options.labels, text_is="column", advice="fix the cell")
     sample = read_table(source, columns)
     keys, chances, identities = [], [], []
@@ -5741,17 +5761,18 @@ def check_texts(sample: Table, table: Table, numbers: IntArray) -> None:
         )
 
 
-def sample_header(source: Source) -> str:
-    """The first lines of a sample, or its column names, to look for a name in."""
+def header_names(source: Source) -> set[str]:
+    """The names in the first lines of a table, whatever its delimiter is."""
     if not isinstance(source, (str, Path)):
-        return "\n".join(map(str, source.columns))
+        return set(map(str, source.columns))
     try:
         with Path(source).open("rb") as file:
             head = file.read(65_536).replace(b"\0", b"")  # as UTF-16 it has these
     except OSError:  # which is told when it is read
-        return ""
+        return set()
     # Excel may name the delimiter in the first line.
-    return "\n".join(head.decode("utf-8", "replace").splitlines()[:2])
+    lines = "\n".join(head.decode("utf-8", "replace").splitlines()[:2])
+    return {name.strip('\ufeff\ufffd "') for name in re.split("[,;\t|\n]", lines)}
 
 
 def sample_content(rows: Iterable[tuple[str, Row]], before: Path | None, options: Options, delimiter: str) -> bytes:
@@ -5760,8 +5781,7 @@ def sample_content(rows: Iterable[tuple[str, Row]], before: Path | None, options
     Nothing in it, nor its order, tells what the model said.
     """
     filled: dict[str, dict[str, str]] = {}
-    context = options.context or []
-    columns = [SAMPLE_ID, *context, options.text_column, *options.labels]
+    columns = [SAMPLE_ID, *(options.context or []), options.text_column, *options.labels]
     if before:
         kept = read_table(before, Columns(SAMPLE_ID, (), ())).to_frame(dtype=str, keep_default_na=False)
         records: Any = kept.to_dict("records")
@@ -5769,8 +5789,9 @@ def sample_content(rows: Iterable[tuple[str, Row]], before: Path | None, options
         columns += [name for name in kept.columns if name not in columns]
     lines = []
     for name, row in rows:
-        shown = dict(zip(context, row.context[len(row.context) - len(context) :], strict=True))
-        line = filled.get(name[:33], {}) | shown | {SAMPLE_ID: name, options.text_column: row.text}
+        line = (
+            filled.get(name[:33], {}) | shown_context(row, options) | {SAMPLE_ID: name, options.text_column: row.text}
+        )
         lines.append([line.get(column, "") for column in columns])
     # A byte-order mark, and the input's semicolons, are how Excel knows what it opens.
     return b"\xef\xbb\xbf" + csv_bytes(columns, lines, delimiter=";" if delimiter == ";" else ",")
@@ -5778,7 +5799,7 @@ def sample_content(rows: Iterable[tuple[str, Row]], before: Path | None, options
 
 def is_sample(source: Source) -> bool:
     """Whether this is a sample that was drawn, rather than any table of labels."""
-    return SAMPLE_ID in sample_header(source)
+    return SAMPLE_ID in header_names(source)
 
 
 def read_gold(options: Options, table: Table) -> Gold | None:
@@ -5882,7 +5903,7 @@ def correct_by_sample(
     """
     import pandas as pd
 
-    places = pd.Index(population.numbers).get_indexer(pd.Index(gold.numbers))
+    places = population.find(gold.numbers)
     inside = places >= 0
     predicted = pd.DataFrame(label_columns(cells[population.numbers], labels))
     people = pd.DataFrame(label_columns(gold.cells[inside], labels), places[inside])
@@ -5896,7 +5917,7 @@ def correct_by_sample(
         often = pd.Series(counts)
         return corrected_shares(predicted[occurs], coded, gold.coded(labels), chances, often, in_all)
 
-    whole = correct(population.counts.sum(axis=1))
+    whole = correct(population.rows)
     figures: dict[str, Any] = {"corrected_shares": {str(label): row for label, row in whole.to_dict("index").items()}}
     if not population.values:
         return figures
@@ -5929,9 +5950,9 @@ def coded_content(
 
     labels, by = options.labels, options.by_column
     texts = np.searchsorted(table.key_indexes[population.numbers], table.key_indexes[rows])
-    places = pd.Index(population.numbers).get_indexer(pd.Index(gold.numbers))
+    places = population.find(gold.numbers)
     inside = places >= 0
-    often, chances = population.counts.sum(axis=1), np.ones(len(population.keys))
+    often, chances = population.rows, np.ones(len(population.keys))
     chances[places[inside]] = gold.draw.probabilities[inside] if gold.draw else 1.0
     frame = pd.DataFrame({"row": rows, "line": list(table.line_numbers(rows)) or pd.NA, "text_number": texts})
     if by is not None:
@@ -5940,7 +5961,7 @@ def coded_content(
     for place, label in enumerate(labels):
         people, probability = np.full(len(model), BLANK, np.int8), np.full(len(model), np.nan)
         people[places[inside]] = gold.cells[inside, place]
-        for group in (model[:, place] == 1, model[:, place] == 0, ~is_known(model[:, place])):
+        for group in by_answer(model[:, place]):
             coded = group & is_known(people)
             # Scaled, so that in each group the weights add up to its rows, as in the corrected shares.
             scale = ratio(float((often[coded] / chances[coded]).sum()), float(often[group].sum()))
@@ -6713,7 +6734,12 @@ def methods_sheet(record: Mapping[str, Any]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+    """A table, whose cells may hold any value of the user's."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+
+    return "\n".join(map(line, (head, ["---"] * len(head), *rows)))
 
 
 def labelling_words(record: Mapping[str, Any]) -> Iterator[str]:

@@ -518,6 +518,15 @@ class TestCommand:
         assert job.command("--gold", str(path)) == 0
         assert "=== Shares, corrected by what people coded, with 95 % intervals ===" in capsys.readouterr().out
 
+    def test_a_table_is_a_sample_by_a_column_of_that_name_alone(self, job: Job) -> None:
+        gold = job.output.with_name("gold.csv")
+        gold.write_text(f"text,my_sample_id,{LABELS[0]}\nviolence and a sample_id,1,1\n")
+        assert not module.is_sample(gold)
+        gold.write_text(f'sep=;\n"sample_id";{LABELS[0]}\n')
+        assert module.is_sample(gold)
+        gold.write_text(f"id\tsample_id\t{LABELS[0]}\n", encoding="utf-16")
+        assert module.is_sample(gold)
+
     def test_one_of_another_table_is_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         path = sample_of(job)
         job.write(make_texts(100)).enrich(sample=20)
@@ -633,6 +642,9 @@ class TestMethods:
         assert "[author: who coded, and how were they trained?]" in text
         assert "null" not in text
         assert "None" not in text
+
+    def test_values_of_the_users_stay_in_their_cells(self) -> None:
+        assert module.markdown(["a|b", "c"], [["one\ntwo", "|"]]) == "| a\\|b | c |\n| --- | --- |\n| one two | \\| |"
 
     def test_one_that_its_author_has_edited_is_left_as_it_is(
         self, job: Job, capsys: pytest.CaptureFixture[str]
