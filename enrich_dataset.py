@@ -70,7 +70,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
-from email.utils import parsedate_to_datetime
+from email.utils import format_datetime, parsedate_to_datetime
 from enum import Enum, StrEnum, auto
 from functools import lru_cache, partial
 from itertools import compress
@@ -731,12 +731,15 @@ class Task:
         return find_population(self.table, self.for_model)
 
 
-def run(options: Options, console: Console, returns_frame: bool = False) -> tuple[Report, pd.DataFrame | None]:
+def run(
+    options: Options, console: Console, returns_frame: bool = False, timing: Timing | None = None
+) -> tuple[Report, pd.DataFrame | None]:
     """One run: the report, and the labelled frame if it is to be returned."""
-    started_at, say = datetime.now(UTC), console.say
+    timing, say = timing or Timing(), console.say
+    started_at = timing.utc_now()
     table = load_table(options, console)
     options, requested = fit_to_table(options, table)
-    server = Server(options)
+    server = Server(options, timing)
     prompt, gold = read_prompt(options, server.address), read_gold(options, table)
     from_examples = example_cells(table, prompt.examples, options.labels)
     preset = merge(from_examples, table.given)
@@ -763,7 +766,7 @@ def run(options: Options, console: Console, returns_frame: bool = False) -> tupl
             say(*request_lines(task, batches), verbatim=True)
             say(*dry_run_lines(task, plan, batches))
             return deliver(make_report(task, plan, task.cells()), frame)
-        asked_at = time.monotonic()
+        asked_at = timing.clock()
         try:
             # 2. Ask, and keep each answer as it comes.
             ask(task, make_attempts(task, batches), len(batches))
@@ -771,10 +774,10 @@ def run(options: Options, console: Console, returns_frame: bool = False) -> tupl
             cells = save(task)
             # 4. How good are the labels?
             audited = audit(task, cells) if options.audit else {}
-            seconds = time.monotonic() - asked_at
+            seconds = timing.clock() - asked_at
         except (Exception, Stopped) as error:
             with contextlib.suppress(EnrichmentError):  # from a disk or a store that fails: already reported
-                leave_early(task, plan, time.monotonic() - asked_at, frame, error)
+                leave_early(task, plan, timing.clock() - asked_at, frame, error)
             raise
         figures = audited | (compare_with_people(task, gold, cells) if gold else {})
         figures |= {"specifications": specifications} if specifications else {}
@@ -903,10 +906,10 @@ def ask(task: Task, attempts: Iterable[Attempt], count: int) -> None:
         budget = Budget(options.max_cost, *task.store.money())
         evidence = Evidence(starting_parameters(task))
         sender = (JobSender if options.use_batch_api else LiveSender)(task, evidence, budget, stop, progress)
-        save_at = time.monotonic() + SAVE_SECONDS
+        save_at = server.timing.clock() + server.timing.between_saves
         with contextlib.closing(sender.send(attempts)) as landed:
             for attempt, verdict in landed:
-                task.store.record(attempt, verdict)
+                task.store.record(attempt, verdict, server.timing.utc_now())
                 progress.landed(attempt, verdict)
                 save_at = autosave(task, save_at)
 
@@ -919,20 +922,18 @@ def starting_parameters(task: Task) -> Parameters:
     )
 
 
-SAVE_SECONDS = 60.0
-
-
 def autosave(task: Task, save_at: float) -> float:
     """Save if it is time to, and return when to save next: after at least 20 times as long as that takes."""
-    started = time.monotonic()
+    timing = task.server.timing
+    started = timing.clock()
     if started < save_at:
         return save_at
     try:
         save(task)
     except EnrichmentError as error:  # the answers are in the store, and the file may be free later
         task.console.warn(f"Not saved yet: {error.message}")
-    finished = time.monotonic()
-    return finished + max(SAVE_SECONDS, 20 * (finished - started))
+    finished = timing.clock()
+    return finished + max(timing.between_saves, 20 * (finished - started))
 
 
 def save(task: Task) -> Cells:
@@ -1138,7 +1139,7 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
         "seed": seed,
         "drawn": len(chosen),
         "design": DESIGN,
-        "drawn_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "drawn_at": task.server.timing.utc_now().isoformat(timespec="seconds"),
         "prompts": wordings(task.prompt) | first.get("prompts", {}),
     }
     task.store.note(f"draw {identity[0]} {identity[1]}", json.dumps(how))
@@ -2373,12 +2374,27 @@ def fixed_tokens(prompt: Prompt, row_count: int, kind: Format) -> int:
 
 MAX_LIMIT_AGE = 60.0  # how long what a server said of a limit may hold up all calls; then one of them probes it
 CLOCK_MARGIN = 0.05  # beyond a wait that a server asks for, whose clock may lag a little behind
-MAX_BACKOFF = 60.0
 
 
-def draw_jitter() -> float:
-    """A factor of waits, so that many programs do not come back at the same moment."""
-    return random.uniform(0.75, 1.25)
+@dataclass(frozen=True)
+class Timing:
+    """The clocks of a run, and how many seconds it waits for what."""
+
+    clock: Callable[[], float] = time.monotonic
+    utc_now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25)  # so that programs do not come back together
+    between_saves: float = 60.0
+    longest_backoff: float = 60.0
+    longest_wait: float = 3600.0  # that a server may ask for, or that nothing but rate limits may last
+    unreachable: float = 10.0  # until a server is given up that has never answered
+    call: float = 600.0  # until a call is given up whose reply only trickles in; the timeout, if that is longer
+    stop: float = 8.0  # that a stop waits for calls in flight, or as long as the slowest answer has taken
+    find_job: float = 60.0  # that a job is looked for whose creation was not confirmed: lists may lag behind
+    find_file: float = 300.0  # until a job can be made of a file that was uploaded
+
+    def backoff(self, failures: int) -> float:
+        """The wait after so many failures in a row: half a second, doubled each time, a minute at most."""
+        return min(self.longest_backoff, 0.5 * 2.0 ** (failures - 1)) * self.jitter()
 
 
 @dataclass
@@ -2406,10 +2422,9 @@ class Departure(NamedTuple):
 class Pace:
     """Paces all calls before the server has to refuse them, and makes all wait when it does."""
 
-    def __init__(self, max_workers: int, jitter: Callable[[], float] = draw_jitter) -> None:
-        self.max_workers = max_workers
+    def __init__(self, max_workers: int, timing: Timing) -> None:
+        self.max_workers, self.timing = max_workers, timing
         self.slots = float(max_workers)  # calls at once; after a refusal half, then one more per round of successes
-        self.jitter = jitter
         self.resume_at = -math.inf
         self.refusals = 0  # by rate limits, in a row
         self.refused_at = -math.inf
@@ -2462,7 +2477,7 @@ class Pace:
         if seconds:
             self.resume_at = max(self.resume_at, now + seconds + CLOCK_MARGIN)
         else:
-            self.resume_at = max(self.resume_at, self.refused_at + backoff(self.refusals, self.jitter()))
+            self.resume_at = max(self.resume_at, self.refused_at + self.timing.backoff(self.refusals))
 
     def note_success(self) -> None:
         self.refusals = 0
@@ -2473,11 +2488,6 @@ class Pace:
 def kind_of(limit_name: str) -> str:
     """Of the limit "project-tokens": "tokens"."""
     return "tokens" if "tokens" in limit_name else "requests"
-
-
-def backoff(failures: int, jitter: float) -> float:
-    """Seconds to wait after so many failures in a row: half a second, doubled each time, a minute at most."""
-    return min(MAX_BACKOFF, 0.5 * 2.0 ** (failures - 1)) * jitter
 
 
 def rate_limits(headers: Mapping[str, str]) -> dict[str, tuple[float, float, float]]:
@@ -2726,8 +2736,9 @@ PLACEHOLDER_KEY = "none"  # the SDK wants a key even if the server does not
 class Server:
     """Where calls go: its address and key, the client, and what its replies cost and say."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, timing: Timing) -> None:
         """Take the address and key from the options or the environment, and check them before anything is sent."""
+        self.timing = timing
         self.base_url = (options.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").strip()
         self.api_key = (options.api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
         self.model, self.timeout, self.user_price = options.model, options.timeout, options.price
@@ -2810,21 +2821,23 @@ class Server:
         """What comes of a call by the SDK, in any thread; a file's content is read into an open file."""
         import openai
 
-        started = time.perf_counter()
+        clock = self.timing.clock
+        started = clock()
         try:
             response = make(self.client.with_options(max_retries=max_retries) if max_retries else self.client)
         except openai.APIStatusError as error:
             response = error.response
         except ReplyRejected as error:
-            return Reply(0, {}, None, time.perf_counter() - started, str(error))
+            return Reply(0, {}, None, clock() - started, str(error))
         except openai.APIConnectionError as error:
             name = type(error.__cause__).__name__  # its own text may hold the key
             reason = "no answer in time" if isinstance(error, openai.APITimeoutError) else f"no connection ({name})"
             was_sent = name not in {"ConnectError", "ConnectTimeout"}
-            return Reply(0, {}, None, time.perf_counter() - started, reason, was_sent)
+            return Reply(0, {}, None, clock() - started, reason, was_sent)
         content = response.extensions.get("file")
         content = parse_body(response.content) if content is None else content
-        return Reply(response.status_code, response.headers, content, time.perf_counter() - started)
+        headers = {"date": format_datetime(self.timing.utc_now(), usegmt=True)} | dict(response.headers)
+        return Reply(response.status_code, headers, content, clock() - started)
 
     # What calls cost, in US dollars: by the user's price, else by genai-prices, else by the reply's own bill.
 
@@ -2955,9 +2968,7 @@ def requested_wait(reply: Reply) -> float:
             if wait > 0 and math.isfinite(wait):
                 return wait
     with contextlib.suppress(KeyError, ValueError, TypeError, OverflowError):
-        until = parsedate_to_datetime(headers["retry-after"])
-        # By the server's clock, if it tells it.
-        now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(until.tzinfo)
+        until, now = (parsedate_to_datetime(headers[name]) for name in ("retry-after", "date"))
         return max(0.0, (until - now).total_seconds())
     asked = re.search(r"(?:try again|retry)\w* in ((?:[\d.]+ ?(?:ms|s|m|h|d)[a-z]*\s?)+)", reply.error.message.lower())
     return seconds_of(asked[1].replace(" ", "")) if asked and reply.error_status >= 400 else 0.0
@@ -3112,7 +3123,7 @@ class Job:
     server: str  # its address
     parameters: Parameters
     user_price: tuple[float, float] | None  # US dollars per million tokens; it is billed as it was ordered
-    planned_at: float = field(default_factory=time.time)  # seconds since 1970
+    planned_at: float = 0.0  # seconds since 1970
     set_aside: float = 0.0  # US dollars
     remote_id: str | None = None
     attempts: dict[str, Attempt] = field(default_factory=dict)  # by custom id, those that have not landed
@@ -3236,8 +3247,6 @@ LONG_PROMPT = 1500  # estimated tokens, below which a prompt is taken to fit int
 MIN_BILLED = 0.6  # of the tokens that are estimated; estimates for texts of any script are closer than that
 MAX_FALSE_ALARMS = 2  # after which replies that look like another's are believed
 MAX_REFUSALS = 20  # in a row, after which a harmless text is asked whether everything is refused
-MAX_WAIT = 3600.0  # seconds that a server may ask for
-UNREACHABLE_SECONDS = 10.0  # give up on a server that has never answered after this long
 MAX_LONE_FAILURES = 4  # of a lone row; two that are alike suffice, since a good row fails now this way, now that
 MAX_LONE_ALIKE = 2
 MAX_JOBS = 3  # that a request goes into
@@ -3289,8 +3298,8 @@ def judge_by_rules(reply: Reply, attempt: Attempt, evidence: Evidence, server: S
         return Verdict(Action.RETRY, "sent under parameters that have changed", seconds=0.0)
 
     # 4. No request can succeed, whatever is asked.
-    if wait > MAX_WAIT:
-        return Verdict(Action.STOP, long_wait_line(server.host, wait) + server.server_message(reply, attempt.rows))
+    if wait > server.timing.longest_wait:
+        return Verdict(Action.STOP, long_wait_line(server, wait) + server.server_message(reply, attempt.rows))
     if status in {401, 402, 404} or status // 100 == 3 or is_out_of_money(reply):
         return Verdict(Action.STOP, server.explain(reply, attempt.rows))
     if is_limit and not wait and QUOTA_WORDS.search(words):
@@ -3300,9 +3309,9 @@ def judge_by_rules(reply: Reply, attempt: Attempt, evidence: Evidence, server: S
     # 5. A rate. Its "too many tokens" are those of a minute; its "too large" is about this request alone.
     is_too_large = status == 413 or reply.reason == TOO_LARGE
     if is_limit and "too large" not in words:
-        if now - evidence.limited_since > MAX_WAIT:
+        if now - evidence.limited_since > server.timing.longest_wait:
             said = server.server_message(reply, attempt.rows)
-            return Verdict(Action.STOP, long_wait_line(server.host, 0.0) + said)
+            return Verdict(Action.STOP, long_wait_line(server, 0.0) + said)
         return Verdict(Action.RETRY, f"HTTP {status}", seconds=wait or None, is_rate=True)
 
     # 6. Too long, or cut off at our own bound, which gets room before rows are split.
@@ -3344,7 +3353,7 @@ def judge_failure(reply: Reply, attempt: Attempt, evidence: Evidence, server: Se
     since = min(evidence.failing_since, now)
     if attempt.jobs:
         return Verdict(Action.SPLIT if attempt.jobs == MAX_JOBS - 1 else Action.RETRY, reason)
-    if not evidence.reached and reply.status == 0 and now - since > UNREACHABLE_SECONDS:
+    if not evidence.reached and reply.status == 0 and now - since > server.timing.unreachable:
         return Verdict(
             Action.STOP,
             f"No answer from {server.host}: {reason}. Check the address and the network, then run the same command: "
@@ -3388,18 +3397,20 @@ def with_room(reply: Reply, attempt: Attempt, parameters: Parameters) -> Paramet
     return replace(parameters, room=min(room, limit)) if parameters.room < limit else None
 
 
-def long_wait_line(host: str, wait: float) -> str:
+def long_wait_line(server: Server, wait: float) -> str:
     """For a wait, in seconds, that is too long, or a shorter one after an hour of nothing but HTTP 429."""
-    if wait <= MAX_WAIT:
+    if wait <= server.timing.longest_wait:
         return (
-            f"{host} has answered nothing but HTTP 429 for an hour; what came back is kept: run the same command later."
+            f"{server.host} has answered nothing but HTTP 429 for an hour; what came back is kept: run the same "
+            "command later."
         )
     minutes = math.ceil(wait / 60)
     length = f"{minutes // 60} h {minutes % 60} min" if minutes < 6000 else f"{minutes // 1440:,} days"
     until = ""
     with contextlib.suppress(OverflowError):
-        until = f" until {datetime.now() + timedelta(seconds=wait):{'%H:%M' if minutes < 1440 else '%Y-%m-%d'}}"
-    return f"{host} asks to wait{until} ({length}); answers so far are kept: run the same command then."
+        at = server.timing.utc_now().astimezone() + timedelta(seconds=wait)
+        until = f" until {at:{'%H:%M' if minutes < 1440 else '%Y-%m-%d'}}"
+    return f"{server.host} asks to wait{until} ({length}); answers so far are kept: run the same command then."
 
 
 CACHED = (
@@ -3843,7 +3854,7 @@ class Store:
             found = self.db.execute(LAST_PARAMETERS, values).fetchone()
         return Parameters.from_json(found[0]) if found else None
 
-    def record(self, attempt: Attempt, verdict: Verdict) -> None:
+    def record(self, attempt: Attempt, verdict: Verdict, ended_at: datetime) -> None:
         """Keep what came of an attempt: its answers, or that its row was given up because of its text."""
         body, usage = attempt.reply.body if attempt.reply else None, attempt.usage
         answers = {} if attempt.is_probe else verdict.answers
@@ -3854,7 +3865,7 @@ class Store:
             has_texts = all(row.text for row in attempt.rows)  # else it is of an earlier run's job
             said = str(first_choice(body).get("message") or "")
             values = {
-                "ended_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "ended_at": ended_at.isoformat(timespec="milliseconds"),
                 "seconds": attempt.seconds,
                 "calls": attempt.calls,
                 "questions": self._question_numbers(attempt.prompt),
@@ -4211,8 +4222,6 @@ def show(line: str, stream: TextIO | None) -> None:
 
 Landed: TypeAlias = Generator[tuple[Attempt, Verdict], None, None]
 
-CALL_SECONDS = 600.0  # after which a call is given up whose reply only trickles in; the timeout, if that is longer
-STOP_SECONDS = 8.0  # how long a stop waits for calls in flight, or as long as the slowest answer has taken
 MAX_UNPROVEN = 20  # calls at once, until a row has been answered
 MAX_PROBE_CALLS = 16
 HARMLESS = "The library is open from nine to five."
@@ -4224,8 +4233,8 @@ class Calls:
     Threads only call. All decisions are made in the main thread, so there is no lock.
     """
 
-    def __init__(self, workers: int, timeout: float) -> None:
-        self.longest = max(CALL_SECONDS, timeout)
+    def __init__(self, workers: int, timeout: float, timing: Timing) -> None:
+        self.timing, self.longest = timing, max(timing.call, timeout)
         self.new_pool = partial(ThreadPoolExecutor, workers, thread_name_prefix="enrich")
         self.pool = self.new_pool()
         self.completed: queue.SimpleQueue[Future[Reply]] = queue.SimpleQueue()
@@ -4242,7 +4251,7 @@ class Calls:
     def start(self, call: Callable[[], Reply]) -> Future[Reply]:
         """Start a call, which `wait_for_one` will return."""
         made = self.pool.submit(call)
-        self.started[made] = time.monotonic()
+        self.started[made] = self.timing.clock()
         made.add_done_callback(self.completed.put)
         return made
 
@@ -4251,11 +4260,11 @@ class Calls:
 
         The oldest comes back as if it had timed out if it takes too long; its thread is left behind with its pool.
         """
-        now, oldest = time.monotonic(), next(iter(self.started), None)
+        now, oldest = self.timing.clock(), next(iter(self.started), None)
         self.stopped_at = min(self.stopped_at, now) if is_stopping else math.inf
         if oldest is not None:
             age, stopped_for = now - self.started[oldest], now - self.stopped_at
-            if age > self.longest or stopped_for > max(STOP_SECONDS, self.slowest):
+            if age > self.longest or stopped_for > max(self.timing.stop, self.slowest):
                 self.pool.shutdown(wait=False)
                 self.pool = self.new_pool()
                 del self.started[oldest]
@@ -4283,8 +4292,9 @@ class LiveSender:
         self.options, self.server, self.warn = task.options, task.server, task.console.warn
         self.evidence, self.budget, self.stop, self.progress = evidence, budget, stop, progress
         self.prompt = task.prompt
-        self.pace = Pace(int(self.options.max_workers))
-        self.calls = Calls(int(self.options.max_workers), self.options.timeout)
+        self.timing = self.server.timing
+        self.pace = Pace(int(self.options.max_workers), self.timing)
+        self.calls = Calls(int(self.options.max_workers), self.options.timeout, self.timing)
         self.in_flight: dict[Future[Reply], Attempt] = {}
         self.to_send: deque[Attempt] = deque()  # parts of attempts, which go before new ones
         self.waiting: list[Attempt] = []  # a heap
@@ -4343,7 +4353,7 @@ class LiveSender:
             and len(self.in_flight) < self._max_at_once
             and (self.waiting or self._fill(new))
         ):
-            now = time.monotonic()
+            now = self.timing.clock()
             # While nothing but failures comes, what waits for its next try is enough to see the end of it.
             is_held = self.evidence.failing_since < math.inf and len(self.waiting) >= max(5, 2 * self._max_at_once)
             if not (self.waiting and self.waiting[0].due <= now) and not is_held and self._fill(new):
@@ -4377,7 +4387,7 @@ class LiveSender:
 
     def _process(self, attempt: Attempt, reply: Reply) -> Verdict:
         """Add a reply to its attempt, and to all that is learned from replies."""
-        now = time.monotonic()
+        now = self.timing.clock()
         self._book(attempt, reply, now)
         verdict = self._judge(attempt, reply, now)
         if verdict.action is Action.DONE or verdict.is_refusal:
@@ -4437,8 +4447,8 @@ class LiveSender:
     def _send_again(self, attempt: Attempt, verdict: Verdict) -> bool:
         """Let an attempt wait for its next call; return whether it has landed."""
         wait = 0.0 if verdict.is_rate or verdict.parameters else verdict.seconds  # a rate makes all calls wait
-        wait = backoff(attempt.tries, self.pace.jitter()) if wait is None else wait
-        due, id_set = time.monotonic() + wait, verdict.id_set or attempt.id_set
+        wait = self.timing.backoff(attempt.tries) if wait is None else wait
+        due, id_set = self.timing.clock() + wait, verdict.id_set or attempt.id_set
         heapq.heappush(self.waiting, replace(attempt, due=due, id_set=id_set))  # after a stop only to be recorded
         return False
 
@@ -4480,7 +4490,7 @@ class LiveSender:
         for is_probed in (False, True):
             parked, self.parked = self.parked, []
             for attempt in parked:
-                now, reply = time.monotonic(), attempt.reply or Reply(0, {}, None, 0.0)
+                now, reply = self.timing.clock(), attempt.reply or Reply(0, {}, None, 0.0)
                 if self.evidence.answered_at > attempt.failing_since:
                     # What failed in an outage that is over is asked once more before it is split or given up.
                     attempt.tries = min(attempt.tries, max_tries_alone(self.server) - 1)
@@ -4557,12 +4567,12 @@ class LiveSender:
             return None
         if found and is_failing:  # (e): a 5xx is no verdict on a form: the form as it is may be answered by now
             found = current if (yield from ask(current)) else found
-        tries, until = 0, time.monotonic() + UNREACHABLE_SECONDS
+        tries, until = 0, self.timing.clock() + self.timing.unreachable
         while not found and is_failing and tries < self.server.max_retries and self.is_running:
-            if not evidence.reached and time.monotonic() > until:
+            if not evidence.reached and self.timing.clock() > until:
                 break
             tries += 1
-            self._pause(backoff(tries, self.pace.jitter()))
+            self._pause(self.timing.backoff(tries))
             tried[:] = tried[-1:]  # only `max_retries` limits these calls
             found = current if (yield from ask(current)) else None
         if not self.is_running:
@@ -4589,12 +4599,12 @@ class LiveSender:
             if not self.budget.reserve(attempt.reserved):
                 self.error = self.budget.exceeded(attempt.reserved)
                 return None
-            self._pause(self.pace.delay(tokens, time.monotonic()))
+            self._pause(self.pace.delay(tokens, self.timing.clock()))
             if not self.is_running:
                 return None
-            attempt.parameters, attempt.departure = parameters, self.pace.note_start(tokens, time.monotonic())
+            attempt.parameters, attempt.departure = parameters, self.pace.note_start(tokens, self.timing.clock())
             body = build_body(attempt, parameters)
-            reply, now = self._reply_to(partial(self.server.chat, body)), time.monotonic()
+            reply, now = self._reply_to(partial(self.server.chat, body)), self.timing.clock()
             self._book(attempt, reply, now)
             self.evidence.reached |= reply.status > 0
             self.progress.expect(1)
@@ -4617,8 +4627,8 @@ class LiveSender:
 
     def _pause(self, seconds: float) -> None:
         """Wait, unless the run is to stop."""
-        until = time.monotonic() + seconds
-        while self.is_running and (left := until - time.monotonic()) > 0:
+        until = self.timing.clock() + seconds
+        while self.is_running and (left := until - self.timing.clock()) > 0:
             self.stop.wait(min(0.5, left))
 
     def _is_allowed(self, parameters: Parameters) -> bool:
@@ -4627,7 +4637,7 @@ class LiveSender:
     def _adopt_working(self, parameters: Parameters) -> None:
         self._adopt(parameters)
         self.evidence.answered.add(parameters.without_room)
-        self.evidence.answered_at, self.evidence.refusals = time.monotonic(), 0
+        self.evidence.answered_at, self.evidence.refusals = self.timing.clock(), 0
         self.evidence.failing_since = math.inf
 
     def _fail_with(self, line: str) -> None:
@@ -4687,8 +4697,6 @@ QUEUE_FULL = re.compile(r"enqueued token limit|token_limit_exceeded", re.IGNOREC
 FILE_UNKNOWN = re.compile(
     r"file.*(pending|running|find|found|exist|ready|processed)|(pending|find|such).*file", re.DOTALL | re.IGNORECASE
 )
-FIND_SECONDS = 60.0  # how long a job is looked for whose creation was not confirmed: lists may lag behind
-FILE_SECONDS = 300.0  # how long an uploaded file may take until a job can be made of it
 MAX_PAGES = 50  # of a list of jobs, which may claim to have no end
 
 
@@ -4836,7 +4844,7 @@ class JobSender(LiveSender):
         self.budget.settle(0.0, cost or 0.0)
         attempt.add_call(reply, cost, 0.0)
         attempt.jobs += 1
-        verdict = self._judge(attempt, reply, time.monotonic())
+        verdict = self._judge(attempt, reply, self.timing.clock())
         if self._follow(attempt, verdict):
             yield attempt, verdict
 
@@ -4860,7 +4868,8 @@ class JobSender(LiveSender):
         if self._has_full_queue(job, words):
             return
         quoted = self.server.quote(words, job.rows)
-        is_early = FILE_UNKNOWN.search(words) and time.time() - job.planned_at < FILE_SECONDS
+        age = self.timing.utc_now().timestamp() - job.planned_at
+        is_early = FILE_UNKNOWN.search(words) and age < self.timing.find_file
         self._requeue(job)
         if not is_early:
             raise ProviderError(f"{self.server.host} rejected job {job.remote_id}: {quoted}")
@@ -4910,14 +4919,14 @@ class JobSender(LiveSender):
         uploaded = self._call(lambda client: client.files.with_raw_response.create(file=named, purpose="batch"))
         if not has_content(uploaded):
             raise self._error_of(uploaded, rows=job.rows)
-        file_id, until = str(uploaded.body.get("id")), time.monotonic() + FILE_SECONDS
+        file_id, until = str(uploaded.body.get("id")), self.timing.clock() + self.timing.find_file
         order = {
             "endpoint": "/v1/chat/completions",
             "completion_window": "24h",
             "metadata": {"enrich_dataset": job.tag},
         }
         for tries in itertools.count(1):
-            job.planned_at = time.time()
+            job.planned_at = self.timing.utc_now().timestamp()
             self.store.plan_job(job)
             reply = self._call(
                 lambda client: client.batches.with_raw_response.create(input_file_id=file_id, **order),
@@ -4933,7 +4942,7 @@ class JobSender(LiveSender):
                 return
             is_early = reply.status in {400, 404} and FILE_UNKNOWN.search(words.replace(file_id, "file"))
             may_pass = is_early or (is_temporary(reply) and tries <= self.options.max_retries)
-            if time.monotonic() > until or not may_pass:
+            if self.timing.clock() > until or not may_pass:
                 if has_content(reply) or reply.status // 100 == 4:
                     self.store.forget_job(job)
                 if has_content(reply):
@@ -4942,7 +4951,7 @@ class JobSender(LiveSender):
                         "API is not OpenAI's; drop `use_batch_api`."
                     )
                 raise self._error_of(reply, rows=job.rows)
-            self._sleep(requested_wait(reply) or min(self.options.poll_interval, FILE_SECONDS / 60))
+            self._sleep(requested_wait(reply) or min(self.options.poll_interval, self.timing.find_file / 60))
         self.store.note_job(job)
         self.jobs.append(job)
         self.warn(
@@ -4962,15 +4971,16 @@ class JobSender(LiveSender):
 
     def _find(self, job: Job) -> dict[str, Any] | None:
         """The job among the account's, by its tag; looked for until a minute after it was planned, in any order."""
-        started = time.monotonic()
+        started = self.timing.clock()
         while True:
             for remote in self._all_remote():
                 if get_nested(remote, "metadata", "enrich_dataset") == job.tag:
                     return remote
             # By this machine's clock, which may have been set meanwhile, and by the time that has passed here.
-            if max(time.time() - job.planned_at, time.monotonic() - started) >= FIND_SECONDS:
+            age = max(self.timing.utc_now().timestamp() - job.planned_at, self.timing.clock() - started)
+            if age >= self.timing.find_job:
                 return None
-            self._sleep(min(self.options.poll_interval, FIND_SECONDS / 12))
+            self._sleep(min(self.options.poll_interval, self.timing.find_job / 12))
 
     def _all_remote(self) -> Iterator[dict[str, Any]]:
         after: dict[str, str] = {}
@@ -5003,8 +5013,8 @@ class JobSender(LiveSender):
         """The error of a call that did not succeed; `rows` are what it sent, `thing` what a 404 means to be unknown."""
         host, status, rows = self.server.host, reply.status, list(rows)
         said, words = self.server.server_message(reply, rows), " ".join([*reply.error.names, reply.error.message])
-        if requested_wait(reply) > MAX_WAIT:
-            return ProviderError(long_wait_line(host, requested_wait(reply)) + said)
+        if requested_wait(reply) > self.timing.longest_wait:
+            return ProviderError(long_wait_line(self.server, requested_wait(reply)) + said)
         if is_temporary(reply) or status // 100 == 2:
             jobs = " Submitted jobs continue." if self.jobs else ""
             reason = reply.reason or f"HTTP {status}"
@@ -6164,7 +6174,7 @@ class Report:
     # value), "cells_not_settled" and "equal_files".
     figures: Mapping[str, Any]
     seconds: float  # wall-clock time of asking
-    ended_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    ended_at: datetime
 
     def attributes(self) -> dict[str, Any]:
         """For a frame's `attrs`."""
@@ -6220,6 +6230,7 @@ def make_report(
         shares=shares_by(cells[requested], options.labels, by_values) if table.by_values else {},
         figures=figures or {},
         seconds=seconds,
+        ended_at=task.server.timing.utc_now(),
     )
 
 
@@ -7101,7 +7112,7 @@ def read_codebook(path: Path) -> dict[str, str]:
     return dict(pairs)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = vars(build_parser().parse_args(argv))
     codebook, key_file = arguments.pop("codebook"), arguments.pop("api_key_file")
@@ -7114,7 +7125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = Options(**arguments)
         read_here = {"codebook": codebook, "key file": key_file}
         check_apart(options.written, {what: Path(path) for what, path in read_here.items() if path is not None})
-        report, _ = run(options, Console(options.quiet, as_flags=True))
+        report, _ = run(options, Console(options.quiet, as_flags=True), timing=timing)
     except EnrichmentError as error:
         show(f"Error: {name_options(error.message, as_flags=True)}", sys.stderr)
         return error.exit_code

@@ -17,7 +17,8 @@ import hypothesis
 import openai
 import pandas as pd
 import pytest
-from stand_in_server import StandIn, labels_of
+from stand_in_rules import labels_of
+from stand_in_server import StandIn
 
 import enrich_dataset as module
 
@@ -83,35 +84,41 @@ def prompt_of(labels: Sequence[str] = LABELS, model: str = "m", **options: Any) 
     return module.read_prompt(module.frame_options(pd.DataFrame(), "text", labels, model=model, **options), "a-server")
 
 
-class Job:
+class Bench:
     """A table of texts in a folder of its own, and the ways to have it labelled."""
 
     def __init__(self, folder: Path, server: StandIn, form: str = "list") -> None:
         self.server, self.form = server, form
+        self.timing: module.Timing | None = None  # the program's own
+        self.spares_probes = True  # in runs of jobs, whose first call asks a harmless text
         self.input = folder / "in.csv"
         self.output = folder / "out.csv"
         self.store = folder / "out.csv.answers.sqlite3"
         self.texts: list[str] = []
 
-    def write(self, texts: Sequence[str]) -> Job:
+    def write(self, texts: Sequence[str]) -> Bench:
         self.texts = list(texts)
         write_texts(self.input, texts)
         return self
 
     def enrich(self, labels: Sequence[str] = LABELS, **options: Any) -> pd.DataFrame:
         options = {"base_url": self.server.url, "quiet": True, "model": MODEL, "answer_form": self.form} | options
-        if options.get("use_batch_api") and self.server.lets_probes_pass is None:
-            self.server.lets_probes_pass = True
-        return module.enrich_dataset(self.input, self.output, "text", None, labels, **options)
+        if options.get("use_batch_api"):
+            self.server.spared = module.HARMLESS if self.spares_probes else ""
+        if self.timing is None:
+            return module.enrich_dataset(self.input, self.output, "text", None, labels, **options)
+        quiet = bool(options.pop("quiet"))
+        checked = module.Options(self.input, self.output, "text", None, labels, **options)
+        return module.run(checked, module.Console(quiet), returns_frame=True, timing=self.timing)[1]
 
     def arguments(self, *more: str) -> list[str]:
         paths = ["--input", str(self.input), "--output", str(self.output), "--text-column", "text"]
-        if "--batch-api" in more and self.server.lets_probes_pass is None:
-            self.server.lets_probes_pass = True
+        if "--batch-api" in more:
+            self.server.spared = module.HARMLESS if self.spares_probes else ""
         return [*paths, "--model", MODEL, "--answer-form", self.form, "--labels", *LABELS, *more]
 
     def command(self, *more: str) -> int:
-        return module.main(self.arguments("--base-url", self.server.url, *more))
+        return module.main(self.arguments("--base-url", self.server.url, *more), self.timing)
 
     def process(self, *more: str) -> subprocess.Popen[str]:
         program = [sys.executable, str(ROOT / "enrich_dataset.py")]
@@ -152,13 +159,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     But for those marked `one_form`: of a reply that is written out in the test, or too slow to be run three times.
     """
     has = metafunc.definition.get_closest_marker
-    if "job" in metafunc.fixturenames and has("every_form") and not has("one_form"):
-        metafunc.parametrize("job", FORMS, indirect=True)
+    if "bench" in metafunc.fixturenames and has("every_form") and not has("one_form"):
+        metafunc.parametrize("bench", FORMS, indirect=True)
 
 
 @pytest.fixture
-def job(tmp_path: Path, server: StandIn, request: pytest.FixtureRequest) -> Job:
-    return Job(tmp_path, server, getattr(request, "param", "list"))
+def bench(tmp_path: Path, server: StandIn, request: pytest.FixtureRequest) -> Bench:
+    return Bench(tmp_path, server, getattr(request, "param", "list"))
 
 
 @pytest.fixture

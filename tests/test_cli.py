@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import LABELS, ROOT, Job, expected, make_texts
+from conftest import LABELS, ROOT, Bench, expected, make_texts
 
 import enrich_dataset as module
 
@@ -47,35 +47,37 @@ sexual_harassment: 13/38 (34.2%)
 """
 
 
-def test_the_report_word_for_word(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.server.first_token = 0.05
-    assert job.write(make_texts(38)).command() == 0
+def test_the_report_word_for_word(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.server.model.first_token = 0.05
+    assert bench.write(make_texts(38)).command() == 0
     printed = re.sub(r"~\d+(\.\d)?x", "~#x", capsys.readouterr().out)
     printed = re.sub(r"Tokens: [\d,]+ in, \d+ out", "Tokens: # in, # out", printed)
     printed = re.sub(r"Cost: \$0\.000\d+", "Cost: $#", printed)
     printed = re.sub(r": \d+/38 \(\d+\.\d%\)", ": 13/38 (34.2%)", printed)
-    assert printed == REPORT.format(input=job.input, output=job.output)
+    assert printed == REPORT.format(input=bench.input, output=bench.output)
 
 
-def test_the_summary_counts_what_is_in_the_file(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    assert job.write([*make_texts(38), "", " "]).command() == 0
-    ones = sum(cells[0] == "1" for cells in job.cells)
+def test_the_summary_counts_what_is_in_the_file(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.write([*make_texts(38), "", " "]).command() == 0
+    ones = sum(cells[0] == "1" for cells in bench.cells)
     printed = capsys.readouterr().out
     assert f"praising_violence: {ones}/38 ({ones / 38:.1%}), 2 blank\n" in printed
     assert "Rows with a blank text (not sent, left blank): 2\n" in printed
 
 
-def test_the_speedup_is_the_calls_own_seconds_over_the_wall_clock(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.server.first_token = 0.3
-    job.write(make_texts(80)).command("--max-workers", "4")
+def test_the_speedup_is_the_calls_own_seconds_over_the_wall_clock(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.server.model.first_token = 0.3
+    bench.write(make_texts(80)).command("--max-workers", "4")
     found = re.search(r"~(\d+\.?\d*)x faster", capsys.readouterr().out)
     assert found
     assert 2 < float(found[1]) <= 4
 
 
-def test_what_is_known_already_is_said(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.write(["cake", "cake", "tram"]).command("--quiet")
-    assert job.command() == 0
+def test_what_is_known_already_is_said(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.write(["cake", "cake", "tram"]).command("--quiet")
+    assert bench.command() == 0
     printed = capsys.readouterr().out
     assert "Rows already labelled (not sent again): 3\nNothing to send: no API call is made\n" in printed
     assert "Total API calls made: 0\n" in printed
@@ -83,42 +85,42 @@ def test_what_is_known_already_is_said(job: Job, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("texts", [[], ["", " "]])
 def test_a_run_that_labels_no_row_is_not_called_complete(
-    job: Job, texts: list[str], capsys: pytest.CaptureFixture[str]
+    bench: Bench, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert job.write(texts).command() == 0
+    assert bench.write(texts).command() == 0
     printed = capsys.readouterr().out
     assert "Enrichment complete" not in printed
     assert "✗ No row was labelled: no row has a text\n" in printed
 
 
-def test_rows_that_wait_in_a_job_hide_no_saved_calls(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.server.job_seconds = 60
-    job.write(make_texts(50)).enrich(use_batch_api=True, no_wait=True)
-    assert job.write(make_texts(100)).command() == 3
+def test_rows_that_wait_in_a_job_hide_no_saved_calls(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.server.batches.seconds = 60
+    bench.write(make_texts(50)).enrich(use_batch_api=True, no_wait=True)
+    assert bench.write(make_texts(100)).command() == 3
     assert "Total API calls made: 5 (saved 45 API calls!)\n" in capsys.readouterr().out
 
 
-def test_saved_calls_count_rows_that_are_sent_twice_twice(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    assert job.write(make_texts(38)).command("--audit", "10") == 0
+def test_saved_calls_count_rows_that_are_sent_twice_twice(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.write(make_texts(38)).command("--audit", "10") == 0
     assert "Total API calls made: 14 (saved 34 API calls!)\n" in capsys.readouterr().out
 
 
-def test_equal_rows_and_another_encoding_are_said(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.input.write_bytes(b"text\ncaf\xe9\ncaf\xe9\n")
-    assert job.command() == 0
+def test_equal_rows_and_another_encoding_are_said(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.input.write_bytes(b"text\ncaf\xe9\ncaf\xe9\n")
+    assert bench.command() == 0
     printed = capsys.readouterr().out
     assert "Encoding: cp1252, since the file is not UTF-8\n" in printed
     assert "Duplicate rows (sent once): 1\n" in printed
 
 
-def test_quiet_prints_nothing(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    assert job.write(make_texts(5)).command("--quiet") == 0
+def test_quiet_prints_nothing(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.write(make_texts(5)).command("--quiet") == 0
     assert capsys.readouterr() == ("", "")
 
 
-def test_where_no_terminal_is_the_bar_is_a_few_lines(job: Job) -> None:
-    job.server.first_token = 0.02
-    process = job.write(make_texts(300)).process("--batch-size", "2")
+def test_where_no_terminal_is_the_bar_is_a_few_lines(bench: Bench) -> None:
+    bench.server.model.first_token = 0.02
+    process = bench.write(make_texts(300)).process("--batch-size", "2")
     _, errors = process.communicate(timeout=60)
     lines = errors.splitlines()
     assert 1 <= len(lines) <= 3
@@ -127,10 +129,10 @@ def test_where_no_terminal_is_the_bar_is_a_few_lines(job: Job) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_a_terminal_without_the_check_mark_gets_a_plain_sign(job: Job, encoding: str) -> None:
-    output = job.output.with_name("héllo 賞.csv")
-    arguments = ["--output", str(output), "--base-url", job.server.url]
-    program = [sys.executable, str(ROOT / "enrich_dataset.py"), *job.write(["cake"]).arguments(*arguments)]
+def test_a_terminal_without_the_check_mark_gets_a_plain_sign(bench: Bench, encoding: str) -> None:
+    output = bench.output.with_name("héllo 賞.csv")
+    arguments = ["--output", str(output), "--base-url", bench.server.url]
+    program = [sys.executable, str(ROOT / "enrich_dataset.py"), *bench.write(["cake"]).arguments(*arguments)]
     run = subprocess.run(program, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True)
     assert b"* Enrichment complete!" in run.stdout
     assert output.exists()
@@ -185,12 +187,12 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_one_line_exit_2_and_nothing_written(
-    job: Job, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    bench: Bench, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more, message = WRONG[name]
-    job.write(["cake", "tram", "sun"])
-    monkeypatch.chdir(job.input.parent)
-    base = ["--input", "in.csv", "--output", "out.csv", "--text-column", "text", "--base-url", job.server.url]
+    bench.write(["cake", "tram", "sun"])
+    monkeypatch.chdir(bench.input.parent)
+    base = ["--input", "in.csv", "--output", "out.csv", "--text-column", "text", "--base-url", bench.server.url]
     labels = [] if "--labels" in more else ["--labels", *LABELS]
     try:
         code = module.main([*base, *labels, *more] if more else [])
@@ -203,16 +205,16 @@ def test_what_is_wrong_is_one_line_exit_2_and_nothing_written(
     assert errors.count("\n") == 1
     assert "sk-ab" not in errors
     assert [path.name for path in Path().iterdir()] == ["in.csv"]
-    assert job.server.calls == []
+    assert bench.server.calls == []
 
 
-def test_in_python_a_label_may_hold_commas_joiners_and_odd_blanks_and_labels_be_any_sequence(job: Job) -> None:
+def test_in_python_a_label_may_hold_commas_joiners_and_odd_blanks_and_labels_be_any_sequence(bench: Bench) -> None:
     labels = ["attacks, of any kind", "\u0645\u06cc\u200c\u062e", "\U0001f468\u200d\U0001f469", "a\u00a0b"]
-    job.write(["an attack"])
+    bench.write(["an attack"])
     for given in (labels, pd.Series(labels), pd.Index(labels), np.array(labels), (label for label in labels)):
-        frame = job.enrich(given)  # type: ignore[arg-type]
+        frame = bench.enrich(given)  # type: ignore[arg-type]
         assert list(frame[labels].iloc[0]) == [1, 0, 0, 0]
-    assert len(job.server.calls) == 1
+    assert len(bench.server.calls) == 1
 
 
 def test_help_is_grouped_and_ends_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,53 +229,57 @@ def test_help_is_grouped_and_ends_with_an_example(capsys: pytest.CaptureFixture[
     assert "  python enrich_dataset.py --input HatefulData.csv" in shown.partition("example:\n")[2]
 
 
-def test_the_default_model_changes_on_the_day_on_which_the_old_one_ends(job: Job) -> None:
+def test_the_default_model_changes_on_the_day_on_which_the_old_one_ends(bench: Bench) -> None:
     assert module.default_model(date(2027, 1, 13)) == "gpt-4o-mini"
     assert module.default_model(date(2027, 1, 14)) == "gpt-6-luna"
-    job.write(["cake"]).enrich()
-    arguments = [word for word in job.arguments("--base-url", job.server.url) if word not in {"--model", "gpt-4o-mini"}]
+    bench.write(["cake"]).enrich()
+    arguments = [
+        word for word in bench.arguments("--base-url", bench.server.url) if word not in {"--model", "gpt-4o-mini"}
+    ]
     code = "import datetime, sys\nday = datetime.date(2027, 1, 14)\n"
     code += "datetime.date = type('date', (datetime.date,), {'today': staticmethod(lambda: day)})\n"
     code += f"import enrich_dataset\nsys.exit(enrich_dataset.main({arguments!r}))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "Model: gpt-6-luna, the default since 2027-01-14, on which gpt-4o-mini was shut down\n" in run.stdout
     assert re.search("^model gpt-4o-mini +1 ", run.stdout, re.MULTILINE)
-    assert job.server.calls[-1].body["model"] == "gpt-6-luna"
+    assert bench.server.calls[-1].body["model"] == "gpt-6-luna"
 
 
 @pytest.mark.parametrize("window", [{"limit": 20}, {"start_index": 30}])
 def test_counts_are_about_the_rows_requested(
-    job: Job, window: dict[str, int], capsys: pytest.CaptureFixture[str]
+    bench: Bench, window: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job.write(make_texts(50)).enrich(quiet=True, limit=40)
-    frame = job.enrich(quiet=False, **window)
+    bench.write(make_texts(50)).enrich(quiet=True, limit=40)
+    frame = bench.enrich(quiet=False, **window)
     printed = capsys.readouterr().out
     requested = slice(window.get("start_index", 0), window.get("start_index", 0) + 20)
-    ones = sum(cells[0] == "1" for cells in expected(job.texts)[requested])
+    ones = sum(cells[0] == "1" for cells in expected(bench.texts)[requested])
     assert f"praising_violence: {ones}/20 " in printed
     assert frame.attrs["enrichment"]["requested_rows"] == frame.attrs["enrichment"]["labelled_rows"] == 20
 
 
-def test_a_stopped_run_counts_the_rows_requested(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.server.script.extend([None, (401, {}, {})])
-    assert job.write(make_texts(50)).command("--limit", "20", "--max-workers", "1") == 1
+def test_a_stopped_run_counts_the_rows_requested(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.server.script.extend([None, (401, {}, {})])
+    assert bench.write(make_texts(50)).command("--limit", "20", "--max-workers", "1") == 1
     assert "Stopped: 10 of 20 rows are labelled" in capsys.readouterr().err
 
 
-def test_shares_are_broken_down_by_a_column_that_is_never_sent(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.input.write_text("text,party,label\nviolence,left,x\ncake,left,x\ntram,right,x\n")
-    assert job.command("--by", "party") == 0
+def test_shares_are_broken_down_by_a_column_that_is_never_sent(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.input.write_text("text,party,label\nviolence,left,x\ncake,left,x\ntram,right,x\n")
+    assert bench.command("--by", "party") == 0
     printed = capsys.readouterr().out
     table = printed.partition("=== Share of each label by 'party' ===\n")[2].splitlines()
     assert table[0].split() == ["left", "right"]
     assert table[1].split() == ["praising_violence", "50.0%", "0.0%"]
-    assert "left" not in json.dumps(job.server.calls[0].body)
-    record = json.loads(Path(f"{job.output}.run.json").read_text())["shares_by"]
+    assert "left" not in json.dumps(bench.server.calls[0].body)
+    record = json.loads(Path(f"{bench.output}.run.json").read_text())["shares_by"]
     assert record == {"column": "party", "shares": record["shares"]}
     assert record["shares"]["praising_violence"] == {"left": 0.5, "right": 0.0}
-    assert job.command("--by", "party", "--label-column", "label") == 0
+    assert bench.command("--by", "party", "--label-column", "label") == 0
     assert "by 'party' ===" in capsys.readouterr().out
-    assert job.command("--label-column", "label") == 0
+    assert bench.command("--label-column", "label") == 0
     assert "=== Share of each label by 'label' (shown to the model) ===" in capsys.readouterr().out
 
 
@@ -292,29 +298,29 @@ def test_shares_are_broken_down_by_a_column_that_is_never_sent(job: Job, capsys:
         ({"new_labels": [None]}, "printable"),
     ],
 )
-def test_what_only_python_can_get_wrong(job: Job, options: dict[str, object], message: str) -> None:
+def test_what_only_python_can_get_wrong(bench: Bench, options: dict[str, object], message: str) -> None:
     with pytest.raises(module.InputError, match=message):
-        job.write(["cake"]).enrich(**({"labels": options.pop("new_labels", LABELS)} | options))  # type: ignore[arg-type]
+        bench.write(["cake"]).enrich(**({"labels": options.pop("new_labels", LABELS)} | options))  # type: ignore[arg-type]
 
 
-def test_the_key_may_come_from_a_file_or_the_environment(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    job.server.key = "my-key"
-    key_file = job.input.with_name("key")
+def test_the_key_may_come_from_a_file_or_the_environment(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.server.gate.key = "my-key"
+    key_file = bench.input.with_name("key")
     key_file.write_text("\ufeffmy-key \n", encoding="utf-8")
-    assert job.write(["cake"]).command("--quiet", "--api-key-file", str(key_file)) == 0
+    assert bench.write(["cake"]).command("--quiet", "--api-key-file", str(key_file)) == 0
     monkeypatch.setenv("OPENAI_API_KEY", " my-key\n")
-    monkeypatch.setenv("OPENAI_BASE_URL", job.server.url)
-    assert module.main(job.write(["tram"]).arguments("--quiet")) == 0
-    assert len(job.server.calls) == 2
+    monkeypatch.setenv("OPENAI_BASE_URL", bench.server.url)
+    assert module.main(bench.write(["tram"]).arguments("--quiet")) == 0
+    assert len(bench.server.calls) == 2
 
 
-def test_another_server_than_openais_needs_no_key(job: Job) -> None:
-    job.server.key = "none"
-    assert job.write(["cake"]).command("--quiet") == 0
+def test_another_server_than_openais_needs_no_key(bench: Bench) -> None:
+    bench.server.gate.key = "none"
+    assert bench.write(["cake"]).command("--quiet") == 0
 
 
-def test_each_default_is_written_once(job: Job) -> None:
-    options = vars(module.build_parser().parse_args(job.arguments()))
+def test_each_default_is_written_once(bench: Bench) -> None:
+    options = vars(module.build_parser().parse_args(bench.arguments()))
     for name, parameter in inspect.signature(module.enrich_dataset).parameters.items():
         assert name in options
         if parameter.default is not parameter.empty:
@@ -340,10 +346,10 @@ def test_help_and_version_answer_without_the_heavy_packages() -> None:
 
 
 def test_no_traceback_and_no_text_reaches_the_user_of_a_bug(
-    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "WORDING", "{a_bug}")
-    assert job.write(["my secret"]).command("--labels", "a label of this test alone") == 1
+    assert bench.write(["my secret"]).command("--labels", "a label of this test alone") == 1
     errors = capsys.readouterr().err
     first, *frames = errors.partition("Error: ")[2].splitlines()
     assert first == "unexpected KeyError; please report these lines. What came back is kept."
@@ -353,18 +359,18 @@ def test_no_traceback_and_no_text_reaches_the_user_of_a_bug(
     assert "Traceback" not in errors
 
 
-def test_a_label_that_is_in_nearly_every_row_is_marked(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    assert job.write([f"violence {number}" for number in range(60)]).command() == 0
+def test_a_label_that_is_in_nearly_every_row_is_marked(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.write([f"violence {number}" for number in range(60)]).command() == 0
     line = "praising_violence: 60/60 (100.0%): in every row; check some by hand, or try --answer-form each\n"
     assert line in capsys.readouterr().out
-    assert json.loads(Path(f"{job.output}.run.json").read_text())["labels_in_nearly_every_row"] == [LABELS[0]]
-    assert job.write([*(f"violence {number}" for number in range(60)), "tram", "cake"]).command() == 0
+    assert json.loads(Path(f"{bench.output}.run.json").read_text())["labels_in_nearly_every_row"] == [LABELS[0]]
+    assert bench.write([*(f"violence {number}" for number in range(60)), "tram", "cake"]).command() == 0
     assert "praising_violence: 60/62 (96.8%): in nearly every row; check some by hand" in capsys.readouterr().out
-    assert job.write(["violence", "violence again"]).command() == 0
+    assert bench.write(["violence", "violence again"]).command() == 0
     assert "praising_violence: 2/2 (100.0%)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("given", "words"), [({"model": None}, "model is blank"), ({"labels": None}, "No labels")])
-def test_none_for_what_has_to_be_given_is_refused(job: Job, given: dict[str, Any], words: str) -> None:
+def test_none_for_what_has_to_be_given_is_refused(bench: Bench, given: dict[str, Any], words: str) -> None:
     with pytest.raises(module.InputError, match=words):
-        job.write(["cake"]).enrich(**given)
+        bench.write(["cake"]).enrich(**given)

@@ -11,7 +11,7 @@ import krippendorff
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import LABELS, Job, make_texts
+from conftest import LABELS, Bench, make_texts
 from test_sampling import code, read_sample, sample_of, truth, write_sample
 
 import enrich_dataset as module
@@ -71,12 +71,12 @@ def others(text: str) -> list[str]:
     return [str(1 - int(first)) if len(text) % 2 == 0 else first, *rest]
 
 
-def copies(job: Job, count: int = 40) -> list[Path]:
+def copies(bench: Bench, count: int = 40) -> list[Path]:
     """Three people's copies of a sample, each of whom has left out some rows."""
-    job.write(make_texts(300)).enrich(sample=count)
-    paths = [job.output.with_name(f"{name}.csv") for name in ("ann", "ben", "cem")]
+    bench.write(make_texts(300)).enrich(sample=count)
+    paths = [bench.output.with_name(f"{name}.csv") for name in ("ann", "ben", "cem")]
     for path, rule in zip(paths, (truth, others, others), strict=True):
-        shutil.copy(sample_of(job), path)
+        shutil.copy(sample_of(bench), path)
         code(path, rule=rule)
     rows = read_sample(paths[2])
     for row in rows[: count // 2]:
@@ -86,12 +86,12 @@ def copies(job: Job, count: int = 40) -> list[Path]:
 
 
 class TestCommand:
-    def test_agreement_majority_and_ties(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        paths = copies(job)
-        assert job.command("--coders", *map(str, paths)) == 0
+    def test_agreement_majority_and_ties(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        paths = copies(bench)
+        assert bench.command("--coders", *map(str, paths)) == 0
         printed = capsys.readouterr().out
         assert "=== Agreement of the coders (Krippendorff's alpha), with 95 % intervals ===\n" in printed
-        told = json.loads(Path(f"{job.output}.run.json").read_text())
+        told = json.loads(Path(f"{bench.output}.run.json").read_text())
         codes = [[truth(row["text"])[0], others(row["text"])[0]] for row in read_sample(paths[0])]
         ties = sum(mine != theirs for mine, theirs in codes[:20])
         assert told["cells_not_settled"] == ties > 2
@@ -99,7 +99,7 @@ class TestCommand:
             f"✗ Cells on which coders are tied: {ties}. They are left out of what follows, and are the hard ones: settle"
             in printed
         )
-        assert f"; ties were left out ({ties} for praising_violence)." in Path(f"{job.output}.methods.md").read_text()
+        assert f"; ties were left out ({ties} for praising_violence)." in Path(f"{bench.output}.methods.md").read_text()
         first = told["coders"][LABELS[0]]
         assert first["texts"] == 40
         assert 0 < first["agreement"] < 1
@@ -107,23 +107,24 @@ class TestCommand:
         assert told["coders"][LABELS[1]]["agreement"] == 1
         assert told["draw"]["coded"][LABELS[0]] == 40 - ties
         assert {"coder_1_sha256", "coder_2_sha256", "coder_3_sha256"} <= set(told)
-        listed = read_sample(Path(f"{job.output}.disagreements.csv"))
+        listed = read_sample(Path(f"{bench.output}.disagreements.csv"))
         disputed = {row["people"] for row in listed if " " in row["people"]}
         assert disputed <= {"1 0 -", "0 1 -", "1 0 0", "0 1 1"}
         assert len(disputed) > 1
 
-    def test_the_adjudicated_copy_decides_and_is_no_coder(self, job: Job) -> None:
-        paths = copies(job)
-        final = job.output.with_name("final.csv")
-        shutil.copy(sample_of(job), final)
+    def test_the_adjudicated_copy_decides_and_is_no_coder(self, bench: Bench) -> None:
+        paths = copies(bench)
+        final = bench.output.with_name("final.csv")
+        shutil.copy(sample_of(bench), final)
         code(final, count=30)
-        alone = job.enrich(coders=paths).attrs["enrichment"]
-        told = job.enrich(coders=paths, gold=final).attrs["enrichment"]
+        alone = bench.enrich(coders=paths).attrs["enrichment"]
+        told = bench.enrich(coders=paths, gold=final).attrs["enrichment"]
         assert {label: each["alpha"] for label, each in told["coders"].items()} == {
             label: each["alpha"] for label, each in alone["coders"].items()
         }
         assert (
-            "a file in which differences were settled [author: by whom" in Path(f"{job.output}.methods.md").read_text()
+            "a file in which differences were settled [author: by whom"
+            in Path(f"{bench.output}.methods.md").read_text()
         )
         assert told["cells_not_settled"] == 0
         rows = read_sample(final)
@@ -132,33 +133,33 @@ class TestCommand:
         assert told["draw"]["coded"][LABELS[0]] == 40
         assert told["gold_unmatched"] == {"not in the table": 0, "not coded": 0, "not labelled": 0}
 
-    def test_gold_tables_that_were_not_drawn_are_joined_by_their_key(self, job: Job) -> None:
-        job.input.write_text("id,text\n1,cake\n2,violence\n3,attack\n4,tram\n")
+    def test_gold_tables_that_were_not_drawn_are_joined_by_their_key(self, bench: Bench) -> None:
+        bench.input.write_text("id,text\n1,cake\n2,violence\n3,attack\n4,tram\n")
         one = pd.DataFrame({"id": ["1", "2", "3"], LABELS[0]: [0, 1, 1]})
         two = pd.DataFrame({"id": ["2", "3", "4"], LABELS[0]: [1, 0, 0]})
-        told = job.enrich(coders=[one, two], gold_key="id").attrs["enrichment"]
+        told = bench.enrich(coders=[one, two], gold_key="id").attrs["enrichment"]
         assert told["coders"][LABELS[0]]["texts"] == 2
         assert told["coders"][LABELS[0]]["agreement"] == 0.5
         assert told["gold"][LABELS[0]]["rows"] == 3
         assert told["cells_not_settled"] == 1
 
-    def test_files_alike_are_told(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        paths = copies(job)
+    def test_files_alike_are_told(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        paths = copies(bench)
         shutil.copy(paths[0], paths[1])
-        job.command("--coders", *map(str, paths))
+        bench.command("--coders", *map(str, paths))
         assert (
             "✗ Files with the same content as another coder's, whose agreement says nothing: 1\n"
             in capsys.readouterr().out
         )
 
     def test_what_cannot_be_joined_is_refused_before_anything_is_sent(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        paths = copies(job)
-        calls = len(job.server.calls)
+        paths = copies(bench)
+        calls = len(bench.server.calls)
 
         def refused(words: str, *arguments: str) -> None:
-            assert job.command("--fresh", *arguments) == 2
+            assert bench.command("--fresh", *arguments) == 2
             errors = capsys.readouterr().err
             assert words in errors
             assert errors.count("\n") == 1
@@ -170,9 +171,9 @@ class TestCommand:
         write_sample(paths[0], rows[:20])
         write_sample(paths[1], rows[20:])
         refused("No text was coded by two of the --coders", "--coders", str(paths[0]), str(paths[1]))
-        job.output.with_name("plain.csv").write_text(f"text,{LABELS[0]}\ncake,1\n")
-        plain = str(job.output.with_name("plain.csv"))
+        bench.output.with_name("plain.csv").write_text(f"text,{LABELS[0]}\ncake,1\n")
+        plain = str(bench.output.with_name("plain.csv"))
         refused("are of different draws: pass copies of one sample", "--coders", str(paths[0]), plain)
-        shutil.copy(sample_of(job), paths[1])
+        shutil.copy(sample_of(bench), paths[1])
         refused("No 1 or 0 is filled in in the sample that is passed as --coders", "--coders", *map(str, paths[:2]))
-        assert len(job.server.calls) == calls
+        assert len(bench.server.calls) == calls

@@ -142,8 +142,8 @@ def test_the_example_works_without_a_key_and_asks_nothing_when_it_is_run_again(t
     for name in ("example_usage.py", "enrich_dataset.py", "HatefulData.csv"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "tests").mkdir()
-    for name in ("stand_in_server.py", "local_model.py"):
-        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    for path in (*(ROOT / "tests").glob("stand_in_*.py"), ROOT / "tests" / "local_model.py"):
+        shutil.copy(path, tmp_path / "tests")
     code = "import importlib.util as u, runpy\nfind = u.find_spec\n"  # as if the local model were not installed
     code += "u.find_spec = lambda name, *more: None if name == 'xllamacpp' else find(name, *more)\n"
     code += "runpy.run_path('example_usage.py', run_name='__main__')"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import signal
+import sqlite3
 import time
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import LABELS, Job, make_texts
+from conftest import LABELS, Bench, make_texts
 from test_cost import price
 
 import enrich_dataset as module
@@ -20,43 +22,43 @@ FAST = {"use_batch_api": True, "poll_interval": 0.05}
 pytestmark = pytest.mark.every_form
 
 
-def by_job(job: Job) -> dict[str, list[str]]:
+def by_job(bench: Bench) -> dict[str, list[str]]:
     """The texts that each job was asked."""
     asked: dict[str, list[str]] = {}
-    for call in job.server.calls:
+    for call in bench.server.calls:
         asked.setdefault(call.job, []).extend(call.texts)
     return asked
 
 
-def open_requests(job: Job) -> int:
-    with module.Store(job.store) as store:
+def open_requests(bench: Bench) -> int:
+    with module.Store(bench.store) as store:
         return sum(len(open_job.attempts) for open_job in store.open_jobs())
 
 
-def test_cells_are_right_at_half_the_price_after_one_live_call_about_a_harmless_text(job: Job) -> None:
-    job.server.job_seconds = 0.2
-    frame = job.write([*make_texts(95), "cake", "cake"]).enrich(**FAST)
-    job.check()
-    assert set(by_job(job)) == {"batch_1"}
+def test_cells_are_right_at_half_the_price_after_one_live_call_about_a_harmless_text(bench: Bench) -> None:
+    bench.server.batches.seconds = 0.2
+    frame = bench.write([*make_texts(95), "cake", "cake"]).enrich(**FAST)
+    bench.check()
+    assert set(by_job(bench)) == {"batch_1"}
     told = frame.attrs["enrichment"]
-    assert len(job.server.calls) == 10
-    assert told["calls"] == 10 + len(job.server.probes) == 11
-    assert told["cost"] == pytest.approx(price(job.server.calls) / 2)
-    assert open_requests(job) == 0
-    job.enrich(**FAST)
-    assert len(job.server.jobs) == 1
+    assert len(bench.server.calls) == 10
+    assert told["calls"] == 10 + len(bench.server.spared_calls) == 11
+    assert told["cost"] == pytest.approx(price(bench.server.calls) / 2)
+    assert open_requests(bench) == 0
+    bench.enrich(**FAST)
+    assert len(bench.server.batches.jobs) == 1
 
 
-def test_a_job_carries_the_bodies_that_live_calls_carry(job: Job) -> None:
-    job.write(make_texts(10)).enrich(**FAST)
-    job.enrich(fresh=True)
-    in_job, live = job.server.calls
+def test_a_job_carries_the_bodies_that_live_calls_carry(bench: Bench) -> None:
+    bench.write(make_texts(10)).enrich(**FAST)
+    bench.enrich(fresh=True)
+    in_job, live = bench.server.calls
     assert in_job.body == live.body
 
 
-def test_what_is_printed(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.server.job_seconds = 0.3
-    assert job.write(make_texts(30)).command("--batch-api", "--poll-interval", "0.05") == 0
+def test_what_is_printed(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.server.batches.seconds = 0.3
+    assert bench.write(make_texts(30)).command("--batch-api", "--poll-interval", "0.05") == 0
     printed, errors = capsys.readouterr()
     assert "Sent as Batch API jobs: half the price, answers within a day\n" in printed
     assert "Submitting them to the Batch API...\n" in printed
@@ -65,9 +67,9 @@ def test_what_is_printed(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"100%.*4/4 ", errors)
 
 
-def test_a_price_of_the_users_is_taken_as_it_is(job: Job) -> None:
-    frame = job.write(make_texts(20)).enrich(**FAST, price=(1.0, 2.0))
-    assert frame.attrs["enrichment"]["cost"] == pytest.approx(price(job.server.calls, 1.0, 2.0))
+def test_a_price_of_the_users_is_taken_as_it_is(bench: Bench) -> None:
+    frame = bench.write(make_texts(20)).enrich(**FAST, price=(1.0, 2.0))
+    assert frame.attrs["enrichment"]["cost"] == pytest.approx(price(bench.server.calls, 1.0, 2.0))
 
 
 class TestKilled:
@@ -75,153 +77,150 @@ class TestKilled:
 
     @pytest.mark.parametrize("point", POINTS)
     def test_whenever_it_is_killed_the_same_command_ends_the_job_and_all_is_paid_once(
-        self, job: Job, point: str
+        self, bench: Bench, point: str
     ) -> None:
-        job.server.job_seconds = 0.3
-        job.server.hold_at = point
+        bench.server.batches.seconds = 0.3
+        bench.server.batches.hold_at = point
         arguments = ("--batch-api", "--poll-interval", "0.1")
-        process = job.write(make_texts(200)).process(*arguments)
-        assert job.server.held.wait(30)
+        process = bench.write(make_texts(200)).process(*arguments)
+        assert bench.server.batches.held.wait(30)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        job.server.let_go.set()
-        assert job.process(*arguments).wait(60) == 0
-        job.check()
-        assert sorted(job.asked) == sorted(job.texts)
-        assert len(job.server.jobs) == 1
+        bench.server.batches.let_go.set()
+        assert bench.process(*arguments).wait(60) == 0
+        bench.check()
+        assert sorted(bench.asked) == sorted(bench.texts)
+        assert len(bench.server.batches.jobs) == 1
 
-    def test_killed_between_two_replies_it_records_the_rest_alone(self, job: Job, monkeypatch: Any) -> None:
-        """A crash in the middle of taking in what a job has answered."""
-        record, seen = module.Store.record, []
-
-        def crash(self: Any, attempt: Any, *more: Any) -> None:
-            if len(seen) == 4:  # with the live call
-                raise KeyboardInterrupt
-            seen.append(attempt)
-            record(self, attempt, *more)
-
-        job.write(make_texts(100))
-        with monkeypatch.context() as patch:
-            patch.setattr(module.Store, "record", crash)
-            with pytest.raises(KeyboardInterrupt):
-                job.enrich(**FAST)
-        assert open_requests(job) == 7
-        job.enrich(**FAST)
-        job.check()
-        assert len(job.server.calls) == 10
-        with module.Store(job.store) as store:
+    def test_a_run_that_ends_between_two_replies_of_a_job_records_the_rest_alone_next_time(self, bench: Bench) -> None:
+        """A disk that is full in the middle of taking in what a job has answered."""
+        bench.server.batches.seconds = 0.2
+        bench.write(make_texts(100)).enrich(**FAST, no_wait=True)
+        full = "WHEN (SELECT count(*) FROM attempts) = 4 BEGIN SELECT RAISE(ABORT, 'disk is full'); END"
+        with contextlib.closing(sqlite3.connect(bench.store)) as db:  # 4 with the live call
+            db.execute(f"CREATE TRIGGER full BEFORE INSERT ON attempts {full}")
+        time.sleep(0.3)
+        with pytest.raises(module.EnrichmentError, match="disk is full"):
+            bench.enrich(**FAST)
+        with contextlib.closing(sqlite3.connect(bench.store)) as db:
+            db.execute("DROP TRIGGER full")
+        assert open_requests(bench) == 7
+        bench.enrich(**FAST)
+        bench.check()
+        assert len(bench.server.calls) == 10
+        with module.Store(bench.store) as store:
             assert store.db.execute("SELECT count(*) FROM attempts WHERE outcome != 'probe'").fetchone() == (10,)
 
 
 class TestLeft:
-    def test_submit_leave_and_collect(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        job.server.job_seconds = 0.5
-        job.write(make_texts(40))
-        assert job.command("--batch-api", "--no-wait") == 3
+    def test_submit_leave_and_collect(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        bench.server.batches.seconds = 0.5
+        bench.write(make_texts(40))
+        assert bench.command("--batch-api", "--no-wait") == 3
         printed = capsys.readouterr().out
         assert "Rows in Batch API jobs (the same command with --batch-api collects them): 40\n" in printed
         assert "Enrichment complete" not in printed
-        assert job.server.calls == []
-        assert job.command("--batch-api", "--no-wait") == 3
+        assert bench.server.calls == []
+        assert bench.command("--batch-api", "--no-wait") == 3
         assert "Rows in open Batch API jobs (not sent again): 40\n" in capsys.readouterr().out
         time.sleep(0.6)
-        assert job.command("--batch-api", "--no-wait") == 0
-        job.check()
-        assert len(job.server.jobs) == 1
+        assert bench.command("--batch-api", "--no-wait") == 0
+        bench.check()
+        assert len(bench.server.batches.jobs) == 1
 
-    def test_a_live_run_leaves_to_a_job_what_it_was_asked(self, job: Job) -> None:
-        job.server.job_seconds = 0.5
-        job.write(make_texts(20)).enrich(**FAST, no_wait=True)
-        job.write(make_texts(30))
-        frame = job.enrich()
-        assert {call.job for call in job.server.calls} == {""}
+    def test_a_live_run_leaves_to_a_job_what_it_was_asked(self, bench: Bench) -> None:
+        bench.server.batches.seconds = 0.5
+        bench.write(make_texts(20)).enrich(**FAST, no_wait=True)
+        bench.write(make_texts(30))
+        frame = bench.enrich()
+        assert {call.job for call in bench.server.calls} == {""}
         assert set(frame.attrs["enrichment"]["blank_rows"].values()) == {module.IN_A_JOB}
-        job.check(blank_rows=range(20))
-        job.enrich(**FAST)
-        job.check()
-        assert sorted(job.asked) == sorted(job.texts)
+        bench.check(blank_rows=range(20))
+        bench.enrich(**FAST)
+        bench.check()
+        assert sorted(bench.asked) == sorted(bench.texts)
 
     @pytest.mark.one_form
-    def test_a_label_that_is_added_meanwhile_is_asked_for_itself(self, job: Job) -> None:
-        job.server.job_seconds = 0.3
-        job.write(make_texts(20)).enrich(LABELS[:2], **FAST, no_wait=True)
-        job.enrich(**FAST)
-        job.check()
-        assert [call.labels for call in job.server.calls] == [tuple(LABELS[:2])] * 2 + [(LABELS[2],)] * 2
+    def test_a_label_that_is_added_meanwhile_is_asked_for_itself(self, bench: Bench) -> None:
+        bench.server.batches.seconds = 0.3
+        bench.write(make_texts(20)).enrich(LABELS[:2], **FAST, no_wait=True)
+        bench.enrich(**FAST)
+        bench.check()
+        assert [call.labels for call in bench.server.calls] == [tuple(LABELS[:2])] * 2 + [(LABELS[2],)] * 2
 
-    def test_a_job_of_another_question_is_collected_too(self, job: Job) -> None:
-        job.server.job_seconds = 0.2
-        job.write(make_texts(20)).enrich(model="gpt-6-luna", **FAST, no_wait=True)
-        job.enrich(**FAST)
-        job.check()
-        calls = len(job.server.calls)
-        job.enrich(model="gpt-6-luna")
-        assert len(job.server.calls) == calls
+    def test_a_job_of_another_question_is_collected_too(self, bench: Bench) -> None:
+        bench.server.batches.seconds = 0.2
+        bench.write(make_texts(20)).enrich(model="gpt-6-luna", **FAST, no_wait=True)
+        bench.enrich(**FAST)
+        bench.check()
+        calls = len(bench.server.calls)
+        bench.enrich(model="gpt-6-luna")
+        assert len(bench.server.calls) == calls
 
-    def test_rows_that_have_left_the_table_keep_their_answers(self, job: Job) -> None:
-        job.server.job_seconds = 0.2
+    def test_rows_that_have_left_the_table_keep_their_answers(self, bench: Bench) -> None:
+        bench.server.batches.seconds = 0.2
         texts = make_texts(30)
-        job.write(texts).enrich(**FAST, no_wait=True)
-        job.write(texts[15:]).enrich(**FAST)
-        job.check()
-        job.write(texts).enrich()
-        job.check()
-        assert len(job.asked) == 30
+        bench.write(texts).enrich(**FAST, no_wait=True)
+        bench.write(texts[15:]).enrich(**FAST)
+        bench.check()
+        bench.write(texts).enrich()
+        bench.check()
+        assert len(bench.asked) == 30
 
-    def test_labels_of_an_array_are_collected_by_the_next_run(self, job: Job) -> None:
-        job.write(make_texts(20)).enrich(np.array(LABELS), **FAST, no_wait=True)
-        job.enrich(np.array(LABELS), **FAST)
-        job.check()
-        assert len(job.server.jobs) == 1
+    def test_labels_of_an_array_are_collected_by_the_next_run(self, bench: Bench) -> None:
+        bench.write(make_texts(20)).enrich(np.array(LABELS), **FAST, no_wait=True)
+        bench.enrich(np.array(LABELS), **FAST)
+        bench.check()
+        assert len(bench.server.batches.jobs) == 1
 
-    def test_ctrl_c_leaves_the_job_running_and_says_so(self, job: Job) -> None:
-        job.server.job_seconds = 1.0
-        process = job.write(make_texts(40)).process("--batch-api", "--poll-interval", "30")
+    def test_ctrl_c_leaves_the_job_running_and_says_so(self, bench: Bench) -> None:
+        bench.server.batches.seconds = 1.0
+        process = bench.write(make_texts(40)).process("--batch-api", "--poll-interval", "30")
         for _ in range(500):
             time.sleep(0.02)
-            if job.server.jobs:
+            if bench.server.batches.jobs:
                 break
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=10)
         assert process.returncode == 130
         assert "Batch API jobs continue without it. The same command resumes from here." in errors
-        job.enrich(**FAST)
-        job.check()
-        assert len(job.server.jobs) == 1
+        bench.enrich(**FAST)
+        bench.check()
+        assert len(bench.server.batches.jobs) == 1
 
 
 class TestUnhappyEnds:
     @pytest.mark.parametrize("end", ["expired", "cancelled"])
-    def test_half_of_a_job_that_ends_early_goes_into_the_next(self, job: Job, end: str) -> None:
-        job.server.job_plans.append({"ends": end, "share": 0.5})
-        job.write(make_texts(200)).enrich(**FAST)
-        job.check()
-        asked = by_job(job)
-        assert sorted(asked["batch_2"]) == sorted(set(job.texts) - set(asked["batch_1"]))
+    def test_half_of_a_job_that_ends_early_goes_into_the_next(self, bench: Bench, end: str) -> None:
+        bench.server.batches.plans.append({"ends": end, "share": 0.5})
+        bench.write(make_texts(200)).enrich(**FAST)
+        bench.check()
+        asked = by_job(bench)
+        assert sorted(asked["batch_2"]) == sorted(set(bench.texts) - set(asked["batch_1"]))
         assert len(asked["batch_2"]) == 100
 
     def test_a_job_that_did_nothing_goes_into_the_next_and_after_three_its_rows_are_left_to_the_next_run(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        job.server.job_plans.extend([{"ends": "expired", "share": 0.0}, {"ends": "cancelled", "share": 0.0}])
-        job.write(make_texts(20)).enrich(**FAST)
-        job.check()
-        job.server.job_plans.extend([{"ends": "expired", "share": 0.0}] * 3)
-        job.write(make_texts(30)[20:]).enrich(**FAST, quiet=False)
+        bench.server.batches.plans.extend([{"ends": "expired", "share": 0.0}, {"ends": "cancelled", "share": 0.0}])
+        bench.write(make_texts(20)).enrich(**FAST)
+        bench.check()
+        bench.server.batches.plans.extend([{"ends": "expired", "share": 0.0}] * 3)
+        bench.write(make_texts(30)[20:]).enrich(**FAST, quiet=False)
         assert "Job batch_6 expired before all was done: 1 requests are left." in capsys.readouterr().err
-        job.check(blank_rows=range(10))
-        job.enrich(**FAST)
-        job.check()
+        bench.check(blank_rows=range(10))
+        bench.enrich(**FAST)
+        bench.check()
 
-    def test_content_failures_go_into_smaller_jobs_three_in_all(self, job: Job) -> None:
+    def test_content_failures_go_into_smaller_jobs_three_in_all(self, bench: Bench) -> None:
         texts = make_texts(40)
         for number, fault in ((3, "refusal"), (17, "garbage"), (25, "400-filter"), (35, "missing")):
             texts[number] += f" poison-{fault}"
-        frame = job.write(texts).enrich(**FAST)
-        job.check(blank_rows=[3, 17, 25, 35])
-        assert set(by_job(job)) == {"batch_1", "batch_2", "batch_3"}
-        assert sorted(by_job(job)["batch_3"]) == sorted(texts[number] for number in (3, 17, 25, 35))
+        frame = bench.write(texts).enrich(**FAST)
+        bench.check(blank_rows=[3, 17, 25, 35])
+        assert set(by_job(bench)) == {"batch_1", "batch_2", "batch_3"}
+        assert sorted(by_job(bench)["batch_3"]) == sorted(texts[number] for number in (3, 17, 25, 35))
         assert frame.attrs["enrichment"]["blank_rows"] == {
             3: "the model refused to answer",
             17: "the answer was not valid JSON",
@@ -229,172 +228,164 @@ class TestUnhappyEnds:
             35: "its id was missing from the answer, or repeated",
         }
 
-    def test_a_request_on_which_the_server_fails_is_asked_again_whole_and_then_row_by_row(self, job: Job) -> None:
-        job.server.faults = {"500": 0.3}
-        job.write(make_texts(200)).enrich(**FAST)
-        blank = [number for number, cells in enumerate(job.cells) if "" in cells]
+    def test_a_request_on_which_the_server_fails_is_asked_again_whole_and_then_row_by_row(self, bench: Bench) -> None:
+        bench.server.faults.shares = {"500": 0.3}
+        bench.write(make_texts(200)).enrich(**FAST)
+        blank = [number for number, cells in enumerate(bench.cells) if "" in cells]
         assert len(blank) <= 30  # 10 for each of a request's two jobs, and a row by itself in the third
-        job.check(blank_rows=blank)
-        job.server.faults = {}
-        job.enrich(**FAST)
-        job.check()
-        assert [len(call.texts) for call in job.server.calls if call.job == "batch_2"].count(10) > 2
-
-    def test_a_full_queue_lets_the_next_file_wait_until_a_job_ends(
-        self, job: Job, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(module, "JOB_REQUESTS", 4)
-        job.server.job_seconds = 0.3
-        job.server.queue_tokens = 800  # one file's, not two
-        job.write(make_texts(100)).enrich(**FAST)
-        job.check()
-        assert sorted(job.asked) == sorted(job.texts)
+        bench.check(blank_rows=blank)
+        bench.server.faults.shares = {}
+        bench.enrich(**FAST)
+        bench.check()
+        assert [len(call.texts) for call in bench.server.calls if call.job == "batch_2"].count(10) > 2
 
     def test_a_file_holds_no_more_bytes_than_the_provider_takes(
-        self, job: Job, monkeypatch: pytest.MonkeyPatch
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(module, "JOB_BYTES", 6_000)
-        job.write(make_texts(100)).enrich(**FAST)
-        job.check()
-        assert len(job.server.files) > len(job.server.jobs) > 2
-        assert all(len(content) <= 6_000 for name, content in job.server.files.items() if b'"method"' in content)
+        bench.write(make_texts(100)).enrich(**FAST)
+        bench.check()
+        assert len(bench.server.batches.files) > len(bench.server.batches.jobs) > 2
+        assert all(
+            len(content) <= 6_000 for name, content in bench.server.batches.files.items() if b'"method"' in content
+        )
 
-    def test_a_queue_shorter_than_a_file_makes_smaller_files(self, job: Job) -> None:
-        job.server.job_seconds = 0.1
-        job.server.queue_tokens = 500
-        job.write(make_texts(100)).enrich(**FAST)
-        job.check()
-        assert sorted(job.asked) == sorted(job.texts)
-        assert max(map(len, by_job(job).values())) < 100
+    def test_a_queue_shorter_than_a_file_makes_smaller_files(self, bench: Bench) -> None:
+        bench.server.batches.seconds = 0.1
+        bench.server.batches.queue_tokens = 500
+        bench.write(make_texts(100)).enrich(**FAST)
+        bench.check()
+        assert sorted(bench.asked) == sorted(bench.texts)
+        assert max(map(len, by_job(bench).values())) < 100
 
-    def test_another_refusal_is_told_in_the_providers_words(self, job: Job) -> None:
+    def test_another_refusal_is_told_in_the_providers_words(self, bench: Bench) -> None:
         error = {"code": "billing_hard_limit_reached", "message": "Billing hard limit has been reached", "line": None}
-        job.server.job_plans.append({"error": error})
+        bench.server.batches.plans.append({"error": error})
         with pytest.raises(module.ProviderError, match=r"rejected job batch_1: .*Billing hard limit has been reached"):
-            job.write(make_texts(20)).enrich(**FAST)
-        job.enrich(**FAST)
-        job.check()
+            bench.write(make_texts(20)).enrich(**FAST)
+        bench.enrich(**FAST)
+        bench.check()
 
-    def test_a_server_without_jobs_is_told_in_one_line(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        job.server.has_batch_api = False
-        assert job.write(make_texts(20)).command("--batch-api") == 1
+    def test_a_server_without_jobs_is_told_in_one_line(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        bench.server.batches.exists = False
+        assert bench.write(make_texts(20)).command("--batch-api") == 1
         assert "has no Batch API (HTTP 404): drop --batch-api." in capsys.readouterr().err
-        job.enrich()
-        job.check()
+        bench.enrich()
+        bench.check()
 
-    def test_a_job_that_the_key_does_not_see_is_not_submitted_again(self, job: Job) -> None:
-        job.server.job_seconds = 5
-        job.write(make_texts(20)).enrich(**FAST, no_wait=True)
-        jobs, job.server.jobs = job.server.jobs, {}
+    def test_a_job_that_the_key_does_not_see_is_not_submitted_again(self, bench: Bench) -> None:
+        bench.server.batches.seconds = 5
+        bench.write(make_texts(20)).enrich(**FAST, no_wait=True)
+        jobs, bench.server.batches.jobs = bench.server.batches.jobs, {}
         with pytest.raises(module.ProviderError, match="does not know batch_1: use the key and address it was"):
-            job.enrich(**FAST)
-        assert not job.server.jobs
-        assert open_requests(job) == 2
-        job.server.job_seconds, job.server.jobs = 0, jobs
-        job.enrich(**FAST)
-        job.check()
+            bench.enrich(**FAST)
+        assert not bench.server.batches.jobs
+        assert open_requests(bench) == 2
+        bench.server.batches.seconds, bench.server.batches.jobs = 0, jobs
+        bench.enrich(**FAST)
+        bench.check()
 
-    def test_a_reply_to_creating_a_job_that_is_lost_creates_no_second(self, job: Job) -> None:
-        job.server.hold_at = "created"
-        job.server.job_seconds = 0.1
-        job.write(make_texts(20)).enrich(**FAST, timeout=0.5)
-        job.server.let_go.set()
-        job.check()
-        assert len(job.server.jobs) == 1
+    def test_a_reply_to_creating_a_job_that_is_lost_creates_no_second(self, bench: Bench) -> None:
+        bench.server.batches.hold_at = "created"
+        bench.server.batches.seconds = 0.1
+        bench.write(make_texts(20)).enrich(**FAST, timeout=0.5)
+        bench.server.batches.let_go.set()
+        bench.check()
+        assert len(bench.server.batches.jobs) == 1
 
-    def test_a_failing_server_is_asked_again(self, job: Job) -> None:
-        job.server.script.extend([(503, {"retry-after-ms": "10"}, {})] * 2)
-        job.write(make_texts(20)).enrich(**FAST)
-        job.check()
+    def test_a_failing_server_is_asked_again(self, bench: Bench) -> None:
+        bench.server.script.extend([(503, {"retry-after-ms": "10"}, {})] * 2)
+        bench.write(make_texts(20)).enrich(**FAST)
+        bench.check()
 
-    def test_a_server_that_always_fails_ends_the_run_in_one_line(self, job: Job) -> None:
-        job.server.script.extend([(503, {"retry-after-ms": "1"}, {})] * 9)
+    def test_a_server_that_always_fails_ends_the_run_in_one_line(self, bench: Bench) -> None:
+        bench.server.script.extend([(503, {"retry-after-ms": "1"}, {})] * 9)
         with pytest.raises(module.ProviderError, match=r"fails \(HTTP 503\): run the same command later"):
-            job.write(make_texts(20)).enrich(**FAST)
-        assert not job.server.script
-        job.enrich(**FAST)
-        job.check()
+            bench.write(make_texts(20)).enrich(**FAST)
+        assert not bench.server.script
+        bench.enrich(**FAST)
+        bench.check()
 
-    def test_a_part_that_a_model_refuses_is_left_out_of_the_first_job(self, job: Job) -> None:
-        job.server.refuses, job.server.lets_probes_pass = {"temperature"}, False
-        job.write(make_texts(40)).enrich(**FAST)
-        job.check()
-        assert set(by_job(job)) == {"", "batch_1"}
+    def test_a_part_that_a_model_refuses_is_left_out_of_the_first_job(self, bench: Bench) -> None:
+        bench.server.gate.refuses, bench.spares_probes = {"temperature"}, False
+        bench.write(make_texts(40)).enrich(**FAST)
+        bench.check()
+        assert set(by_job(bench)) == {"", "batch_1"}
 
-    def test_a_part_that_jobs_alone_refuse_is_left_out_of_the_next_one(self, job: Job) -> None:
-        job.write(make_texts(40)).enrich(limit=10)
-        job.server.refuses = {"temperature"}
-        job.enrich(**FAST, limit=20)
-        job.server.lets_probes_pass = False
-        job.enrich(**FAST)
-        job.check()
+    def test_a_part_that_jobs_alone_refuse_is_left_out_of_the_next_one(self, bench: Bench) -> None:
+        bench.write(make_texts(40)).enrich(limit=10)
+        bench.server.gate.refuses = {"temperature"}
+        bench.enrich(**FAST, limit=20)
+        bench.spares_probes = False
+        bench.enrich(**FAST)
+        bench.check()
 
-    def test_a_job_that_is_refused_at_its_creation_leaves_nothing_behind(self, job: Job) -> None:
-        job.server.script.extend([None, (404, {}, {})])
+    def test_a_job_that_is_refused_at_its_creation_leaves_nothing_behind(self, bench: Bench) -> None:
+        bench.server.script.extend([None, (404, {}, {})])
         with pytest.raises(module.ProviderError, match="has no Batch API"):
-            job.write(make_texts(20)).enrich(**FAST)
-        assert open_requests(job) == 0
-        job.enrich()
-        job.check()
+            bench.write(make_texts(20)).enrich(**FAST)
+        assert open_requests(bench) == 0
+        bench.enrich()
+        bench.check()
 
-    def test_a_wrong_key_is_told_as_ever(self, job: Job) -> None:
-        job.server.script.append((401, {}, {"error": {"message": "Incorrect API key", "code": "invalid_api_key"}}))
+    def test_a_wrong_key_is_told_as_ever(self, bench: Bench) -> None:
+        bench.server.script.append((401, {}, {"error": {"message": "Incorrect API key", "code": "invalid_api_key"}}))
         with pytest.raises(
             module.ProviderError,
             match=r"The API key was refused by .* Server message: invalid_api_key: Incorrect API key",
         ):
-            job.write(make_texts(20)).enrich(**FAST)
+            bench.write(make_texts(20)).enrich(**FAST)
 
-    def test_a_server_that_cannot_be_reached_is_told_soon(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "UNREACHABLE_SECONDS", 0.5)
+    def test_a_server_that_cannot_be_reached_is_told_soon(self, bench: Bench) -> None:
+        bench.timing = module.Timing(unreachable=0.5)
         with pytest.raises(module.ProviderError, match=r"fails every request \(no connection \(ConnectError\)\)"):
-            job.write(make_texts(20)).enrich(**FAST, base_url="http://127.0.0.1:9/v1")
+            bench.write(make_texts(20)).enrich(**FAST, base_url="http://127.0.0.1:9/v1")
 
-    def test_a_request_that_no_model_answers_ends_the_run_and_keeps_the_others(self, job: Job) -> None:
+    def test_a_request_that_no_model_answers_ends_the_run_and_keeps_the_others(self, bench: Bench) -> None:
         texts = make_texts(20)
         texts[3] += " poison-404-model"
         with pytest.raises(module.ProviderError, match="The model 'gpt-4o-mini' or the address was not found"):
-            job.write(texts).enrich(**FAST)
-        job.check(blank_rows=range(10))
+            bench.write(texts).enrich(**FAST)
+        bench.check(blank_rows=range(10))
 
-    def test_leftovers_of_another_question_are_not_asked_again(self, job: Job) -> None:
-        job.server.job_seconds = 0.2
-        job.server.job_plans.append({"ends": "expired", "share": 0.5})
-        job.write(make_texts(20)).enrich(model="gpt-6-luna", **FAST, no_wait=True)
-        job.enrich(**FAST)
-        job.check()
-        assert [call.body["model"] for call in job.server.calls].count("gpt-6-luna") == 1
-        assert open_requests(job) == 0
+    def test_leftovers_of_another_question_are_not_asked_again(self, bench: Bench) -> None:
+        bench.server.batches.seconds = 0.2
+        bench.server.batches.plans.append({"ends": "expired", "share": 0.5})
+        bench.write(make_texts(20)).enrich(model="gpt-6-luna", **FAST, no_wait=True)
+        bench.enrich(**FAST)
+        bench.check()
+        assert [call.body["model"] for call in bench.server.calls].count("gpt-6-luna") == 1
+        assert open_requests(bench) == 0
 
-    def test_a_job_in_which_all_is_refused_ends_the_run(self, job: Job) -> None:
-        job.server.refuses, job.server.lets_probes_pass = {"model"}, False
+    def test_a_job_in_which_all_is_refused_ends_the_run(self, bench: Bench) -> None:
+        bench.server.gate.refuses, bench.spares_probes = {"model"}, False
         with pytest.raises(module.ProviderError, match="Every request is refused by"):
-            job.write(make_texts(100)).enrich(**FAST)
-        assert len([call for call in job.server.calls if call.job]) == 10
+            bench.write(make_texts(100)).enrich(**FAST)
+        assert len([call for call in bench.server.calls if call.job]) == 10
 
-    def test_a_page_of_html_is_no_job(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "FIND_SECONDS", 0.2)
+    def test_a_page_of_html_is_no_job(self, bench: Bench) -> None:
+        bench.timing = module.Timing(find_job=0.2)
         page = (200, {}, "<html>Hello</html>")
-        job.server.script.append(page)
+        bench.server.script.append(page)
         with pytest.raises(module.ProviderError, match=r"fails \(HTTP 200\): run the same command later.*Hello"):
-            job.write(make_texts(20)).enrich(**FAST)
-        job.server.script.extend([None, page])
+            bench.write(make_texts(20)).enrich(**FAST)
+        bench.server.script.extend([None, page])
         with pytest.raises(module.ProviderError, match=r"fails \(HTTP 200\)"):
-            job.enrich(**FAST)
-        job.enrich(**FAST)
-        job.check()
-        assert len(job.server.jobs) == 1
+            bench.enrich(**FAST)
+        bench.enrich(**FAST)
+        bench.check()
+        assert len(bench.server.batches.jobs) == 1
 
-    def test_leftovers_of_another_question_are_not_asked_again_after_a_server_error(self, job: Job) -> None:
-        job.server.job_seconds = 0.2
-        job.server.faults = {"500": 1.0}
-        job.write(make_texts(20)).enrich(model="gpt-6-luna", **FAST, no_wait=True)
+    def test_leftovers_of_another_question_are_not_asked_again_after_a_server_error(self, bench: Bench) -> None:
+        bench.server.batches.seconds = 0.2
+        bench.server.faults.shares = {"500": 1.0}
+        bench.write(make_texts(20)).enrich(model="gpt-6-luna", **FAST, no_wait=True)
         time.sleep(0.3)
-        job.enrich(**FAST, no_wait=True)
-        assert {call.body["model"] for call in job.server.calls} == {"gpt-6-luna"}
-        job.server.faults = {}
-        job.enrich(**FAST)
-        job.check()
+        bench.enrich(**FAST, no_wait=True)
+        assert {call.body["model"] for call in bench.server.calls} == {"gpt-6-luna"}
+        bench.server.faults.shares = {}
+        bench.enrich(**FAST)
+        bench.check()
 
     def test_lines_that_are_no_answers_leave_their_requests_open(self) -> None:
         nested = b"[" * 100_000
@@ -402,18 +393,18 @@ class TestUnhappyEnds:
         lines = list(module.read_lines(io.BytesIO(content)))
         assert lines == [{"custom_id": "a"}, {"custom_id": "b"}]
 
-    def test_a_request_without_a_reply_is_sent_again_and_given_up_with_a_reason(self, job: Job) -> None:
+    def test_a_request_without_a_reply_is_sent_again_and_given_up_with_a_reason(self, bench: Bench) -> None:
         """Lines with status_code 0 and an empty body: ellmer issue 830, and OpenAI's forum."""
         texts = make_texts(40)
         texts[17] += " poison-status-0"
-        frame = job.write(texts).enrich(**FAST)
-        job.check(blank_rows=[17])
+        frame = bench.write(texts).enrich(**FAST)
+        bench.check(blank_rows=[17])
         assert set(frame.attrs["enrichment"]["blank_rows"].values()) == {"the job's file holds no answer to it"}
-        assert job.asked.count(texts[17]) == 3
+        assert bench.asked.count(texts[17]) == 3
 
-    def test_no_wait_is_for_jobs(self, job: Job) -> None:
+    def test_no_wait_is_for_jobs(self, bench: Bench) -> None:
         with pytest.raises(module.InputError, match="no_wait is for Batch API jobs"):
-            job.write(["cake"]).enrich(no_wait=True)
+            bench.write(["cake"]).enrich(no_wait=True)
 
 
 class TestFiles:
@@ -422,13 +413,13 @@ class TestFiles:
     # Azure's documents and a live report of OpenAI (kaibo issue 93) have "", OpenAI's recordings null.
     @pytest.mark.parametrize("end", ["completed", "expired", "cancelled"])
     @pytest.mark.parametrize("missing", ["", None])
-    def test_a_file_that_a_job_does_not_have_is_not_fetched(self, job: Job, missing: str | None, end: str) -> None:
-        job.server.no_file = missing
-        job.server.job_plans.append({"ends": end})
-        job.write(make_texts(40)).enrich(**FAST)
-        job.check()
-        assert sorted(job.asked) == sorted(job.texts)
-        assert len(job.server.jobs) == 1
+    def test_a_file_that_a_job_does_not_have_is_not_fetched(self, bench: Bench, missing: str | None, end: str) -> None:
+        bench.server.batches.no_file = missing
+        bench.server.batches.plans.append({"ends": end})
+        bench.write(make_texts(40)).enrich(**FAST)
+        bench.check()
+        assert sorted(bench.asked) == sorted(bench.texts)
+        assert len(bench.server.batches.jobs) == 1
 
     @pytest.mark.parametrize(
         "fields",
@@ -438,104 +429,97 @@ class TestFiles:
             {"error_file_id": "file-gone"},
         ],
     )
-    def test_a_job_is_collected_whatever_else_its_object_says(self, job: Job, fields: dict[str, Any]) -> None:
-        job.server.odd_fields = fields
-        job.write(make_texts(40)).enrich(**FAST)
-        job.check()
-        assert len(job.server.jobs) == 1
+    def test_a_job_is_collected_whatever_else_its_object_says(self, bench: Bench, fields: dict[str, Any]) -> None:
+        bench.server.batches.odd_fields = fields
+        bench.write(make_texts(40)).enrich(**FAST)
+        bench.check()
+        assert len(bench.server.batches.jobs) == 1
 
-    def test_a_job_whose_requests_all_failed_has_no_output(self, job: Job) -> None:
+    def test_a_job_whose_requests_all_failed_has_no_output(self, bench: Bench) -> None:
         """It is `completed` with an empty output_file_id (litellm issue 33987)."""
-        job.server.no_file = ""
-        job.write([f"{text} poison-400-filter" for text in make_texts(3)]).enrich(**FAST)
-        job.check(blank_rows=[0, 1, 2])
-        assert open_requests(job) == 0
+        bench.server.batches.no_file = ""
+        bench.write([f"{text} poison-400-filter" for text in make_texts(3)]).enrich(**FAST)
+        bench.check(blank_rows=[0, 1, 2])
+        assert open_requests(bench) == 0
 
-    def test_a_result_that_is_gone_is_not_taken_for_a_missing_batch_api(self, job: Job) -> None:
-        job.server.odd_fields = {"output_file_id": "file-gone"}
+    def test_a_result_that_is_gone_is_not_taken_for_a_missing_batch_api(self, bench: Bench) -> None:
+        bench.server.batches.odd_fields = {"output_file_id": "file-gone"}
         with pytest.raises(module.ProviderError, match="does not know file-gone"):
-            job.write(make_texts(20)).enrich(**FAST)
-        job.server.odd_fields = {}
-        job.enrich(**FAST)
-        job.check()
-        assert len(job.server.jobs) == 1
+            bench.write(make_texts(20)).enrich(**FAST)
+        bench.server.batches.odd_fields = {}
+        bench.enrich(**FAST)
+        bench.check()
+        assert len(bench.server.batches.jobs) == 1
 
-    def test_a_job_waits_until_its_file_is_processed(self, job: Job) -> None:
+    def test_a_job_waits_until_its_file_is_processed(self, bench: Bench) -> None:
         """Azure (openai-dotnet issue 312)."""
-        job.server.file_states.extend(["pending", "pending", "running"])
-        job.write(make_texts(20)).enrich(**FAST)
-        job.check()
-        assert not job.server.file_states
+        bench.server.batches.file_states.extend(["pending", "pending", "running"])
+        bench.write(make_texts(20)).enrich(**FAST)
+        bench.check()
+        assert not bench.server.batches.file_states
 
-    def test_a_file_that_the_server_could_not_process_ends_the_run_in_its_words(self, job: Job) -> None:
-        job.server.file_states.extend(["pending", "error"])
+    def test_a_file_that_the_server_could_not_process_ends_the_run_in_its_words(self, bench: Bench) -> None:
+        bench.server.batches.file_states.extend(["pending", "error"])
         with pytest.raises(module.ProviderError, match=r"Server message: .*The file is in state error"):
-            job.write(make_texts(20)).enrich(**FAST)
+            bench.write(make_texts(20)).enrich(**FAST)
 
     # Azure (openai-dotnet issue 312), and OpenAI (curator issue 116).
     NOT_READY = ((400, "The file is in state pending"), (404, "Cannot find file file-1"), (400, "No such File: file-1"))
 
-    def test_a_job_is_created_again_from_a_file_that_is_not_found_at_once(self, job: Job) -> None:
+    def test_a_job_is_created_again_from_a_file_that_is_not_found_at_once(self, bench: Bench) -> None:
         replies = [(status, {}, {"error": {"message": words}}) for status, words in self.NOT_READY]
-        job.server.script.extend([None, *replies])
-        job.write(make_texts(20)).enrich(**FAST)
-        job.check()
-        assert len(job.server.jobs) == 1
-        assert sum(b'"method"' in content for content in job.server.files.values()) == 1
+        bench.server.script.extend([None, *replies])
+        bench.write(make_texts(20)).enrich(**FAST)
+        bench.check()
+        assert len(bench.server.batches.jobs) == 1
+        assert sum(b'"method"' in content for content in bench.server.batches.files.values()) == 1
 
-    def test_a_file_that_is_never_found_ends_the_run_in_the_servers_words(
-        self, job: Job, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(module, "FILE_SECONDS", 0.3)
-        job.server.script.extend([None, *[(404, {}, {"error": {"message": "Cannot find file file-1"}})] * 99])
+    def test_a_file_that_is_never_found_ends_the_run_in_the_servers_words(self, bench: Bench) -> None:
+        bench.timing = module.Timing(find_file=0.3)
+        bench.server.script.extend([None, *[(404, {}, {"error": {"message": "Cannot find file file-1"}})] * 99])
         with pytest.raises(module.ProviderError, match=r"does not find the file of a job .* Cannot find file file-1"):
-            job.write(make_texts(20)).enrich(**FAST)
-        job.server.script.clear()
-        job.enrich(**FAST)
-        job.check()
+            bench.write(make_texts(20)).enrich(**FAST)
+        bench.server.script.clear()
+        bench.enrich(**FAST)
+        bench.check()
 
-    def test_what_a_job_was_asked_that_did_not_find_its_file_goes_into_the_next(self, job: Job) -> None:
+    def test_what_a_job_was_asked_that_did_not_find_its_file_goes_into_the_next(self, bench: Bench) -> None:
         """It goes away by itself (kaibo issue 169)."""
         error = {"code": "invalid_request", "message": "Cannot find file file-1, or organization org-x does not."}
-        job.server.job_plans.extend([{"error": error}, {"error": error}])
-        job.write(make_texts(20)).enrich(**FAST)
-        job.check()
-        assert sorted(job.asked) == sorted(job.texts)
-        assert len(job.server.jobs) == 3
+        bench.server.batches.plans.extend([{"error": error}, {"error": error}])
+        bench.write(make_texts(20)).enrich(**FAST)
+        bench.check()
+        assert sorted(bench.asked) == sorted(bench.texts)
+        assert len(bench.server.batches.jobs) == 3
 
     FULL = (400, {}, {"error": {"code": "token_limit_exceeded", "message": "Enqueued too many tokens"}})  # Azure's docs
 
-    def test_a_creation_that_is_refused_because_the_queue_is_full_waits_or_is_smaller(
-        self, job: Job, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        job.server.script.extend([None, self.FULL])
-        job.write(make_texts(40)).enrich(**FAST)
-        job.check()
-        assert [len(texts) for texts in by_job(job).values()] == [20, 20]
-        monkeypatch.setattr(module, "JOB_REQUESTS", 2)
-        job.server.script.extend([None, None, None, self.FULL])
-        job.enrich(**FAST, fresh=True)
-        assert [len(texts) for texts in by_job(job).values()] == [20, 20, 20, 20]
+    def test_a_creation_that_is_refused_because_the_queue_is_full_is_smaller_and_then_waits(self, bench: Bench) -> None:
+        bench.server.script.extend([None, self.FULL, None, None, None, self.FULL])
+        bench.write(make_texts(40)).enrich(**FAST)
+        bench.check()
+        assert not bench.server.script
+        assert [len(texts) for texts in by_job(bench).values()] == [20, 20]
 
-    def test_a_job_without_an_id_is_an_error_that_says_so(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_job_without_an_id_is_an_error_that_says_so(self, bench: Bench) -> None:
         """As xAI answers, whose jobs are of another kind."""
-        monkeypatch.setattr(module, "FIND_SECONDS", 0.2)
-        job.server.script.extend([None, (200, {}, {"batch_id": "batch_6", "state": {"num_requests": 0}})])
+        bench.timing = module.Timing(find_job=0.2)
+        bench.server.script.extend([None, (200, {}, {"batch_id": "batch_6", "state": {"num_requests": 0}})])
         with pytest.raises(module.ProviderError, match="created a job without an id"):
-            job.write(make_texts(20)).enrich(**FAST)
-        assert open_requests(job) == 0
-        job.enrich()
-        job.check()
+            bench.write(make_texts(20)).enrich(**FAST)
+        assert open_requests(bench) == 0
+        bench.enrich()
+        bench.check()
 
 
 class TestCap:
-    def test_jobs_are_submitted_as_far_as_the_cap_allows(self, job: Job) -> None:
-        job.write(make_texts(400)).enrich(store_filepath=job.store.with_name("other"))
-        whole = price(job.server.calls) / 2
-        job.server.calls.clear()
+    def test_jobs_are_submitted_as_far_as_the_cap_allows(self, bench: Bench) -> None:
+        bench.write(make_texts(400)).enrich(store_filepath=bench.store.with_name("other"))
+        whole = price(bench.server.calls) / 2
+        bench.server.calls.clear()
         with pytest.raises(module.BudgetExceeded):
-            job.enrich(**FAST, max_cost=whole / 3, overwrite=True)
-        assert whole / 8 < price(job.server.calls) / 2 <= whole / 3
-        job.enrich(**FAST, max_cost=whole * 9)
-        job.check()
-        assert price(job.server.calls) / 2 == pytest.approx(whole)
+            bench.enrich(**FAST, max_cost=whole / 3, overwrite=True)
+        assert whole / 8 < price(bench.server.calls) / 2 <= whole / 3
+        bench.enrich(**FAST, max_cost=whole * 9)
+        bench.check()
+        assert price(bench.server.calls) / 2 == pytest.approx(whole)

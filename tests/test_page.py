@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LABELS, Job, make_texts
+from conftest import LABELS, Bench, make_texts
 
 import enrich_dataset as module
 
@@ -50,8 +50,8 @@ def start(profile: Path, saved: Path, width: int = 1200) -> Any:
     return webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
 
 
-def page_of(job: Job) -> str:
-    return Path(f"{job.output}.sample.html").as_uri()
+def page_of(bench: Bench) -> str:
+    return Path(f"{bench.output}.sample.html").as_uri()
 
 
 def press(driver: Any, *keys: str) -> None:
@@ -60,10 +60,10 @@ def press(driver: Any, *keys: str) -> None:
         driver.switch_to.active_element.send_keys(key)
 
 
-def open_page(driver: Any, job: Job, coder: str = "ann") -> None:
+def open_page(driver: Any, bench: Bench, coder: str = "ann") -> None:
     from selenium.webdriver.common.by import By
 
-    driver.get(page_of(job))
+    driver.get(page_of(bench))
     if not driver.find_element(By.ID, "coder").get_property("value"):
         press(driver, coder, "\ue004")
     driver.execute_script("document.getElementById('place').focus()")
@@ -94,18 +94,18 @@ def requests(driver: Any) -> set[str]:
     return {each["request"]["url"].partition(":")[0] for each in sent if each["documentURL"].startswith("file:")}
 
 
-def test_ten_texts_are_coded_by_keys_kept_saved_and_compared(job: Job, tmp_path: Path) -> None:
-    job.write(make_texts(100)).enrich(sample=12)
+def test_ten_texts_are_coded_by_keys_kept_saved_and_compared(bench: Bench, tmp_path: Path) -> None:
+    bench.write(make_texts(100)).enrich(sample=12)
     profile, saved = tmp_path / "profile", tmp_path / "saved"
     with start(profile, saved) as driver:
-        open_page(driver, job)
+        open_page(driver, bench)
         assert shown(driver, "progress") == "0 of 12 texts finished"
         for _ in range(5):
             press(driver, "1", "0", "\ue007")  # the first label applies, the others do not; Enter
         assert shown(driver, "progress") == "5 of 12 texts finished"
         assert shown(driver, "place") == "Text 6 of 12"
     with start(profile, saved) as driver:  # closed, and opened again
-        open_page(driver, job)
+        open_page(driver, bench)
         assert shown(driver, "progress") == "5 of 12 texts finished"
         assert shown(driver, "place") == "Text 6 of 12"
         for _ in range(5):
@@ -121,21 +121,29 @@ def test_ten_texts_are_coded_by_keys_kept_saved_and_compared(job: Job, tmp_path:
     assert [[row[label] for label in LABELS] for row in rows] == [["1", "0", "0"]] * 5 + [["0", "0", "1"]] * 5 + [
         ["1", "", ""], [""] * 3,
     ]  # fmt: skip
-    told = job.enrich(gold=path).attrs["enrichment"]
+    told = bench.enrich(gold=path).attrs["enrichment"]
     assert told["draw"]["coded"] == {LABELS[0]: 11, LABELS[1]: 10, LABELS[2]: 10}
     assert set(told["corrected_shares"]) == set(LABELS)
 
 
-def test_texts_are_data_whatever_they_hold(job: Job, browser: Any, tmp_path: Path) -> None:
+def test_texts_are_data_whatever_they_hold(bench: Bench, browser: Any, tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
 
     labels = {"<i>a</i> label": "a <b>definition</b>", "other": "another"}
-    with job.input.open("w", newline="", encoding="utf-8") as file:
+    with bench.input.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("thread", "text"), *((f"<u>{text}</u>", text) for text in HOSTILE)])
     module.enrich_dataset(
-        job.input, job.output, "text", None, labels, base_url=job.server.url, sample=9, context=["thread"], quiet=True
+        bench.input,
+        bench.output,
+        "text",
+        None,
+        labels,
+        base_url=bench.server.url,
+        sample=9,
+        context=["thread"],
+        quiet=True,
     )
-    open_page(browser, job)
+    open_page(browser, bench)
     seen = set()
     for _ in HOSTILE:
         seen.add(browser.find_element(By.ID, "text").get_property("textContent"))
@@ -152,51 +160,51 @@ def test_texts_are_data_whatever_they_hold(job: Job, browser: Any, tmp_path: Pat
     assert {row["text"] for row in rows} == set(HOSTILE)
 
 
-def test_a_script_that_got_in_all_the_same_would_not_run(job: Job, browser: Any) -> None:
-    job.write(make_texts(5)).enrich(sample=5)
-    path = Path(f"{job.output}.sample.html")
+def test_a_script_that_got_in_all_the_same_would_not_run(bench: Bench, browser: Any) -> None:
+    bench.write(make_texts(5)).enrich(sample=5)
+    path = Path(f"{bench.output}.sample.html")
     path.write_text(path.read_text(encoding="utf-8") + "<script>document.title = 'gone'</script>", encoding="utf-8")
     browser.get(path.as_uri())
     assert browser.title == "Coding"
 
 
 def test_a_saved_file_is_opened_again_elsewhere_and_a_sample_that_has_grown_keeps_its_codes(
-    job: Job, tmp_path: Path
+    bench: Bench, tmp_path: Path
 ) -> None:
     from selenium.webdriver.common.by import By
 
-    job.write(make_texts(100)).enrich(sample=5)
+    bench.write(make_texts(100)).enrich(sample=5)
     saved = tmp_path / "saved"
     with start(tmp_path / "one", saved) as driver:
-        open_page(driver, job)
+        open_page(driver, bench)
         for _ in range(4):
             press(driver, "1", "0", "\ue014")
         path = saved_file(driver, saved)
-        job.enrich(sample=8)
-        open_page(driver, job)
+        bench.enrich(sample=8)
+        open_page(driver, bench)
         assert shown(driver, "progress") == "4 of 8 texts finished"
     with start(tmp_path / "two", saved) as driver:
-        open_page(driver, job)
+        open_page(driver, bench)
         assert shown(driver, "progress") == "0 of 8 texts finished"
         driver.find_element(By.ID, "load").send_keys(str(path))
         assert shown(driver, "told").startswith("Codes added: 12; others that differ from yours, which stay: 0.")
         assert shown(driver, "progress") == "4 of 8 texts finished"
 
 
-def test_three_coders_on_three_copies_are_compared(job: Job, tmp_path: Path) -> None:
-    job.write(make_texts(60)).enrich(sample=10)
+def test_three_coders_on_three_copies_are_compared(bench: Bench, tmp_path: Path) -> None:
+    bench.write(make_texts(60)).enrich(sample=10)
     paths = []
     for coder, keys in (("ann", "1 "), ("ben", "1 "), ("cem", "2 ")):
         with start(tmp_path / "one browser", tmp_path / "saved") as driver:  # which keeps each person's codes apart
-            driver.get(page_of(job))
+            driver.get(page_of(bench))
             driver.execute_script("localStorage.removeItem('coder')")
-            open_page(driver, job, coder)
+            open_page(driver, bench, coder)
             assert shown(driver, "progress") == "0 of 10 texts finished"
             for number in range(10):
                 press(driver, *(keys if number % 2 else " "))
             assert shown(driver, "told").startswith("All texts are finished. Save them.")
             paths.append(saved_file(driver, tmp_path / "saved", coder))
-    told = job.enrich(coders=paths).attrs["enrichment"]
+    told = bench.enrich(coders=paths).attrs["enrichment"]
     assert told["coders"][LABELS[0]]["texts"] == 10
     assert told["coders"][LABELS[0]]["agreement"] == pytest.approx((5 + 5 / 3) / 10)
     assert told["coders"][LABELS[2]]["agreement"] == 1
@@ -204,12 +212,12 @@ def test_three_coders_on_three_copies_are_compared(job: Job, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("width", [1200, 380])
-def test_nothing_is_wider_than_the_window_and_all_controls_have_names(job: Job, tmp_path: Path, width: int) -> None:
+def test_nothing_is_wider_than_the_window_and_all_controls_have_names(bench: Bench, tmp_path: Path, width: int) -> None:
     from selenium.webdriver.common.by import By
 
-    job.write([f"{text} {'x' * 300}" for text in make_texts(5)]).enrich(sample=5)
+    bench.write([f"{text} {'x' * 300}" for text in make_texts(5)]).enrich(sample=5)
     with start(tmp_path / "profile", tmp_path / "saved", width) as driver:
-        open_page(driver, job)
+        open_page(driver, bench)
         driver.set_window_size(width, 900)
         assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
         for control in driver.find_elements(By.CSS_SELECTOR, "button, input"):
@@ -217,11 +225,11 @@ def test_nothing_is_wider_than_the_window_and_all_controls_have_names(job: Job, 
         assert driver.find_element(By.CSS_SELECTOR, "fieldset").accessible_name.startswith("1 praising_violence")
 
 
-def test_without_a_name_nothing_is_coded_and_keys_leave_controls_alone(job: Job, browser: Any) -> None:
+def test_without_a_name_nothing_is_coded_and_keys_leave_controls_alone(bench: Bench, browser: Any) -> None:
     from selenium.webdriver.common.by import By
 
-    job.write(make_texts(5)).enrich(sample=5)
-    browser.get(page_of(job))
+    bench.write(make_texts(5)).enrich(sample=5)
+    browser.get(page_of(bench))
     browser.execute_script("document.getElementById('place').focus()")
     press(browser, "1")
     assert shown(browser, "told").startswith("Type your name or initials first")
@@ -237,11 +245,11 @@ def test_without_a_name_nothing_is_coded_and_keys_leave_controls_alone(job: Job,
     assert (shown(browser, "progress"), shown(browser, "place")) == ("1 of 5 texts finished", "Text 2 of 5")
 
 
-def test_it_holds_what_the_csv_holds_and_nothing_of_the_model(job: Job) -> None:
-    job.write(make_texts(50)).enrich(sample=10)
-    page = Path(f"{job.output}.sample.html").read_text(encoding="utf-8")
+def test_it_holds_what_the_csv_holds_and_nothing_of_the_model(bench: Bench) -> None:
+    bench.write(make_texts(50)).enrich(sample=10)
+    page = Path(f"{bench.output}.sample.html").read_text(encoding="utf-8")
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     assert set(data) == {"digest", "file", "column", "context", "labels", "rows"}
     assert {frozenset(row) for row in data["rows"]} == {frozenset(["id", "text", "context"])}
-    sample = Path(f"{job.output}.sample.csv").read_text(encoding="utf-8-sig")
+    sample = Path(f"{bench.output}.sample.csv").read_text(encoding="utf-8-sig")
     assert [row["id"] for row in data["rows"]] == [line.partition(",")[0] for line in sample.splitlines()[1:]]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import LABELS, ROOT, Job, expected, make_texts
+from conftest import LABELS, ROOT, Bench, expected, make_texts
 
 import enrich_dataset as module
 
@@ -26,12 +26,12 @@ def figures(frame: pd.DataFrame) -> dict[str, Any]:
     return dict(frame.attrs["enrichment"])
 
 
-def system_message(job: Job) -> str:
-    return str(job.server.calls[-1].body["messages"][0]["content"])
+def system_message(bench: Bench) -> str:
+    return str(bench.server.calls[-1].body["messages"][0]["content"])
 
 
-def write_examples(job: Job, *texts: str, name: str = "examples.csv") -> Path:
-    path = job.input.with_name(name)
+def write_examples(bench: Bench, *texts: str, name: str = "examples.csv") -> Path:
+    path = bench.input.with_name(name)
     frame = pd.DataFrame(expected(texts), columns=LABELS)
     frame.insert(0, "text", texts)
     frame.to_csv(path, index=False)
@@ -39,37 +39,37 @@ def write_examples(job: Job, *texts: str, name: str = "examples.csv") -> Path:
 
 
 class TestCodebook:
-    def test_definitions_stand_in_the_system_message(self, job: Job) -> None:
-        job.write(["cake"]).enrich(CODEBOOK)
-        assert '"praising_violence": what praising_violence means\n' in system_message(job)
-        job.check()
+    def test_definitions_stand_in_the_system_message(self, bench: Bench) -> None:
+        bench.write(["cake"]).enrich(CODEBOOK)
+        assert '"praising_violence": what praising_violence means\n' in system_message(bench)
+        bench.check()
 
-    def test_a_changed_definition_asks_that_label_again_and_no_other(self, job: Job) -> None:
+    def test_a_changed_definition_asks_that_label_again_and_no_other(self, bench: Bench) -> None:
         labels = {f"label_{place}": f"meaning {place}" for place in range(10)}
-        job.write(make_texts(30)).enrich(labels)
-        job.server.calls.clear()
-        job.enrich(labels | {"label_4": "another meaning"})
-        assert {call.labels for call in job.server.calls} == {("label_4",)}
-        assert sorted(job.asked) == sorted(job.texts)
-        job.server.calls.clear()
-        job.enrich(labels)
-        assert job.server.calls == []
+        bench.write(make_texts(30)).enrich(labels)
+        bench.server.calls.clear()
+        bench.enrich(labels | {"label_4": "another meaning"})
+        assert {call.labels for call in bench.server.calls} == {("label_4",)}
+        assert sorted(bench.asked) == sorted(bench.texts)
+        bench.server.calls.clear()
+        bench.enrich(labels)
+        assert bench.server.calls == []
 
     @pytest.mark.parametrize("form", ["json", "csv"])
-    def test_the_command_reads_it_from_a_file(self, job: Job, form: str) -> None:
-        path = job.input.with_name(f"codebook.{form}")
+    def test_the_command_reads_it_from_a_file(self, bench: Bench, form: str) -> None:
+        path = bench.input.with_name(f"codebook.{form}")
         if form == "json":
             path.write_text(json.dumps(CODEBOOK))
         else:
             pd.DataFrame({"label": CODEBOOK.keys(), "definition": CODEBOOK.values()}).to_csv(path, index=False)
-        job.write(["cake", "violence"])
-        arguments = [argument for argument in job.arguments() if argument not in {"--labels", *LABELS}]
-        base = ["--base-url", job.server.url, "--quiet", "--codebook", str(path)]
+        bench.write(["cake", "violence"])
+        arguments = [argument for argument in bench.arguments() if argument not in {"--labels", *LABELS}]
+        base = ["--base-url", bench.server.url, "--quiet", "--codebook", str(path)]
         assert module.main([*arguments, *base]) == 0
-        job.check()
-        assert '"praising_violence": what praising_violence means\n' in system_message(job)
+        bench.check()
+        assert '"praising_violence": what praising_violence means\n' in system_message(bench)
         assert module.main([*arguments, *base, "--labels", LABELS[0]]) == 0
-        assert len(job.server.calls) == 1
+        assert len(bench.server.calls) == 1
 
     @pytest.mark.parametrize(
         ("content", "arguments", "words"),
@@ -85,30 +85,30 @@ class TestCodebook:
         ],
     )
     def test_one_that_cannot_be_used_is_refused(
-        self, job: Job, content: str | None, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, content: str | None, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = job.input.with_name("codebook")
+        path = bench.input.with_name("codebook")
         if content is not None:
             path.write_text(content)
-        given = ["--input", str(job.input), "--output", str(job.output), "--text-column", "text"]
+        given = ["--input", str(bench.input), "--output", str(bench.output), "--text-column", "text"]
         assert module.main([*given, "--codebook", str(path), *arguments]) == 2
         assert words in capsys.readouterr().err
 
     def test_an_unquoted_comma_is_refused_and_other_delimiters_are_read(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = job.input.with_name("codebook.csv")
+        path = bench.input.with_name("codebook.csv")
         path.write_text("label,definition\nracist,attacks people, because of race\n")
-        given = ["--input", str(job.input), "--output", str(job.output), "--text-column", "text", "--quiet"]
-        given += ["--codebook", str(path), "--base-url", job.server.url]
-        job.write(["cake"])
+        given = ["--input", str(bench.input), "--output", str(bench.output), "--text-column", "text", "--quiet"]
+        given += ["--codebook", str(path), "--base-url", bench.server.url]
+        bench.write(["cake"])
         assert module.main(given) == 2
         line = f"Error: {path}, line 2: this record has 3 fields, the header has 2: fix the row, or quote the field"
         assert capsys.readouterr().err.startswith(line)
-        assert job.server.calls == []
+        assert bench.server.calls == []
         path.write_bytes("label;definition\nracist;attacks people, because of racé\n".encode("cp1252"))
         assert module.main(given) == 0
-        assert '"racist": attacks people, because of racé\n' in system_message(job)
+        assert '"racist": attacks people, because of racé\n' in system_message(bench)
         path.write_text("label,definition\nracist, \n")
         assert module.main(given) == 2
         assert "The definition of 'racist' must be a non-empty string" in capsys.readouterr().err
@@ -117,64 +117,64 @@ class TestCodebook:
         assert module.main(["--input", "a", "--output", "b", "--text-column", "c"]) == 2
         assert "pass --labels NAME ..., or --codebook FILE." in capsys.readouterr().err
 
-    def test_definitions_are_texts(self, job: Job) -> None:
+    def test_definitions_are_texts(self, bench: Bench) -> None:
         with pytest.raises(module.InputError, match="The definition of 'a' must be a non-empty string"):
-            job.write(["cake"]).enrich({"a": 1})  # type: ignore[dict-item]
+            bench.write(["cake"]).enrich({"a": 1})  # type: ignore[dict-item]
 
 
 class TestInstructions:
-    def test_they_stand_in_the_system_message_as_a_text_or_from_a_file(self, job: Job) -> None:
+    def test_they_stand_in_the_system_message_as_a_text_or_from_a_file(self, bench: Bench) -> None:
         words = "Only what {is} said to persons counts."
-        path = job.input.with_name("instructions.txt")
+        path = bench.input.with_name("instructions.txt")
         path.write_text(f"{words}\n")
-        job.write(["cake"]).enrich(instructions=words)
-        assert f"This project's instructions:\n{words}\n" in system_message(job)
-        job.enrich(instructions=path)
-        assert job.command("--quiet", "--instructions", str(path)) == 0
-        assert len(job.server.calls) == 1
+        bench.write(["cake"]).enrich(instructions=words)
+        assert f"This project's instructions:\n{words}\n" in system_message(bench)
+        bench.enrich(instructions=path)
+        assert bench.command("--quiet", "--instructions", str(path)) == 0
+        assert len(bench.server.calls) == 1
 
-    def test_other_ones_ask_anew(self, job: Job) -> None:
-        job.write(["cake"]).enrich(instructions="One.")
-        job.enrich(instructions="Two.")
-        job.enrich()
-        assert len(job.server.calls) == 3
+    def test_other_ones_ask_anew(self, bench: Bench) -> None:
+        bench.write(["cake"]).enrich(instructions="One.")
+        bench.enrich(instructions="Two.")
+        bench.enrich()
+        assert len(bench.server.calls) == 3
 
-    def test_a_file_that_is_not_there_is_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_file_that_is_not_there_is_refused(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(
             module.InputError, match=r"There is no file /nowhere/instructions.txt: check the path of the instructions\."
         ):
-            job.write(["cake"]).enrich(instructions=Path("/nowhere/instructions.txt"))
-        assert job.command("--instructions", "instructoins.txt") == 2
+            bench.write(["cake"]).enrich(instructions=Path("/nowhere/instructions.txt"))
+        assert bench.command("--instructions", "instructoins.txt") == 2
         assert "There is no file instructoins.txt: check the path of the instructions." in capsys.readouterr().err
-        assert job.server.calls == []
+        assert bench.server.calls == []
 
 
 class TestExamples:
-    def test_they_stand_in_the_system_message_in_the_answers_own_form(self, job: Job) -> None:
-        path = write_examples(job, "praise the violence", "tram")
-        job.write(["cake"]).enrich(examples=path)
-        message = system_message(job)
+    def test_they_stand_in_the_system_message_in_the_answers_own_form(self, bench: Bench) -> None:
+        path = write_examples(bench, "praise the violence", "tram")
+        bench.write(["cake"]).enrich(examples=path)
+        message = system_message(bench)
         assert '{"638":"praise the violence","127":"tram"}' in message
         assert message.endswith('Its right answer:\n{"638":["praising_violence"],"127":[]}')
 
     def test_rows_equal_to_one_are_answered_from_it_and_not_sent(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
         frame = pd.DataFrame([["cake", 1, 1, 1]], columns=["text", *LABELS])
-        labelled = job.write(["tram", "cake", "cake"]).enrich(examples=frame, quiet=False)
-        assert job.cells == [["0"] * 3, ["1"] * 3, ["1"] * 3]
-        assert job.asked == ["tram"]
+        labelled = bench.write(["tram", "cake", "cake"]).enrich(examples=frame, quiet=False)
+        assert bench.cells == [["0"] * 3, ["1"] * 3, ["1"] * 3]
+        assert bench.asked == ["tram"]
         assert figures(labelled)["example_rows"] == 2
         assert figures(labelled)["reused_rows"] == 0
         assert "Rows equal to an example (labelled from it, not sent): 2\n" in capsys.readouterr().out
 
-    def test_other_ones_ask_anew_and_a_label_that_is_added_does_not(self, job: Job) -> None:
-        job.write(["cake"])
-        job.enrich(LABELS[:2], examples=write_examples(job, "tram"))
-        job.enrich(examples=write_examples(job, "tram"))
-        assert [call.labels for call in job.server.calls] == [tuple(LABELS[:2]), (LABELS[2],)]
-        job.enrich(examples=write_examples(job, "tram", "holiday"))
-        assert job.server.calls[-1].labels == tuple(LABELS)
+    def test_other_ones_ask_anew_and_a_label_that_is_added_does_not(self, bench: Bench) -> None:
+        bench.write(["cake"])
+        bench.enrich(LABELS[:2], examples=write_examples(bench, "tram"))
+        bench.enrich(examples=write_examples(bench, "tram"))
+        assert [call.labels for call in bench.server.calls] == [tuple(LABELS[:2]), (LABELS[2],)]
+        bench.enrich(examples=write_examples(bench, "tram", "holiday"))
+        assert bench.server.calls[-1].labels == tuple(LABELS)
 
     @pytest.mark.parametrize(
         ("content", "words"),
@@ -189,18 +189,18 @@ class TestExamples:
             (f"text,{','.join(LABELS)}\na,1,0,0\na,0,0,0\n", "have one text with different labels"),
         ],
     )
-    def test_ones_that_cannot_be_used_are_refused(self, job: Job, content: str, words: str) -> None:
-        path = job.input.with_name("examples.csv")
+    def test_ones_that_cannot_be_used_are_refused(self, bench: Bench, content: str, words: str) -> None:
+        path = bench.input.with_name("examples.csv")
         path.write_text(content)
         with pytest.raises(module.InputError, match=words):
-            job.write(["cake"]).enrich(examples=path)
-        assert job.server.calls == []
+            bench.write(["cake"]).enrich(examples=path)
+        assert bench.server.calls == []
 
 
 class TestAudit:
-    def test_it_finds_the_share_that_packing_changes(self, job: Job) -> None:
-        job.server.flips = 0.1
-        told = figures(job.write(make_texts(600)).enrich(audit=400))["audit"]
+    def test_it_finds_the_share_that_packing_changes(self, bench: Bench) -> None:
+        bench.server.model.flips = 0.1
+        told = figures(bench.write(make_texts(600)).enrich(audit=400))["audit"]
         for values in told.values():
             low, high = values["agreement_95"]
             assert values["rows"] == 400
@@ -209,72 +209,72 @@ class TestAudit:
             assert len(values["rows_that_differ"]) == round(400 * (1 - values["agreement"]))
 
     def test_with_an_exact_annotator_kappa_is_1_and_labels_stay(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        told = figures(job.write(make_texts(60)).enrich(audit=30, quiet=False))["audit"]
+        told = figures(bench.write(make_texts(60)).enrich(audit=30, quiet=False))["audit"]
         for values in told.values():
             assert (values["agreement"], values["kappa"], values["rows_that_differ"]) == (1.0, 1.0, [])
-        job.check()
+        bench.check()
         printed = capsys.readouterr().out
         assert "Auditing 30 rows, each alone in its call: 30 API calls...\n" in printed
         assert "=== Audit: re-queried, each row alone, each label forced ===\n" in printed
-        assert [len(call.texts) for call in job.server.calls] == [10] * 6 + [1] * 30
+        assert [len(call.texts) for call in bench.server.calls] == [10] * 6 + [1] * 30
 
-    def test_its_answers_never_become_labels(self, job: Job) -> None:
-        job.write(make_texts(20)).enrich()
-        with module.Store(job.store) as store:
+    def test_its_answers_never_become_labels(self, bench: Bench) -> None:
+        bench.write(make_texts(20)).enrich()
+        with module.Store(bench.store) as store:
             store.db.execute("UPDATE attempts SET answers = replace(answers, '0', '1')")
             store.db.commit()
-        told = figures(job.enrich(audit=20))["audit"]
-        assert job.cells == [["1"] * 3] * 20
+        told = figures(bench.enrich(audit=20))["audit"]
+        assert bench.cells == [["1"] * 3] * 20
         assert all(values["agreement"] < 1 for values in told.values())
 
-    def test_its_bar_shows_its_own_rows_per_second(self, job: Job) -> None:
-        job.server.first_token = 0.1
-        process = job.write(make_texts(300)).process("--batch-size", "100", "--audit", "6", "--max-workers", "1")
+    def test_its_bar_shows_its_own_rows_per_second(self, bench: Bench) -> None:
+        bench.server.model.first_token = 0.1
+        process = bench.write(make_texts(300)).process("--batch-size", "100", "--audit", "6", "--max-workers", "1")
         _, errors = process.communicate(timeout=60)
         (rate,) = re.findall(r"6/6 \[.*?, (\d+) rows/s", errors)
         assert 3 <= int(rate) <= 12
 
-    def test_cells_that_the_input_gives_are_not_audited(self, job: Job) -> None:
-        job.input.write_text(f"text,{LABELS[0]}\nviolence,0\ntram,\n")
-        told = figures(job.enrich(audit=10))["audit"]
+    def test_cells_that_the_input_gives_are_not_audited(self, bench: Bench) -> None:
+        bench.input.write_text(f"text,{LABELS[0]}\nviolence,0\ntram,\n")
+        told = figures(bench.enrich(audit=10))["audit"]
         assert {values["rows"] for values in told.values()} == {1}
 
-    def test_it_is_paid_once_and_a_larger_one_holds_the_smaller(self, job: Job) -> None:
-        job.write(make_texts(40)).enrich(audit=10)
-        calls = len(job.server.calls)
-        job.enrich(audit=10)
-        assert len(job.server.calls) == calls
-        job.enrich(audit=15)
-        assert len(job.server.calls) == calls + 5
-        job.enrich(audit=10, seed=1)
-        assert len(job.server.calls) > calls + 5
+    def test_it_is_paid_once_and_a_larger_one_holds_the_smaller(self, bench: Bench) -> None:
+        bench.write(make_texts(40)).enrich(audit=10)
+        calls = len(bench.server.calls)
+        bench.enrich(audit=10)
+        assert len(bench.server.calls) == calls
+        bench.enrich(audit=15)
+        assert len(bench.server.calls) == calls + 5
+        bench.enrich(audit=10, seed=1)
+        assert len(bench.server.calls) > calls + 5
 
-    def test_it_goes_by_jobs_too(self, job: Job) -> None:
-        frame = job.write(make_texts(20)).enrich(audit=10, use_batch_api=True, poll_interval=0.05)
+    def test_it_goes_by_jobs_too(self, bench: Bench) -> None:
+        frame = bench.write(make_texts(20)).enrich(audit=10, use_batch_api=True, poll_interval=0.05)
         assert {values["rows"] for values in figures(frame)["audit"].values()} == {10}
-        assert {call.job for call in job.server.calls} == {"batch_1", "batch_2"}
+        assert {call.job for call in bench.server.calls} == {"batch_1", "batch_2"}
 
-    def test_the_cap_counts_it(self, job: Job) -> None:
-        job.write(make_texts(20)).enrich()
+    def test_the_cap_counts_it(self, bench: Bench) -> None:
+        bench.write(make_texts(20)).enrich()
         with pytest.raises(module.BudgetExceeded):
-            job.enrich(audit=20, max_cost=0.0005)
-        job.check()
+            bench.enrich(audit=20, max_cost=0.0005)
+        bench.check()
 
-    def test_a_dry_run_tells_its_calls_too(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        job.write(make_texts(20)).enrich(dry_run=True, quiet=False)
+    def test_a_dry_run_tells_its_calls_too(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        bench.write(make_texts(20)).enrich(dry_run=True, quiet=False)
         plain = capsys.readouterr().out
-        job.enrich(dry_run=True, audit=20, quiet=False)
+        bench.enrich(dry_run=True, audit=20, quiet=False)
         audited = capsys.readouterr().out
         tokens = [
             int(text.partition("tokens (schema included): ")[2].partition(" in")[0].replace(",", ""))
             for text in (plain, audited)
         ]
         assert tokens[1] > 5 * tokens[0]
-        job.enrich()
+        bench.enrich()
         capsys.readouterr()
-        job.enrich(dry_run=True, audit=20, quiet=False)
+        bench.enrich(dry_run=True, audit=20, quiet=False)
         assert "(schema included): 0 in" not in capsys.readouterr().out
 
 
@@ -337,79 +337,81 @@ class TestGold:
         with pytest.raises(module.InputError, match="appears more than once"):
             module.evaluate_labels(twice, twice, ["a"])
 
-    def test_the_command_compares_by_text(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        path = write_examples(job, "violence", "praise", "not in the table", name="gold.csv")
-        assert job.write(["violence", "praise", "cake", "cake"]).command("--gold", str(path)) == 0
+    def test_the_command_compares_by_text(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write_examples(bench, "violence", "praise", "not in the table", name="gold.csv")
+        assert bench.write(["violence", "praise", "cake", "cake"]).command("--gold", str(path)) == 0
         printed = capsys.readouterr().out
         assert "=== Comparison with people, with 95 % intervals ===\n" in printed
         assert "micro average         6" in printed
         assert "Gold rows that are not in the table: 1\n" in printed
 
-    def test_rows_that_people_labelled_and_the_model_did_not_are_told(self, job: Job) -> None:
+    def test_rows_that_people_labelled_and_the_model_did_not_are_told(self, bench: Bench) -> None:
         gold = pd.DataFrame({"text": ["violence", "poison-refusal", "elsewhere"], LABELS[0]: [1, 1, 1]})
-        told = figures(job.write(["violence", "poison-refusal"]).enrich(gold=gold))
+        told = figures(bench.write(["violence", "poison-refusal"]).enrich(gold=gold))
         assert told["gold_unmatched"] == {"not in the table": 1, "not labelled": 1, "not coded": 0}
         assert told["gold"][LABELS[0]]["rows"] == 1
 
-    def test_a_key_column_tells_equal_texts_apart(self, job: Job) -> None:
+    def test_a_key_column_tells_equal_texts_apart(self, bench: Bench) -> None:
         gold = pd.DataFrame({"id": [2, 0], LABELS[0]: [1, 1]})
-        told = figures(job.write(["violence", "praise", "cake"]).enrich(gold=gold, gold_key="id"))["gold"]
+        told = figures(bench.write(["violence", "praise", "cake"]).enrich(gold=gold, gold_key="id"))["gold"]
         assert told[LABELS[0]]["tp"] == told[LABELS[0]]["fn"] == 1
         assert set(told) == {LABELS[0], "micro average", "macro average"}
 
-    def test_equal_texts_with_other_labels_cannot_be_matched_by_text(self, job: Job) -> None:
-        job.input.write_text(f"text,{LABELS[0]}\ncake,1\ncake,0\n")
+    def test_equal_texts_with_other_labels_cannot_be_matched_by_text(self, bench: Bench) -> None:
+        bench.input.write_text(f"text,{LABELS[0]}\ncake,1\ncake,0\n")
         gold = pd.DataFrame({"text": ["cake"], LABELS[0]: [1]})
         with pytest.raises(module.InputError, match="pass gold_key and a column that is unique"):
-            job.enrich(gold=gold)
+            bench.enrich(gold=gold)
 
-    def test_different_rows_of_one_key_are_refused_before_anything_is_sent(self, job: Job) -> None:
-        job.input.write_text("text,label\ncake,a\ncake,b\n")
+    def test_different_rows_of_one_key_are_refused_before_anything_is_sent(self, bench: Bench) -> None:
+        bench.input.write_text("text,label\ncake,a\ncake,b\n")
         gold = pd.DataFrame({"text": ["cake"], LABELS[0]: [1]})
         with pytest.raises(module.InputError, match=r"Different rows of .* have the same 'text' as a gold row"):
-            module.enrich_dataset(job.input, job.output, "text", "label", LABELS, gold=gold, base_url=job.server.url)
-        assert job.server.calls == []
+            module.enrich_dataset(
+                bench.input, bench.output, "text", "label", LABELS, gold=gold, base_url=bench.server.url
+            )
+        assert bench.server.calls == []
 
     def test_what_pandas_writes_is_understood_and_anything_else_is_named(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = job.input.with_name("gold.csv")
+        path = bench.input.with_name("gold.csv")
         path.write_text(f"text,{LABELS[0]},{LABELS[1]}\nviolence,1.0,True\ncake,0.0,FALSE\ntram,,\n")
-        told = figures(job.write(["violence", "cake"]).enrich(gold=path))
+        told = figures(bench.write(["violence", "cake"]).enrich(gold=path))
         assert told["gold"][LABELS[1]]["support"] == 1
         path.write_text(f"text,{LABELS[0]}\nviolence,1\ncake,yes\n")
-        assert job.command("--gold", str(path)) == 2
+        assert bench.command("--gold", str(path)) == 2
         line = f"{path}, row 1 (line 3): the column '{LABELS[0]}' holds 'yes', not 1, 0, true, false or blank: fix the cell.\n"
         assert line in capsys.readouterr().err
 
-    def test_columns_that_match_no_label_are_named(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        path = job.input.with_name("gold.csv")
+    def test_columns_that_match_no_label_are_named(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        path = bench.input.with_name("gold.csv")
         path.write_text(f"text,{LABELS[0].title()},{LABELS[1]},note\ncake,1,0,fine\n")
-        assert job.write(["cake"]).command("--gold", str(path)) == 0
+        assert bench.write(["cake"]).command("--gold", str(path)) == 0
         line = f"Gold columns that match no label (not compared): {LABELS[0].title()}, note\n"
         assert line in capsys.readouterr().out
 
-    def test_a_key_that_occurs_twice_is_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        path = job.input.with_name("gold.csv")
+    def test_a_key_that_occurs_twice_is_refused(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        path = bench.input.with_name("gold.csv")
         path.write_text(f"id,{LABELS[0]}\n0,1\n1,1\n0,0\n")
-        assert job.write(["cake", "tram"]).command("--gold", str(path), "--gold-key", "id") == 2
+        assert bench.write(["cake", "tram"]).command("--gold", str(path), "--gold-key", "id") == 2
         errors = capsys.readouterr().err
         assert "have the same 'id' in row 0 (line 2) and row 2 (line 4): remove one, or pass --gold-key" in errors
-        assert job.server.calls == []
+        assert bench.server.calls == []
 
-    def test_disagreements_are_listed_without_texts(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        path = job.input.with_name("gold.csv")
+    def test_disagreements_are_listed_without_texts(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        path = bench.input.with_name("gold.csv")
         path.write_text(f"id,{LABELS[0]},{LABELS[1]}\n2,1,0\n0,0,1\n")
-        job.write(["violence", "two\nlines", "attack"])
-        assert job.command("--gold", str(path), "--gold-key", "id") == 0
-        listed = Path(f"{job.output}.disagreements.csv")
+        bench.write(["violence", "two\nlines", "attack"])
+        assert bench.command("--gold", str(path), "--gold-key", "id") == 0
+        listed = Path(f"{bench.output}.disagreements.csv")
         assert f"Where the model, people or coders differ: {listed}\n" in capsys.readouterr().out
         assert listed.read_text().split() == [
             "row,line,key,label,model,people", "0,2,0,praising_violence,1,0", "0,2,0,personal_attacks,0,1",
             "2,5,2,praising_violence,0,1", "2,5,2,personal_attacks,1,0",
         ]  # fmt: skip
         path.write_text(f"text,{LABELS[0]}\nviolence,0\n")
-        assert job.command("--gold", str(path)) == 0
+        assert bench.command("--gold", str(path)) == 0
         assert listed.read_text().split()[1:] == ["0,2,,praising_violence,1,0"]
 
     @pytest.mark.parametrize(
@@ -422,11 +424,11 @@ class TestGold:
         ],
     )
     def test_gold_that_cannot_be_used_is_refused_before_anything_is_sent(
-        self, job: Job, gold: pd.DataFrame | None, options: dict[str, str], words: str
+        self, bench: Bench, gold: pd.DataFrame | None, options: dict[str, str], words: str
     ) -> None:
         with pytest.raises(module.InputError, match=words):
-            job.write(["cake"]).enrich(gold=gold, **options)
-        assert job.server.calls == []
+            bench.write(["cake"]).enrich(gold=gold, **options)
+        assert bench.server.calls == []
 
 
 class TestFigures:
@@ -437,10 +439,10 @@ class TestFigures:
         assert all(math.isnan(bound) for bound in module.wilson(0, 0))
 
     def test_the_shares_by_the_existing_label_end_the_summary(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        job.input.write_text("text,label\nviolence,hate\ncake,hate\ntram,nothate\nholiday,\n")
-        arguments = job.arguments("--label-column", "label", "--base-url", job.server.url)
+        bench.input.write_text("text,label\nviolence,hate\ncake,hate\ntram,nothate\nholiday,\n")
+        arguments = bench.arguments("--label-column", "label", "--base-url", bench.server.url)
         assert module.main(arguments) == 0
         table = (
             capsys.readouterr()
@@ -452,18 +454,18 @@ class TestFigures:
 
 
 class TestRecord:
-    def test_it_has_what_an_appendix_needs_and_no_key_and_no_text(self, job: Job) -> None:
+    def test_it_has_what_an_appendix_needs_and_no_key_and_no_text(self, bench: Bench) -> None:
         texts = [f"{text}, my own words" for text in make_texts(30)]
-        examples = write_examples(job, "a secret example")
-        job.write(texts).enrich(CODEBOOK, examples=examples, audit=5, api_key="sk-secret", seed=4)
-        path = Path(f"{job.output}.run.json")
+        examples = write_examples(bench, "a secret example")
+        bench.write(texts).enrich(CODEBOOK, examples=examples, audit=5, api_key="sk-secret", seed=4)
+        path = Path(f"{bench.output}.run.json")
         written = path.read_text(encoding="utf-8")
         assert "own words" not in written
         assert "secret" not in written
         record = json.loads(written)
         assert record["labels"] == CODEBOOK
         assert record["parameters"]["seed"] == 4
-        assert record["input_sha256"] == hashlib.sha256(job.input.read_bytes()).hexdigest()
+        assert record["input_sha256"] == hashlib.sha256(bench.input.read_bytes()).hexdigest()
         assert record["rows"]["table"] == record["rows"]["labelled"] == 30
         assert set(record["versions"]) == {"enrich_dataset", "python", "openai", "pandas"}
         (served,) = record["served"]
@@ -473,7 +475,7 @@ class TestRecord:
         assert record["this_run"]["started_at"][:10] <= served["first_at"][:10] <= served["last_at"][:10]
         (prompt,) = record["prompts"]
         assert "what praising_violence means" in prompt["system_message_without_examples"]
-        assert prompt["response_format"] == job.server.calls[0].body["response_format"]
+        assert prompt["response_format"] == bench.server.calls[0].body["response_format"]
         assert (prompt["answers"], prompt["examples"]) == (30, 1)
         assert record["this_run"]["calls"] == 8
         assert record["this_run"]["dollars"] > 0
@@ -482,43 +484,43 @@ class TestRecord:
         assert record["blank_rows"] == []
         assert record["audit"][LABELS[0]]["rows"] == 5
 
-    def test_numpys_strings_are_strings_in_it(self, job: Job) -> None:
+    def test_numpys_strings_are_strings_in_it(self, bench: Bench) -> None:
         import numpy as np
 
-        job.write(["cake"]).enrich(model=np.str_("gpt-4o-mini"))
-        record = json.loads(Path(f"{job.output}.run.json").read_text())
+        bench.write(["cake"]).enrich(model=np.str_("gpt-4o-mini"))
+        record = json.loads(Path(f"{bench.output}.run.json").read_text())
         assert record["parameters"]["model"] == "gpt-4o-mini"
 
-    def test_blank_rows_stand_in_it_with_their_reasons(self, job: Job) -> None:
-        job.write(["cake", "poison-refusal", ""]).enrich()
-        record = json.loads(Path(f"{job.output}.run.json").read_text())
+    def test_blank_rows_stand_in_it_with_their_reasons(self, bench: Bench) -> None:
+        bench.write(["cake", "poison-refusal", ""]).enrich()
+        record = json.loads(Path(f"{bench.output}.run.json").read_text())
         assert record["blank_rows"] == [{"row": 1, "line": 3, "reason": "the model refused to answer"}]
         assert record["counts"][LABELS[0]] == {"ones": 0, "zeros": 1, "blank": 2}
         assert record["this_run"]["retries"] == 1
 
-    def test_it_names_every_prompt_that_was_asked_of_these_labels_with_its_answers(self, job: Job) -> None:
-        job.write(make_texts(30)).enrich(LABELS[:2], limit=20)
-        job.enrich(LABELS)
-        record = json.loads(Path(f"{job.output}.run.json").read_text())
+    def test_it_names_every_prompt_that_was_asked_of_these_labels_with_its_answers(self, bench: Bench) -> None:
+        bench.write(make_texts(30)).enrich(LABELS[:2], limit=20)
+        bench.enrich(LABELS)
+        record = json.loads(Path(f"{bench.output}.run.json").read_text())
         prompts = {tuple(prompt["labels"]): prompt for prompt in record["prompts"]}
         assert {labels: prompt["answers"] for labels, prompt in prompts.items()} == {
             tuple(LABELS[:2]): 20, (LABELS[2],): 20, tuple(LABELS): 10,
         }  # fmt: skip
-        sent = {call.body["messages"][0]["content"] for call in job.server.calls}
+        sent = {call.body["messages"][0]["content"] for call in bench.server.calls}
         assert {prompt["system_message_without_examples"] for prompt in prompts.values()} == sent
-        job.enrich(LABELS[:2])
-        record = json.loads(Path(f"{job.output}.run.json").read_text())
+        bench.enrich(LABELS[:2])
+        record = json.loads(Path(f"{bench.output}.run.json").read_text())
         assert [prompt["labels"] for prompt in record["prompts"]] == [LABELS[:2], LABELS]
         assert record["served"][0]["answers"] == 30
 
-    def test_it_has_the_parameters_that_were_really_sent_and_the_models_that_answered(self, job: Job) -> None:
-        job.write(make_texts(40)).enrich(limit=10)
-        job.server.refuses = {"temperature"}
+    def test_it_has_the_parameters_that_were_really_sent_and_the_models_that_answered(self, bench: Bench) -> None:
+        bench.write(make_texts(40)).enrich(limit=10)
+        bench.server.gate.refuses = {"temperature"}
         completion = {"choices": [{"message": {"content": '{"660": []}'}}], "model": "gpt-4o-mini-2026-12-01"}
-        job.server.script.extend([None] * 4 + [(200, {}, completion)])
-        job.enrich(limit=30, quiet=False, max_workers=1, batch_size=1)
-        job.enrich(use_batch_api=True, poll_interval=0.05)
-        record = json.loads(Path(f"{job.output}.run.json").read_text())
+        bench.server.script.extend([None] * 4 + [(200, {}, completion)])
+        bench.enrich(limit=30, quiet=False, max_workers=1, batch_size=1)
+        bench.enrich(use_batch_api=True, poll_interval=0.05)
+        record = json.loads(Path(f"{bench.output}.run.json").read_text())
         assert [(part["answers"], part.get("temperature"), part["tier"]) for part in record["sent_with"]] == [
             (10, 0.0, "standard"), (20, None, "standard"), (10, None, "batch"),
         ]  # fmt: skip
@@ -527,22 +529,22 @@ class TestRecord:
             "gpt-4o-mini-2024-07-18": 39, "gpt-4o-mini-2026-12-01": 1,
         }  # fmt: skip
 
-    def test_it_tells_the_requested_rows_from_those_of_the_table_and_hashes_what_was_read(self, job: Job) -> None:
-        gold = job.input.with_name("gold.csv")
+    def test_it_tells_the_requested_rows_from_those_of_the_table_and_hashes_what_was_read(self, bench: Bench) -> None:
+        gold = bench.input.with_name("gold.csv")
         gold.write_text(f"text,{LABELS[0]}\ncake,1\n")
-        job.write(["cake", "", "tram", "holiday"]).enrich(limit=2, gold=gold)
-        record = json.loads(Path(f"{job.output}.run.json").read_text())
+        bench.write(["cake", "", "tram", "holiday"]).enrich(limit=2, gold=gold)
+        record = json.loads(Path(f"{bench.output}.run.json").read_text())
         assert record["rows"] == {"table": 4, "requested": 2, "without_text": 1, "from_examples": 0, "labelled": 1}
         assert record["counts"][LABELS[0]]["blank"] == 1
         assert record["counts_of_the_whole_table"][LABELS[0]]["blank"] == 3
         assert record["gold_sha256"] == hashlib.sha256(gold.read_bytes()).hexdigest()
 
-    def test_two_runs_alike_write_the_same_but_for_times_and_calls(self, job: Job) -> None:
+    def test_two_runs_alike_write_the_same_but_for_times_and_calls(self, bench: Bench) -> None:
         records = []
-        job.write(make_texts(10))
+        bench.write(make_texts(10))
         for _ in range(2):
-            job.enrich()
-            records.append(json.loads(Path(f"{job.output}.run.json").read_text()))
+            bench.enrich()
+            records.append(json.loads(Path(f"{bench.output}.run.json").read_text()))
             records[-1].pop("this_run")
         assert records[0] == records[1]
 
@@ -575,22 +577,22 @@ class TestPlot:
         frame = pd.DataFrame({"a": pd.array([None, None], dtype="Int8"), "b": pd.array([0, 0], dtype="Int8")})
         assert module.plot_labels(frame, ["a", "b"])
 
-    def test_the_command_writes_it(self, job: Job) -> None:
-        path = job.output.with_suffix(".png")
-        assert job.write(make_texts(30)).command("--plot", str(path), "--label-column", "id") == 0
+    def test_the_command_writes_it(self, bench: Bench) -> None:
+        path = bench.output.with_suffix(".png")
+        assert bench.write(make_texts(30)).command("--plot", str(path), "--label-column", "id") == 0
         assert path.read_bytes().startswith(b"\x89PNG")
 
     def test_a_kind_of_picture_that_cannot_be_drawn_is_refused_before_anything_is_sent(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert job.write(["cake"]).command("--plot", str(job.output.with_suffix(".nonsense"))) == 2
+        assert bench.write(["cake"]).command("--plot", str(bench.output.with_suffix(".nonsense"))) == 2
         assert "out.nonsense must end in a kind of picture that can be drawn: ." in capsys.readouterr().err
-        assert job.server.calls == []
+        assert bench.server.calls == []
 
-    def test_where_it_cannot_go_is_told_before_anything_is_sent(self, job: Job) -> None:
+    def test_where_it_cannot_go_is_told_before_anything_is_sent(self, bench: Bench) -> None:
         with pytest.raises(module.InputError, match=r"There is no folder .* for the plot"):
-            job.write(["cake"]).enrich(plot=job.output.parent / "nowhere" / "plot.png")
-        assert job.server.calls == []
+            bench.write(["cake"]).enrich(plot=bench.output.parent / "nowhere" / "plot.png")
+        assert bench.server.calls == []
 
     def test_without_matplotlib_it_says_what_to_install(self, tmp_path: Path) -> None:
         (tmp_path / "matplotlib.py").write_text("raise ImportError")

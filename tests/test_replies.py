@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import LABELS, Job, make_row, make_texts, prompt_of
+from conftest import LABELS, Bench, make_row, make_texts, prompt_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -179,28 +179,28 @@ def test_labels_that_differ_in_signs_alone_are_read_only_as_they_are() -> None:
     assert [prompt.spelled(name) for name in ("a_b", "a-b", "a b", "A_B")] == ["a_b", "a-b", None, None]
 
 
-def test_a_lone_row_gets_two_tries(job: Job) -> None:
-    job.write(make_texts(10)).enrich()
-    job.write([*make_texts(11), "poison-garbage"]).enrich(batch_size=1)
-    assert job.asked.count("poison-garbage") == 2
+def test_a_lone_row_gets_two_tries(bench: Bench) -> None:
+    bench.write(make_texts(10)).enrich()
+    bench.write([*make_texts(11), "poison-garbage"]).enrich(batch_size=1)
+    assert bench.asked.count("poison-garbage") == 2
 
 
-def test_failures_of_other_kinds_do_not_use_up_a_lone_rows_tries(job: Job) -> None:
+def test_failures_of_other_kinds_do_not_use_up_a_lone_rows_tries(bench: Bench) -> None:
     broken = [{"content": "no"}, {"content": "{}"}, {"content": "", "refusal": "no"}]
-    job.write(["tram", "cake"])
-    job.server.script.append(None)
-    job.server.script.extend((200, {}, {"choices": [{"message": message}]}) for message in broken)
-    job.enrich(batch_size=1, max_workers=1)
-    assert len(job.server.calls) == 5
-    job.check()
+    bench.write(["tram", "cake"])
+    bench.server.script.append(None)
+    bench.server.script.extend((200, {}, {"choices": [{"message": message}]}) for message in broken)
+    bench.enrich(batch_size=1, max_workers=1)
+    assert len(bench.server.calls) == 5
+    bench.check()
 
 
 @pytest.mark.one_form
-def test_only_what_is_missing_is_asked_again(job: Job) -> None:
-    job.server.script.append((200, {}, reply_without_half()))
-    job.write(make_texts(4)).enrich()
-    assert [len(call.texts) for call in job.server.calls] == [4, 1, 1]
-    job.check()
+def test_only_what_is_missing_is_asked_again(bench: Bench) -> None:
+    bench.server.script.append((200, {}, reply_without_half()))
+    bench.write(make_texts(4)).enrich()
+    assert [len(call.texts) for call in bench.server.calls] == [4, 1, 1]
+    bench.check()
 
 
 def reply_without_half() -> dict[str, Any]:
@@ -210,29 +210,29 @@ def reply_without_half() -> dict[str, Any]:
 
 
 @pytest.mark.one_form
-def test_what_a_reply_says_of_itself_may_be_no_text(job: Job) -> None:
+def test_what_a_reply_says_of_itself_may_be_no_text(bench: Bench) -> None:
     choices = [{"message": {"content": json.dumps({A: []})}}]
     body = json.dumps({"choices": choices, "model": "m\ud800", "system_fingerprint": "\ud800"})
-    job.server.script.append((200, {}, body))
-    job.write(["cake"]).enrich(dict.fromkeys(LABELS, "a meaning \ud83d"), instructions="Be \ud83d.")
-    job.check()
-    assert len(job.server.calls) == 1
+    bench.server.script.append((200, {}, body))
+    bench.write(["cake"]).enrich(dict.fromkeys(LABELS, "a meaning \ud83d"), instructions="Be \ud83d.")
+    bench.check()
+    assert len(bench.server.calls) == 1
 
 
 @pytest.mark.parametrize("usage", [None, "many", {"prompt_tokens": 2**70, "prompt_tokens_details": []}])
-def test_figures_that_a_server_misshapes_cost_no_answer(job: Job, usage: Any) -> None:
+def test_figures_that_a_server_misshapes_cost_no_answer(bench: Bench, usage: Any) -> None:
     content = json.dumps({key: [] for key in module.row_ids(1)})
     body = {"choices": [{"message": {"content": content}}], "usage": usage, "model": ["m"], "system_fingerprint": 1.5}
-    job.server.script.append((200, {}, body))
-    job.write(["cake"]).enrich()
-    job.check()
+    bench.server.script.append((200, {}, body))
+    bench.write(["cake"]).enrich()
+    bench.check()
 
 
-def test_a_poisoned_row_stays_blank_alone_and_is_named(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_poisoned_row_stays_blank_alone_and_is_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     texts = make_texts(40)
     texts[3], texts[17], texts[31] = "poison-filter", "poison-refusal", "poison-garbage"
-    assert job.write(texts).command() == 3
-    job.check(blank_rows=[3, 17, 31])
+    assert bench.write(texts).command() == 3
+    bench.check(blank_rows=[3, 17, 31])
     printed = capsys.readouterr().out
     assert "rows left blank (sent again by the next run): 3\n" in printed
     assert "  row 3 (line 5): stopped by the provider's content filter\n" in printed
@@ -241,32 +241,32 @@ def test_a_poisoned_row_stays_blank_alone_and_is_named(job: Job, capsys: pytest.
 
 
 @pytest.mark.parametrize("fault", ["400-filter", "400-context", "length", "missing", "foreign", "doubled", "unknown"])
-def test_each_fault_of_content_stays_with_its_row(job: Job, fault: str) -> None:
+def test_each_fault_of_content_stays_with_its_row(bench: Bench, fault: str) -> None:
     texts = make_texts(12)
     texts[5] = f"poison-{fault}"
-    frame = job.write(texts).enrich()
+    frame = bench.write(texts).enrich()
     if fault in {"missing", "foreign", "doubled", "unknown"}:
         assert list(frame.attrs["enrichment"]["blank_rows"]) == [5]
-    job.check(blank_rows=[5])
+    bench.check(blank_rows=[5])
 
 
 @pytest.mark.parametrize("examples", [0, 2])
-def test_a_model_that_repeats_what_it_was_shown_labels_no_row(job: Job, examples: int) -> None:
+def test_a_model_that_repeats_what_it_was_shown_labels_no_row(bench: Bench, examples: int) -> None:
     """As small models do: the first JSON object of the instructions, or the answer of the examples."""
-    job.server.parrots = True
-    shown = pd.DataFrame([[f"example {i}", *[1] * (1 if job.form == "one" else 3), *[0] * (2 * (job.form == "one"))] for i in range(examples)], columns=["text", *LABELS])  # fmt: skip
-    job.write(make_texts(40))
+    bench.server.model.parrots = True
+    shown = pd.DataFrame([[f"example {i}", *[1] * (1 if bench.form == "one" else 3), *[0] * (2 * (bench.form == "one"))] for i in range(examples)], columns=["text", *LABELS])  # fmt: skip
+    bench.write(make_texts(40))
     with pytest.raises(module.ProviderError, match="its id was missing from the answer"):
-        job.enrich(examples=shown if examples else None)
-    assert job.cells == [[""] * 3] * 40
+        bench.enrich(examples=shown if examples else None)
+    assert bench.cells == [[""] * 3] * 40
 
 
-def test_no_row_ever_has_an_id_of_the_instructions_or_of_an_example(job: Job) -> None:
+def test_no_row_ever_has_an_id_of_the_instructions_or_of_an_example(bench: Bench) -> None:
     most = [[f"example {i}", 1, 0, 0] for i in range(module.MAX_EXAMPLES)]
     frame = pd.DataFrame(most, columns=["text", *LABELS])
-    job.write(make_texts(500)).enrich(examples=frame, batch_size=500)
-    system, user = (message["content"] for message in job.server.calls[0].body["messages"])
-    assert len(set(re.findall(r'"(\d{3})":', system))) == 390 + (2 if job.form == "list" else 1)
+    bench.write(make_texts(500)).enrich(examples=frame, batch_size=500)
+    system, user = (message["content"] for message in bench.server.calls[0].body["messages"])
+    assert len(set(re.findall(r'"(\d{3})":', system))) == 390 + (2 if bench.form == "list" else 1)
     assert not set(re.findall(r'"(\d{3})":', system)) & set(json.loads(user))
 
 
@@ -277,59 +277,62 @@ class TestCutPrompts:
 
     @pytest.mark.parametrize("use_batch_api", [False, True])
     def test_their_answers_are_not_kept_and_their_rows_are_sent_again_fewer_at_a_time(
-        self, job: Job, use_batch_api: bool, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, use_batch_api: bool, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        job.server.context = 2000
-        job.write(self.LONG).enrich(batch_size=20, use_batch_api=use_batch_api, poll_interval=0.05, quiet=False)
-        job.check()
+        bench.server.model.context = 2000
+        bench.write(self.LONG).enrich(batch_size=20, use_batch_api=use_batch_api, poll_interval=0.05, quiet=False)
+        bench.check()
         assert "cuts prompts to about 1,000 tokens: " in capsys.readouterr().err
-        assert len([call for call in job.server.calls if call.prompt_tokens > 2000]) == 2
+        assert len([call for call in bench.server.calls if call.prompt_tokens > 2000]) == 2
 
-    def test_a_size_that_was_cut_is_not_sent_again(self, job: Job) -> None:
-        job.server.context = 2000
-        job.write([*self.LONG, *(f"{text}!" for text in self.LONG * 4)])
-        job.enrich(batch_size=20, max_workers=1)
-        job.check()
-        assert len([call for call in job.server.calls if call.prompt_tokens > 2000]) == 1
+    def test_a_size_that_was_cut_is_not_sent_again(self, bench: Bench) -> None:
+        bench.server.model.context = 2000
+        bench.write([*self.LONG, *(f"{text}!" for text in self.LONG * 4)])
+        bench.enrich(batch_size=20, max_workers=1)
+        bench.check()
+        assert len([call for call in bench.server.calls if call.prompt_tokens > 2000]) == 1
 
     @pytest.mark.parametrize("oddity", ["prefix", "tokenizer"])
     def test_a_server_that_counts_otherwise_loses_no_row_and_little_is_sent_twice(
-        self, job: Job, oddity: str, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, oddity: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """Ollama leaves a cached prefix out, at times."""
-        job.server.skips_prefix, job.server.bills = oddity == "prefix", 0.4 if oddity == "tokenizer" else 1.0
+        bench.server.model.skips_prefix, bench.server.model.bills = (
+            oddity == "prefix",
+            0.4 if oddity == "tokenizer" else 1.0,
+        )
         instructions = "Be strict with every text, whatever it is about. " * 400
-        job.write(make_texts(200)).enrich(instructions=instructions, max_workers=1, quiet=False)
-        job.check()
-        assert len(job.server.calls) == 20 + 2  # one was asked in halves
+        bench.write(make_texts(200)).enrich(instructions=instructions, max_workers=1, quiet=False)
+        bench.check()
+        assert len(bench.server.calls) == 20 + 2  # one was asked in halves
         assert capsys.readouterr().err.count("taken for its way of counting") == 1
 
     @pytest.mark.parametrize("usage", [{}, {"usage": None}, {"usage": {"prompt_tokens": 0, "completion_tokens": 0}}])
-    def test_a_server_that_counts_nothing_is_left_alone(self, job: Job, usage: dict[str, Any]) -> None:
-        job.server.odd_reply = {"usage": None} | usage
-        job.write(self.LONG).enrich(batch_size=20)
-        job.check()
-        assert len(job.server.calls) == 2
+    def test_a_server_that_counts_nothing_is_left_alone(self, bench: Bench, usage: dict[str, Any]) -> None:
+        bench.server.model.odd_reply = {"usage": None} | usage
+        bench.write(self.LONG).enrich(batch_size=20)
+        bench.check()
+        assert len(bench.server.calls) == 2
 
-    def test_a_lone_row_is_never_given_up_on_its_bill_alone(self, job: Job) -> None:
-        job.server.bills = 0.1
-        job.write([text * 20 for text in self.LONG[:3]]).enrich(batch_size=1)
-        job.check()
-        assert len(job.server.calls) == 3
+    def test_a_lone_row_is_never_given_up_on_its_bill_alone(self, bench: Bench) -> None:
+        bench.server.model.bills = 0.1
+        bench.write([text * 20 for text in self.LONG[:3]]).enrich(batch_size=1)
+        bench.check()
+        assert len(bench.server.calls) == 3
 
 
-def test_a_row_that_failed_is_pending_at_the_next_run(job: Job) -> None:
-    job.write(["cake", "poison-garbage"])
-    assert job.command("--quiet") == 3
-    before = len(job.server.calls)
-    assert job.command("--quiet") == 3
+def test_a_row_that_failed_is_pending_at_the_next_run(bench: Bench) -> None:
+    bench.write(["cake", "poison-garbage"])
+    assert bench.command("--quiet") == 3
+    before = len(bench.server.calls)
+    assert bench.command("--quiet") == 3
     # Nothing has been answered in this run, so that a harmless text is asked whether the server works at all.
-    assert [call.texts for call in job.server.calls[before:]] == [("poison-garbage",), (module.HARMLESS,)]
+    assert [call.texts for call in bench.server.calls[before:]] == [("poison-garbage",), (module.HARMLESS,)]
 
 
-def test_many_blank_rows_are_counted_and_some_named(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.write(["cake", *(f"poison-garbage {number}" for number in range(25))])
-    assert job.command("--batch-size", "1", "--max-workers", "8") == 3
+def test_many_blank_rows_are_counted_and_some_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.write(["cake", *(f"poison-garbage {number}" for number in range(25))])
+    assert bench.command("--batch-size", "1", "--max-workers", "8") == 3
     printed = capsys.readouterr().out
     assert printed.count(": the answer was not valid JSON") == 20
     assert "  and 5 more\n" in printed

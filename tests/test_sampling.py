@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import LABELS, Job, make_texts
+from conftest import LABELS, Bench, make_texts
 from hypothesis import given
 from hypothesis import strategies as st
 from simulate_shares import SETTINGS, misses, simulate
@@ -59,8 +59,8 @@ def code(path: Path, count: int | None = None, rule: Any = truth) -> dict[str, l
     return {row["sample_id"][:33]: [row[label] for label in LABELS] for row in rows}
 
 
-def sample_of(job: Job) -> Path:
-    return Path(f"{job.output}.sample.csv")
+def sample_of(bench: Bench) -> Path:
+    return Path(f"{bench.output}.sample.csv")
 
 
 class TestDrawing:
@@ -267,13 +267,13 @@ class TestShares:
 
 
 class TestCommand:
-    def test_sample_code_compare_and_enlarge(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        path = sample_of(job)
-        job.write([*make_texts(1000), *make_texts(50)])
-        assert job.command("--sample", "60", "--label-column", "id") == 0
+    def test_sample_code_compare_and_enlarge(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        path = sample_of(bench)
+        bench.write([*make_texts(1000), *make_texts(50)])
+        assert bench.command("--sample", "60", "--label-column", "id") == 0
         assert f"✓ Sample: 60 of 1050 distinct texts, in {path}\n" in capsys.readouterr().out
         path.unlink()
-        assert job.command("--sample", "60") == 0
+        assert bench.command("--sample", "60") == 0
         printed = capsys.readouterr().out
         assert "✓ Sample: 60 of 1000 distinct texts" in printed
         assert (
@@ -288,16 +288,16 @@ class TestCommand:
         assert path.read_bytes().startswith(b"\xef\xbb\xbf")
         assert {row[label] for row in rows for label in LABELS} == {""}
         coded = code(path, 50)
-        calls = len(job.server.calls)
-        assert job.command("--gold", str(path)) == 0
+        calls = len(bench.server.calls)
+        assert bench.command("--gold", str(path)) == 0
         printed = capsys.readouterr().out
-        assert len(job.server.calls) == calls
+        assert len(bench.server.calls) == calls
         assert "=== Shares, corrected by what people coded, with 95 % intervals ===\n" in printed
         table = printed.partition("=== Shares, corrected")[2].splitlines()
         assert table[1].split() == ["coded", "raw", "corrected"]
         assert table[2].split()[:2] == ["praising_violence", "50"]
-        record = json.loads(Path(f"{job.output}.run.json").read_text())
-        right = np.mean([truth(text)[0] == "1" for text in job.texts])
+        record = json.loads(Path(f"{bench.output}.run.json").read_text())
+        right = np.mean([truth(text)[0] == "1" for text in bench.texts])
         told = record["corrected_shares"][LABELS[0]]
         assert told["corrected_share_low"] - 0.02 <= right <= told["corrected_share_high"] + 0.02  # one draw of many
         assert "gold" not in record
@@ -308,17 +308,17 @@ class TestCommand:
         assert draw["drawn_at"].startswith("20")
         assert "Ohlsson" in draw["design"]
         before = [row["sample_id"][:33] for row in read_sample(path)]
-        assert job.command("--sample", "100", "--gold", str(path)) == 0
+        assert bench.command("--sample", "100", "--gold", str(path)) == 0
         after = {row["sample_id"][:33]: [row[label] for label in LABELS] for row in read_sample(path)}
         assert len(after) == 100
         assert list(after)[:60] == before
         assert {name: cells for name, cells in after.items() if name in coded} == coded
 
-    def test_a_sample_that_went_through_a_spreadsheet_is_understood(self, job: Job) -> None:
-        path = sample_of(job)
-        job.write([f"{text}; with ünï" for text in make_texts(300)]).enrich(sample=40)
+    def test_a_sample_that_went_through_a_spreadsheet_is_understood(self, bench: Bench) -> None:
+        path = sample_of(bench)
+        bench.write([f"{text}; with ünï" for text in make_texts(300)]).enrich(sample=40)
         code(path)
-        direct = job.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
+        direct = bench.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
         rows = read_sample(path)
         random.Random(1).shuffle(rows)
         text = io.StringIO(newline="")
@@ -327,25 +327,25 @@ class TestCommand:
         for row in rows:
             writer.writerow(row | {LABELS[0]: f"{row[LABELS[0]]},0"})
         path.write_bytes(text.getvalue().encode("cp1252"))
-        told = job.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
+        told = bench.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
         assert told == {label: pytest.approx(figures, nan_ok=True) for label, figures in direct.items()}
-        job.enrich(sample=50)
+        bench.enrich(sample=50)
         assert sum(row[LABELS[1]] != "" for row in read_sample(path)) == 40
 
-    def test_semicolons_stay_semicolons(self, job: Job) -> None:
-        job.input.write_text("id;text\n1;cake\n2;violence\n")
-        job.enrich(sample=2)
-        assert len(read_sample(sample_of(job), ";")[0]) == 5
+    def test_semicolons_stay_semicolons(self, bench: Bench) -> None:
+        bench.input.write_text("id;text\n1;cake\n2;violence\n")
+        bench.enrich(sample=2)
+        assert len(read_sample(sample_of(bench), ";")[0]) == 5
 
     def test_cells_that_were_given_and_blank_texts_are_no_part_of_it_and_rows_without_an_answer_are(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        job.input.write_text(f"text,{LABELS[0]}\nviolence,0\ntram,\ncake,\n,\npoison-refusal,\n")
-        job.enrich(sample=10, quiet=False, examples=pd.DataFrame([["cake", 0, 0, 0]], columns=["text", *LABELS]))
+        bench.input.write_text(f"text,{LABELS[0]}\nviolence,0\ntram,\ncake,\n,\npoison-refusal,\n")
+        bench.enrich(sample=10, quiet=False, examples=pd.DataFrame([["cake", 0, 0, 0]], columns=["text", *LABELS]))
         printed = capsys.readouterr().out
         assert "✓ Sample: 2 of 2 distinct texts" in printed
         assert "Rows without an answer: 25.0%; the shares above leave them out\n" in printed
-        assert {row["text"] for row in read_sample(sample_of(job))} == {"tram", "poison-refusal"}
+        assert {row["text"] for row in read_sample(sample_of(bench))} == {"tram", "poison-refusal"}
 
     HEAD = f"sample_id,{','.join(LABELS)}\n"
     ID, OTHER = module.sample_id(b"k" * 16, 0.5, (10, 7)), module.sample_id(b"l" * 16, 0.5, (11, 7))
@@ -362,43 +362,43 @@ class TestCommand:
         ],
     )
     def test_one_that_cannot_be_understood_is_refused_and_left_alone(
-        self, job: Job, content: str, words: str, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, content: str, words: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = sample_of(job)
+        path = sample_of(bench)
         path.write_text(content)
         for option in (("--sample", "5"), ("--gold", str(path))):
-            assert job.write(make_texts(10)).command(*option) == 2
+            assert bench.write(make_texts(10)).command(*option) == 2
             errors = capsys.readouterr().err
             assert words in errors
             assert errors.count("\n") == 1
         assert path.read_text() == content
-        assert job.server.calls == []
+        assert bench.server.calls == []
 
     def test_it_grows_from_a_pilot_into_the_whole_and_keeps_what_is_coded_notes_too(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = sample_of(job)
-        job.write(make_texts(3000)).enrich(LABELS[:2], sample=80, limit=200)
+        path = sample_of(bench)
+        bench.write(make_texts(3000)).enrich(LABELS[:2], sample=80, limit=200)
         rows = [row | {LABELS[0]: "1", LABELS[1]: "0", "note": "sic"} for row in read_sample(path)]
         write_sample(path, rows)
-        assert job.command("--gold", str(path)) == 0
+        assert bench.command("--gold", str(path)) == 0
         printed = capsys.readouterr().out
         assert "✗ Shares are not corrected: the sample was drawn from 200 texts, and there are 3,000 now." in printed
         assert "Draw again with --sample, which keeps what is coded" in printed
         assert f"Labels without a gold column: {LABELS[2]}\n" in printed
-        assert "corrected_shares" not in json.loads(Path(f"{job.output}.run.json").read_text())
-        assert job.command("--sample", "150", "--seed", "5") == 0
+        assert "corrected_shares" not in json.loads(Path(f"{bench.output}.run.json").read_text())
+        assert bench.command("--sample", "150", "--seed", "5") == 0
         grown = read_sample(path)
         assert [row["sample_id"][:33] for row in grown[:80]] == [row["sample_id"][:33] for row in rows]
         assert {row["note"] for row in grown[:80]} == {"sic"}
         assert 150 <= len(grown) < 230
         assert list(grown[0]) == ["sample_id", "text", *LABELS, "note"]
         code(path)
-        assert job.command("--gold", str(path)) == 0
-        told = json.loads(Path(f"{job.output}.run.json").read_text())
+        assert bench.command("--gold", str(path)) == 0
+        told = json.loads(Path(f"{bench.output}.run.json").read_text())
         assert told["draw"]["seed"] == 0
         for place, label in enumerate(LABELS):
-            right = np.mean([truth(text)[place] == "1" for text in job.texts])
+            right = np.mean([truth(text)[place] == "1" for text in bench.texts])
             figures = told["corrected_shares"][label]
             assert figures["corrected_share_low"] - 0.02 <= right <= figures["corrected_share_high"] + 0.02
 
@@ -422,104 +422,108 @@ class TestCommand:
         assert np.mean(found) == pytest.approx(truth.mean(), abs=3 * np.std(found) / 150**0.5 + 0.002)
 
     def test_texts_that_have_left_the_table_are_dropped_and_counted(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = sample_of(job)
-        job.write(make_texts(100)).enrich(sample=40)
+        path = sample_of(bench)
+        bench.write(make_texts(100)).enrich(sample=40)
         code(path)
-        assert job.write(make_texts(100)[50:]).command("--sample", "40") == 0
+        assert bench.write(make_texts(100)[50:]).command("--sample", "40") == 0
         left = re.search(r"Left out, since these texts are no longer in the table: (\d+)", capsys.readouterr().out)
         assert left
         assert 5 < int(left[1]) < 35
-        assert {row["text"] for row in read_sample(path)} <= set(job.texts)
+        assert {row["text"] for row in read_sample(path)} <= set(bench.texts)
 
     def test_a_population_that_is_nearly_the_same_is_told_and_one_of_the_same_size_is_not_enough(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path, texts = sample_of(job), make_texts(400)
-        job.write(texts[:398]).enrich(sample=60)
+        path, texts = sample_of(bench), make_texts(400)
+        bench.write(texts[:398]).enrich(sample=60)
         code(path)
-        assert job.write(texts).command("--gold", str(path)) == 0
+        assert bench.write(texts).command("--gold", str(path)) == 0
         printed = capsys.readouterr().out
         assert "The sample was drawn from 398 texts, and there are 400 now: nearly the same\n" in printed
         assert "=== Shares, corrected" in printed
-        assert job.write(texts[2:]).command("--gold", str(path)) == 0
+        assert bench.write(texts[2:]).command("--gold", str(path)) == 0
         assert "drawn from 398 texts, and there are 398 now, which are others. Draw" in capsys.readouterr().out
 
     def test_what_nobody_has_coded_and_what_is_of_another_draw_is_told(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = sample_of(job)
-        job.write(make_texts(100)).enrich(sample=20)
-        assert job.command("--gold", str(path)) == 2
+        path = sample_of(bench)
+        bench.write(make_texts(100)).enrich(sample=20)
+        assert bench.command("--gold", str(path)) == 2
         told = "No 1 or 0 is filled in in the sample that is passed as --gold: have people code some rows."
         assert told in capsys.readouterr().err
         code(path)
-        job.enrich(sample=30)
-        assert job.command("--gold", str(path)) == 0
+        bench.enrich(sample=30)
+        assert bench.command("--gold", str(path)) == 0
         assert "Gold rows that are not coded: 10\n" in capsys.readouterr().out
-        assert job.command("--gold", str(path), "--label-column", "id") == 2
-        told = f"No text of the sample {path} is in {job.input}: pass the table from which it was drawn, with the same"
+        assert bench.command("--gold", str(path), "--label-column", "id") == 2
+        told = (
+            f"No text of the sample {path} is in {bench.input}: pass the table from which it was drawn, with the same"
+        )
         assert told in capsys.readouterr().err
 
-    def test_copies_of_before_it_grew_are_read_by_what_is_known_now(self, job: Job) -> None:
+    def test_copies_of_before_it_grew_are_read_by_what_is_known_now(self, bench: Bench) -> None:
         """Of one person, who has pasted the new rows under the old ones, and of one who has coded the new file."""
-        path = sample_of(job)
-        job.write(make_texts(400)).enrich(sample=60)
+        path = sample_of(bench)
+        bench.write(make_texts(400)).enrich(sample=60)
         code(path)
         old = read_sample(path)
-        job.enrich(sample=120)
+        bench.enrich(sample=120)
         code(path)
-        whole = job.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
-        pasted = job.output.with_name("pasted.csv")
+        whole = bench.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
+        pasted = bench.output.with_name("pasted.csv")
         write_sample(pasted, [*old, *read_sample(path)[60:]])
-        assert job.enrich(gold=pasted).attrs["enrichment"]["corrected_shares"] == whole
+        assert bench.enrich(gold=pasted).attrs["enrichment"]["corrected_shares"] == whole
 
-    def test_ids_that_stand_beside_other_texts_are_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        path = sample_of(job)
-        job.write(make_texts(100)).enrich(sample=20)
+    def test_ids_that_stand_beside_other_texts_are_refused(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = sample_of(bench)
+        bench.write(make_texts(100)).enrich(sample=20)
         code(path)
         rows = read_sample(path)
         for row, name in zip(rows, sorted(row["sample_id"] for row in rows), strict=True):
             row["sample_id"] = name
         write_sample(path, rows)
-        assert job.command("--gold", str(path)) == 2
+        assert bench.command("--gold", str(path)) == 2
         assert "has the sample_id of another text: was one column sorted alone?" in capsys.readouterr().err
 
     def test_it_does_not_grow_when_as_many_are_drawn_already(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = sample_of(job)
-        job.write(make_texts(200)).enrich(sample=50)
+        path = sample_of(bench)
+        bench.write(make_texts(200)).enrich(sample=50)
         before = path.read_bytes()
         for more in (("--by", "id"), ("--limit", "200"), ("--by", "id")):
-            assert job.command("--sample", "40", *more) == 0
+            assert bench.command("--sample", "40", *more) == 0
             assert "✓ Sample: 50 of 200 distinct texts (50 drawn earlier), in" in capsys.readouterr().out
         assert path.read_bytes() == before
 
-    def test_a_deleted_row_still_counts_as_drawn(self, job: Job) -> None:
-        path = sample_of(job)
-        job.write(make_texts(100)).enrich(sample=100)
+    def test_a_deleted_row_still_counts_as_drawn(self, bench: Bench) -> None:
+        path = sample_of(bench)
+        bench.write(make_texts(100)).enrich(sample=100)
         code(path)
-        whole = job.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
+        whole = bench.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
         assert all(each["corrected_share_low"] == each["corrected_share_high"] for each in whole.values())
         write_sample(path, read_sample(path)[::2])
-        half = job.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
+        half = bench.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
         assert all(each["corrected_share_low"] < each["corrected_share_high"] for each in half.values())
 
     @pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
     def test_one_that_was_saved_in_another_encoding_is_a_sample_still(
-        self, job: Job, encoding: str, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, encoding: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = sample_of(job)
-        job.write(make_texts(100)).enrich(sample=20)
+        path = sample_of(bench)
+        bench.write(make_texts(100)).enrich(sample=20)
         code(path)
         path.write_bytes(path.read_bytes().decode("utf-8-sig").encode(encoding))
-        assert job.command("--gold", str(path)) == 0
+        assert bench.command("--gold", str(path)) == 0
         assert "=== Shares, corrected by what people coded, with 95 % intervals ===" in capsys.readouterr().out
 
-    def test_a_table_is_a_sample_by_a_column_of_that_name_alone(self, job: Job) -> None:
-        gold = job.output.with_name("gold.csv")
+    def test_a_table_is_a_sample_by_a_column_of_that_name_alone(self, bench: Bench) -> None:
+        gold = bench.output.with_name("gold.csv")
         gold.write_text(f"text,my_sample_id,{LABELS[0]}\nviolence and a sample_id,1,1\n")
         assert not module.is_sample(gold)
         gold.write_text(f'sep=;\n"sample_id";{LABELS[0]}\n')
@@ -527,39 +531,39 @@ class TestCommand:
         gold.write_text(f"id\tsample_id\t{LABELS[0]}\n", encoding="utf-16")
         assert module.is_sample(gold)
 
-    def test_one_of_another_table_is_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        path = sample_of(job)
-        job.write(make_texts(100)).enrich(sample=20)
+    def test_one_of_another_table_is_refused(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        path = sample_of(bench)
+        bench.write(make_texts(100)).enrich(sample=20)
         code(path)
         for texts in ([], ["other texts"]):
-            assert job.write(texts).command("--gold", str(path)) == 2
-            assert f"No text of the sample {path} is in {job.input}" in capsys.readouterr().err
+            assert bench.write(texts).command("--gold", str(path)) == 2
+            assert f"No text of the sample {path} is in {bench.input}" in capsys.readouterr().err
 
-    def test_it_grows_in_another_folder_too(self, job: Job, tmp_path: Path) -> None:
-        job.write(make_texts(100)).enrich(sample=20)
-        code(sample_of(job))
+    def test_it_grows_in_another_folder_too(self, bench: Bench, tmp_path: Path) -> None:
+        bench.write(make_texts(100)).enrich(sample=20)
+        code(sample_of(bench))
         moved = tmp_path / "moved"
         moved.mkdir()
         for path in [each for each in tmp_path.iterdir() if each.is_file()]:
             path.rename(moved / path.name)
-        again = Job(moved, job.server)
+        again = Bench(moved, bench.server)
         again.enrich(sample=30)
         assert len(read_sample(sample_of(again))) == 30
 
     def test_shares_by_group_are_corrected_and_compared_and_drawn(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path, plot = sample_of(job), job.output.with_suffix(".svg")
+        path, plot = sample_of(bench), bench.output.with_suffix(".svg")
         texts = make_texts(600)
         sources = ["abc"[number % 3 if number % 9 else 2] for number in range(600)]
-        pd.DataFrame({"source": sources, "text": texts}).to_csv(job.input, index=False)
-        job.enrich(sample=200, by="source")
+        pd.DataFrame({"source": sources, "text": texts}).to_csv(bench.input, index=False)
+        bench.enrich(sample=200, by="source")
         code(path)
-        assert job.command("--by", "source", "--gold", str(path), "--plot", str(plot)) == 0
+        assert bench.command("--by", "source", "--gold", str(path), "--plot", str(plot)) == 0
         printed = capsys.readouterr().out
         assert "=== Corrected shares by 'source', and the differences from 'c' in points ===\n" in printed
         assert re.search(r"praising_violence: a +\d+ +[\d.]+% +[\d.]+% \([\d.]+% to [\d.]+%\) +[+-][\d.]+ \(", printed)
-        told = json.loads(Path(f"{job.output}.run.json").read_text())["corrected_shares_by"]
+        told = json.loads(Path(f"{bench.output}.run.json").read_text())["corrected_shares_by"]
         assert told["column"] == "source"
         assert told["reference"] == "c"
         assert set(told["groups"][LABELS[0]]) == {"a", "b", "c"}
@@ -591,24 +595,24 @@ class TestCommand:
 
 class TestSpecifications:
     def test_other_specifications_are_compared_at_no_call_with_corrected_shares_too(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = sample_of(job)
-        job.write(make_texts(200)).enrich(model="gpt-4.1")
-        job.server.flips = 0.2
-        job.enrich(instructions="Be strict.", limit=50)
-        job.server.flips = 0.0
-        job.enrich(sample=80)
+        path = sample_of(bench)
+        bench.write(make_texts(200)).enrich(model="gpt-4.1")
+        bench.server.model.flips = 0.2
+        bench.enrich(instructions="Be strict.", limit=50)
+        bench.server.model.flips = 0.0
+        bench.enrich(sample=80)
         code(path)
-        calls = len(job.server.calls)
-        assert job.command("--gold", str(path)) == 0
-        assert len(job.server.calls) == calls
+        calls = len(bench.server.calls)
+        assert bench.command("--gold", str(path)) == 0
+        assert len(bench.server.calls) == calls
         printed = capsys.readouterr().out
         assert "do not count (instructions: 50 rows)\n" in printed
         assert re.search(r"^this run +200 +\d", printed, re.MULTILINE)
         assert re.search(r"^model gpt-4.1 +200 +\d", printed, re.MULTILINE)
         assert re.search(r"Corrected by what people coded:\n.*\nthis run.*%\)\nmodel gpt-4.1.*%\)\n", printed)
-        told = json.loads(Path(f"{job.output}.run.json").read_text())["specifications"]
+        told = json.loads(Path(f"{bench.output}.run.json").read_text())["specifications"]
         assert [(each["differs_in"], each["rows"]) for each in told] == [
             ([], 200), (["model gpt-4.1"], 200), (["instructions"], 50),
         ]  # fmt: skip
@@ -617,9 +621,9 @@ class TestSpecifications:
 
 
 class TestMethods:
-    def test_the_sheet_has_what_the_record_knows_and_marks_what_its_author_has_to_say(self, job: Job) -> None:
-        sheet, path = Path(f"{job.output}.methods.md"), sample_of(job)
-        job.write([*make_texts(100), "poison-refusal"]).enrich(sample=40, instructions="Be strict.")
+    def test_the_sheet_has_what_the_record_knows_and_marks_what_its_author_has_to_say(self, bench: Bench) -> None:
+        sheet, path = Path(f"{bench.output}.methods.md"), sample_of(bench)
+        bench.write([*make_texts(100), "poison-refusal"]).enrich(sample=40, instructions="Be strict.")
         text = sheet.read_text()
         assert "gpt-4o-mini-2024-07-18 (requested as gpt-4o-mini) at 127.0.0.1" in text
         assert (
@@ -633,7 +637,7 @@ class TestMethods:
         assert len(re.findall(r"^\| [A-G]\.\d \| ", text, re.MULTILINE)) == 14
         assert "Be strict." in text
         code(path)
-        job.enrich(gold=path, instructions="Be strict.")
+        bench.enrich(gold=path, instructions="Be strict.")
         text = sheet.read_text()
         assert (
             "To validate the labels, 40 of 101 distinct texts were drawn at random, those with rare labels more" in text
@@ -647,35 +651,35 @@ class TestMethods:
         assert module.markdown(["a|b", "c"], [["one\ntwo", "|"]]) == "| a\\|b | c |\n| --- | --- |\n| one two | \\| |"
 
     def test_one_that_its_author_has_edited_is_left_as_it_is(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        sheet = Path(f"{job.output}.methods.md")
-        job.write(make_texts(10)).enrich()
+        sheet = Path(f"{bench.output}.methods.md")
+        bench.write(make_texts(10)).enrich()
         sheet.write_text("mine")
-        assert job.command() == 0
+        assert bench.command() == 0
         assert f"{sheet} was edited, so it is left as it is\n" in capsys.readouterr().out
         assert sheet.read_text() == "mine"
-        assert job.command("--overwrite") == 0
+        assert bench.command("--overwrite") == 0
         assert sheet.read_text().startswith("# Methods\n")
 
     def test_a_prompt_that_was_changed_after_the_draw_is_told(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = sample_of(job)
-        job.write(make_texts(60)).enrich(sample=30)
+        path = sample_of(bench)
+        bench.write(make_texts(60)).enrich(sample=30)
         code(path)
-        assert job.command("--gold", str(path)) == 0
+        assert bench.command("--gold", str(path)) == 0
         assert "was changed after the sample was drawn" not in capsys.readouterr().out
-        job.enrich({label: f"what {label} means" for label in LABELS}, gold=path, quiet=False)
+        bench.enrich({label: f"what {label} means" for label in LABELS}, gold=path, quiet=False)
         printed = capsys.readouterr().out
         assert (
             "The prompt of praising_violence, personal_attacks and sexual_harassment was changed after the" in printed
         )
-        assert "changed after the sample was drawn [author: say why]" in Path(f"{job.output}.methods.md").read_text()
+        assert "changed after the sample was drawn [author: say why]" in Path(f"{bench.output}.methods.md").read_text()
 
 
 class TestRegression:
-    def test_the_coded_table_makes_a_slope_that_raw_labels_miss_cover_the_truth(self, job: Job) -> None:
+    def test_the_coded_table_makes_a_slope_that_raw_labels_miss_cover_the_truth(self, bench: Bench) -> None:
         """By the README's own lines; the model misses the label in one of two groups."""
         import statsmodels.formula.api as smf  # noqa: F401 # which the lines import
 
@@ -685,16 +689,16 @@ class TestRegression:
             f"{text} {'from here' if number % 2 else 'from there'}" for number, text in enumerate(make_texts(1500))
         ]
         rows = {"type": ["here" if "from here" in text else "there" for text in texts], "text": texts}
-        pd.DataFrame(rows).to_csv(job.input, index=False)
-        path = sample_of(job)
-        job.enrich(sample=400, by="type")
+        pd.DataFrame(rows).to_csv(bench.input, index=False)
+        path = sample_of(bench)
+        bench.enrich(sample=400, by="type")
         code(path)
-        job.enrich(gold=path, by="type")
+        bench.enrich(gold=path, by="type")
         names: dict[str, Any] = {}
-        code_lines = ("import pandas as pd\nimport statsmodels" + lines).replace("labelled.csv", str(job.output))
+        code_lines = ("import pandas as pd\nimport statsmodels" + lines).replace("labelled.csv", str(bench.output))
         exec(code_lines.replace("hateful", LABELS[0]), names)  # noqa: S102 # our own README
         right = pd.Series([int(truth(text)[0]) for text in texts]).groupby(rows["type"]).mean()
-        told = job.enrich(gold=path, by="type").attrs["enrichment"]["corrected_shares"][LABELS[0]]
+        told = bench.enrich(gold=path, by="type").attrs["enrichment"]["corrected_shares"][LABELS[0]]
         assert names["rows"]["y"].mean() == pytest.approx(told["corrected_share"], abs=1e-9)
         low, high = names["fit"].conf_int().loc["C(type)[T.there]"]
         assert low <= right["there"] - right["here"] <= high
@@ -704,75 +708,83 @@ class TestRegression:
 class TestForms:
     @pytest.mark.parametrize("form", ["list", "each"])
     @pytest.mark.parametrize("live", [True, False])
-    def test_cells_are_right_under_both_forms_of_all_labels(self, job: Job, form: str, live: bool) -> None:
-        job.server.faults = {"missing": 0.05, "doubled": 0.05, "unknown": 0.05, "length": 0.05, "foreign": 0.05}
+    def test_cells_are_right_under_both_forms_of_all_labels(self, bench: Bench, form: str, live: bool) -> None:
+        bench.server.faults.shares = {
+            "missing": 0.05,
+            "doubled": 0.05,
+            "unknown": 0.05,
+            "length": 0.05,
+            "foreign": 0.05,
+        }
         options: dict[str, Any] = {} if live else {"use_batch_api": True, "poll_interval": 0.05}
-        job.write(make_texts(95)).enrich(answer_form=form, **options)
-        blank = [number for number, cells in enumerate(job.cells) if "" in cells]
+        bench.write(make_texts(95)).enrich(answer_form=form, **options)
+        blank = [number for number, cells in enumerate(bench.cells) if "" in cells]
         assert len(blank) <= 3  # which met a fault whenever they were asked
-        job.check(blank_rows=blank)
-        job.server.faults = {}
-        job.enrich(answer_form=form)
-        job.check()
-        calls = len(job.server.calls)
-        job.enrich(answer_form=form)
-        assert len(job.server.calls) == calls
+        bench.check(blank_rows=blank)
+        bench.server.faults.shares = {}
+        bench.enrich(answer_form=form)
+        bench.check()
+        calls = len(bench.server.calls)
+        bench.enrich(answer_form=form)
+        assert len(bench.server.calls) == calls
 
-    def test_one_label_is_chosen_from_the_whole_set(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        job.server.faults = {"missing": 0.1, "unknown": 0.1}
-        job.write([*make_texts(60), "poison-400-filter"]).enrich(answer_form="one")
-        assert {sum(map(int, cells)) for cells in job.cells[:-1]} == {1}
-        assert job.cells[-1] == [""] * 3
-        assert {call.labels for call in job.server.calls} == {tuple(LABELS)}
-        assert '"$defs": {"a": {"type": "string", "enum"' in json.dumps(job.server.calls[0].body)
-        job.server.faults = {}
-        calls = len(job.server.calls)
-        job.enrich([*LABELS, "weather"], answer_form="one", quiet=False)
+    def test_one_label_is_chosen_from_the_whole_set(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        bench.server.faults.shares = {"missing": 0.1, "unknown": 0.1}
+        bench.write([*make_texts(60), "poison-400-filter"]).enrich(answer_form="one")
+        assert {sum(map(int, cells)) for cells in bench.cells[:-1]} == {1}
+        assert bench.cells[-1] == [""] * 3
+        assert {call.labels for call in bench.server.calls} == {tuple(LABELS)}
+        assert '"$defs": {"a": {"type": "string", "enum"' in json.dumps(bench.server.calls[0].body)
+        bench.server.faults.shares = {}
+        calls = len(bench.server.calls)
+        bench.enrich([*LABELS, "weather"], answer_form="one", quiet=False)
         assert re.search("^the set of labels +60 ", capsys.readouterr().out, re.MULTILINE)
-        assert sum(len(call.texts) for call in job.server.calls[calls:] if call.status == 200) == 60
+        assert sum(len(call.texts) for call in bench.server.calls[calls:] if call.status == 200) == 60
 
-    def test_another_form_is_another_question(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        job.write(make_texts(20)).enrich()
-        job.enrich(answer_form="each", quiet=False)
+    def test_another_form_is_another_question(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        bench.write(make_texts(20)).enrich()
+        bench.enrich(answer_form="each", quiet=False)
         assert re.search("^answer form list +20 ", capsys.readouterr().out, re.MULTILINE)
-        job.check()
-        assert len(job.asked) == 40
+        bench.check()
+        assert len(bench.asked) == 40
 
     @pytest.mark.parametrize("form", ["list", "each", "one"])
     @pytest.mark.parametrize("refused", [set(), {"json_schema"}, {"json_schema", "json_object"}])
-    def test_servers_without_schemas_are_asked_in_words(self, job: Job, form: str, refused: set[str]) -> None:
-        job.server.refuses = refused
-        job.write(make_texts(20)).enrich(answer_form=form)
-        assert all("" not in cells for cells in job.cells)
+    def test_servers_without_schemas_are_asked_in_words(self, bench: Bench, form: str, refused: set[str]) -> None:
+        bench.server.gate.refuses = refused
+        bench.write(make_texts(20)).enrich(answer_form=form)
+        assert all("" not in cells for cells in bench.cells)
 
     @pytest.mark.parametrize("form", ["list", "each", "one"])
-    def test_the_audit_is_asked_the_careful_way_and_differs_where_packing_does_harm(self, job: Job, form: str) -> None:
-        job.server.flips = 0.2
-        told = job.write(make_texts(200)).enrich(answer_form=form, audit=100).attrs["enrichment"]["audit"]
-        audits = [call.body for call in job.server.calls if len(call.texts) == 1]
+    def test_the_audit_is_asked_the_careful_way_and_differs_where_packing_does_harm(
+        self, bench: Bench, form: str
+    ) -> None:
+        bench.server.model.flips = 0.2
+        told = bench.write(make_texts(200)).enrich(answer_form=form, audit=100).attrs["enrichment"]["audit"]
+        audits = [call.body for call in bench.server.calls if len(call.texts) == 1]
         assert len(audits) == 100
         kind = {"list": "object", "each": "object", "one": "string"}[form]
         assert {body["response_format"]["json_schema"]["schema"]["$defs"]["a"]["type"] for body in audits} == {kind}
         assert any(figures["agreement"] < 0.95 for figures in told.values())
         assert any(figures["share"] != figures["share_audited"] for figures in told.values())
-        calls = len(job.server.calls)
-        job.enrich(answer_form=form, batch_size=1)
-        assert len(job.server.calls) == calls
+        calls = len(bench.server.calls)
+        bench.enrich(answer_form=form, batch_size=1)
+        assert len(bench.server.calls) == calls
 
-    def test_an_audits_answers_never_stand_for_labels_whatever_form_these_have(self, job: Job) -> None:
-        job.write(make_texts(20)).enrich(audit=20)
-        calls = len(job.server.calls)
-        job.enrich(answer_form="each", batch_size=1)
-        assert len(job.server.calls) == calls + 20
+    def test_an_audits_answers_never_stand_for_labels_whatever_form_these_have(self, bench: Bench) -> None:
+        bench.write(make_texts(20)).enrich(audit=20)
+        calls = len(bench.server.calls)
+        bench.enrich(answer_form="each", batch_size=1)
+        assert len(bench.server.calls) == calls + 20
 
-    def test_examples_have_the_answers_form(self, job: Job) -> None:
+    def test_examples_have_the_answers_form(self, bench: Bench) -> None:
         examples = pd.DataFrame([["praise", 1, 0, 0], ["a person", 0, 1, 0]], columns=["text", *LABELS])
         for form, answer in (
             ("each", '"638":{"praising_violence":1,"personal_attacks":0,"sexual_harassment":0}'),
             ("one", '{"638":"praising_violence","127":"personal_attacks"}'),
         ):
-            job.write(["cake"]).enrich(examples=examples, answer_form=form)
-            assert answer in job.server.calls[-1].body["messages"][0]["content"]
+            bench.write(["cake"]).enrich(examples=examples, answer_form=form)
+            assert answer in bench.server.calls[-1].body["messages"][0]["content"]
         examples.loc[0, LABELS[1]] = 1
         with pytest.raises(module.InputError, match="has 2 labels: with answer_form one, an example has exactly one"):
-            job.enrich(examples=examples, answer_form="one")
+            bench.enrich(examples=examples, answer_form="one")

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LABELS, Job, make_row, make_texts, prompt_of
+from conftest import LABELS, Bench, make_row, make_texts, prompt_of
 from hypothesis import given
 from hypothesis import strategies as st
-from stand_in_server import error_body
+from stand_in_rules import error_body
 from test_cost import price
 
 import enrich_dataset as module
@@ -22,89 +22,88 @@ TRANSPORT_FAULTS = ["500", "503", "reset", "cut", "html", "empty"]
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(bench: Bench) -> None:
     """Waits a fiftieth as long."""
-    slow = module.backoff
-    monkeypatch.setattr(module, "backoff", lambda failures, jitter: slow(failures, jitter) / 50)
+    bench.timing = module.Timing(jitter=lambda: 0.02)
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("fault", TRANSPORT_FAULTS)
 @pytest.mark.every_form
-def test_a_fault_on_the_way_is_retried(job: Job, fault: str) -> None:
-    job.server.faults = {fault: 0.3}
-    job.write(make_texts(60)).enrich(batch_size=3)
-    job.check()
-    assert any(call.fault == fault for call in job.server.calls)
+def test_a_fault_on_the_way_is_retried(bench: Bench, fault: str) -> None:
+    bench.server.faults.shares = {fault: 0.3}
+    bench.write(make_texts(60)).enrich(batch_size=3)
+    bench.check()
+    assert any(call.fault == fault for call in bench.server.calls)
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.every_form
-def test_a_storm_of_all_faults_leaves_right_cells_and_only_the_poisoned_rows_blank(job: Job) -> None:
-    from stand_in_server import FAULTS
+def test_a_storm_of_all_faults_leaves_right_cells_and_only_the_poisoned_rows_blank(bench: Bench) -> None:
+    from stand_in_model import FAULTS
 
-    job.server.faults = dict.fromkeys(FAULTS, 0.02)
+    bench.server.faults.shares = dict.fromkeys(FAULTS, 0.02)
     texts = make_texts(400)
     texts[7], texts[205], texts[399] = "poison-filter", "poison-refusal", "poison-garbage"
-    assert job.write(texts).command("--quiet", "--max-workers", "8") == 3
-    job.check(blank_rows=[7, 205, 399])
+    assert bench.write(texts).command("--quiet", "--max-workers", "8") == 3
+    bench.check(blank_rows=[7, 205, 399])
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("fault", TRANSPORT_FAULTS)
 @pytest.mark.every_form
-def test_a_row_on_which_the_server_always_fails_is_given_up_alone(job: Job, fault: str) -> None:
+def test_a_row_on_which_the_server_always_fails_is_given_up_alone(bench: Bench, fault: str) -> None:
     texts = make_texts(60)
     texts[5] = f"poison-{fault}"
-    frame = job.write(texts).enrich(max_retries=2, batch_size=3)
-    job.check(blank_rows=[5])
+    frame = bench.write(texts).enrich(max_retries=2, batch_size=3)
+    bench.check(blank_rows=[5])
     reasons = {"html": "no completion in the reply", "empty": "no completion in the reply"}
     assert reasons.get(fault, "the server failed 3 times on this request") in frame.attrs["enrichment"]["blank_rows"][5]
-    assert sum("poison" in text for text in job.asked) <= 3 + 1 + 2
+    assert sum("poison" in text for text in bench.asked) <= 3 + 1 + 2
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_timeout_is_retried(job: Job) -> None:
-    job.server.first_token = 0.5
+def test_a_timeout_is_retried(bench: Bench) -> None:
+    bench.server.model.first_token = 0.5
     with pytest.raises(module.ProviderError, match="no answer in time"):
-        job.write(["cake"]).enrich(timeout=0.1, max_retries=4)
-    assert 5 <= len(job.server.calls) + job.server.in_flight <= 5 + 5  # and the probe's
-    job.server.first_token = 0.0
-    job.enrich(timeout=5)
-    job.check()
+        bench.write(["cake"]).enrich(timeout=0.1, max_retries=4)
+    assert 5 <= len(bench.server.calls) + bench.server.in_flight <= 5 + 5  # and the probe's
+    bench.server.model.first_token = 0.0
+    bench.enrich(timeout=5)
+    bench.check()
 
 
 # --- Limits
 
 
-def test_rate_limits_alone_leave_no_row_blank(job: Job) -> None:
-    job.server.faults = {"429": 0.3}
-    job.write(make_texts(60)).enrich(max_retries=0, batch_size=10, max_workers=2)
-    job.check()
+def test_rate_limits_alone_leave_no_row_blank(bench: Bench) -> None:
+    bench.server.faults.shares = {"429": 0.3}
+    bench.write(make_texts(60)).enrich(max_retries=0, batch_size=10, max_workers=2)
+    bench.check()
 
 
 @pytest.mark.parametrize(("kind", "per_minute", "burst"), [("requests", 3000, 20), ("tokens", 400_000, 6000)])
-def test_a_limit_that_is_told_is_kept_before_it_refuses(job: Job, kind: str, per_minute: int, burst: int) -> None:
-    job.server.set_limit(kind, per_minute, burst)
-    job.write(make_texts(200)).enrich(batch_size=1, max_workers=8)
-    job.check()
-    refused = sum(call.status == 429 for call in job.server.calls)
-    assert refused <= 0.05 * len(job.server.calls)
+def test_a_limit_that_is_told_is_kept_before_it_refuses(bench: Bench, kind: str, per_minute: int, burst: int) -> None:
+    bench.server.limits.set(kind, per_minute, burst)
+    bench.write(make_texts(200)).enrich(batch_size=1, max_workers=8)
+    bench.check()
+    refused = sum(call.status == 429 for call in bench.server.calls)
+    assert refused <= 0.05 * len(bench.server.calls)
 
 
-def test_all_workers_wait_as_long_as_a_429_asks(job: Job) -> None:
-    job.server.script.append((429, {"retry-after-ms": "700"}, error_body("slow down")))
-    job.write(make_texts(40)).enrich(max_workers=1)
-    waited = job.server.calls[1].at - job.server.calls[0].at
+def test_all_workers_wait_as_long_as_a_429_asks(bench: Bench) -> None:
+    bench.server.script.append((429, {"retry-after-ms": "700"}, error_body("slow down")))
+    bench.write(make_texts(40)).enrich(max_workers=1)
+    waited = bench.server.calls[1].at - bench.server.calls[0].at
     assert 0.65 < waited < 1.5
-    job.check()
+    bench.check()
 
 
-def test_a_long_wait_is_told_and_can_be_interrupted(job: Job) -> None:
-    job.server.script.append((429, {"retry-after": "3000"}, error_body("slow down")))
-    process = job.write(make_texts(10)).process()
+def test_a_long_wait_is_told_and_can_be_interrupted(bench: Bench) -> None:
+    bench.server.script.append((429, {"retry-after": "3000"}, error_body("slow down")))
+    process = bench.write(make_texts(10)).process()
     started = time.monotonic()
-    while not job.server.calls and time.monotonic() < started + 20:
+    while not bench.server.calls and time.monotonic() < started + 20:
         time.sleep(0.02)
     time.sleep(0.3)
     process.terminate()
@@ -171,7 +170,7 @@ def test_limits_that_say_nothing_are_not_believed(headers: dict[str, str]) -> No
 
 
 def test_capacity_level_and_refill_are_learned() -> None:
-    limiter = module.Pace(8)
+    limiter = module.Pace(8, module.Timing())
     ticket = limiter.note_start(100, now=0.0)
     limiter.note_headers(told(600, 0, "60s") | told(1000, 500, "30s", "project-tokens"), ticket, now=0.0)
     assert limiter.buckets["requests"].rate == pytest.approx(10)
@@ -182,13 +181,13 @@ def test_capacity_level_and_refill_are_learned() -> None:
 
 def test_a_daily_limit_is_not_taken_for_one_a_minute() -> None:
     assert module.rate_limits(told(10_000, 9_999, "8.64s")) == {"requests": (10_000, 9_999, 8.64)}
-    limiter = module.Pace(8)
+    limiter = module.Pace(8, module.Timing())
     limiter.note_headers(told(10_000, 9_999, "8.64s"), limiter.note_start(1, 0.0), 0.0)
     assert limiter.buckets["requests"].rate == pytest.approx(10_000 / 86_400)
 
 
 def test_what_a_server_told_holds_calls_up_for_a_minute_at_most() -> None:
-    limiter = module.Pace(8)
+    limiter = module.Pace(8, module.Timing())
     limiter.note_headers(told(60, 0, "24h"), limiter.note_start(1, 0.0), 0.0)
     assert limiter.delay(1, 10.0) == pytest.approx(50)
     assert limiter.delay(1, 60.0) <= 0
@@ -197,7 +196,7 @@ def test_what_a_server_told_holds_calls_up_for_a_minute_at_most() -> None:
 
 
 def test_an_older_reply_teaches_nothing() -> None:
-    limiter = module.Pace(8)
+    limiter = module.Pace(8, module.Timing())
     early, late = limiter.note_start(1, 0.0), limiter.note_start(1, 1.0)
     limiter.note_headers(told(600, 500, "10s"), late, 2.0)
     limiter.note_headers(told(600, 0, "60s"), early, 2.0)
@@ -205,7 +204,7 @@ def test_an_older_reply_teaches_nothing() -> None:
 
 
 def test_refusals_in_a_row_wait_longer_and_a_minute_at_most() -> None:
-    limiter = module.Pace(8, jitter=lambda: 1.0)
+    limiter = module.Pace(8, module.Timing(jitter=lambda: 1.0))
     now, waits = 0.0, []
     for _ in range(9):
         ticket = limiter.note_start(1, now)
@@ -220,7 +219,7 @@ def test_refusals_in_a_row_wait_longer_and_a_minute_at_most() -> None:
 
 
 def test_refusals_of_calls_that_left_together_count_once() -> None:
-    limiter = module.Pace(8, jitter=lambda: 1.0)
+    limiter = module.Pace(8, module.Timing(jitter=lambda: 1.0))
     tickets = [limiter.note_start(1, 0.0) for _ in range(8)]
     for ticket in tickets:
         limiter.note_rate_limit(0.0, ticket, 1.0)
@@ -231,7 +230,7 @@ def test_refusals_of_calls_that_left_together_count_once() -> None:
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 50)), min_size=1, max_size=200))
 def test_the_pace_never_passes_a_known_limit(calls: list[tuple[float, int]]) -> None:
     """Whatever calls come when, a bucket that is told exactly is never overdrawn."""
-    limiter, level, now, at = module.Pace(4), 100.0, 0.0, 0.0
+    limiter, level, now, at = module.Pace(4, module.Timing()), 100.0, 0.0, 0.0
     for pause, tokens in calls:
         now += pause
         now += max(0.0, limiter.delay(tokens, now)) + 1e-9
@@ -246,20 +245,20 @@ def test_the_pace_never_passes_a_known_limit(calls: list[tuple[float, int]]) -> 
 # --- Dialects
 
 
-def test_a_bound_that_is_too_large_for_the_model_is_kept_and_the_batch_is_split(job: Job) -> None:
-    job.server.most_completion = 200
-    job.write(make_texts(10)).enrich()
-    job.check()
-    assert [call.status for call in job.server.calls] == [400, 200, 200]
-    assert all("max_completion_tokens" in call.body for call in job.server.calls)
+def test_a_bound_that_is_too_large_for_the_model_is_kept_and_the_batch_is_split(bench: Bench) -> None:
+    bench.server.gate.most_completion = 200
+    bench.write(make_texts(10)).enrich()
+    bench.check()
+    assert [call.status for call in bench.server.calls] == [400, 200, 200]
+    assert all("max_completion_tokens" in call.body for call in bench.server.calls)
 
 
-def test_where_no_smaller_batch_helps_the_bound_is_dropped(job: Job) -> None:
+def test_where_no_smaller_batch_helps_the_bound_is_dropped(bench: Bench) -> None:
     """Because of the room for reasoning."""
-    job.server.most_completion, job.server.refuses = 4096, {"reasoning_effort"}
-    job.write(make_texts(60)).enrich(model="gpt-5-mini", max_workers=1)
-    job.check()
-    assert "max_completion_tokens" not in job.server.calls[-1].body
+    bench.server.gate.most_completion, bench.server.gate.refuses = 4096, {"reasoning_effort"}
+    bench.write(make_texts(60)).enrich(model="gpt-5-mini", max_workers=1)
+    bench.check()
+    assert "max_completion_tokens" not in bench.server.calls[-1].body
 
 
 @pytest.mark.parametrize(
@@ -276,48 +275,48 @@ def test_where_no_smaller_batch_helps_the_bound_is_dropped(job: Job) -> None:
 )
 @pytest.mark.every_form
 def test_what_a_server_refuses_is_learned_and_said_once(
-    job: Job, refused: set[str], model: str, lost: set[str], capsys: pytest.CaptureFixture[str]
+    bench: Bench, refused: set[str], model: str, lost: set[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job.server.refuses = refused
-    job.write(make_texts(60))
-    assert job.command("--model", model, "--max-workers", "1") == 0
-    job.check()
-    assert not lost & set(job.server.calls[-1].body)
-    refusals = [call for call in job.server.calls if call.status == 400]
+    bench.server.gate.refuses = refused
+    bench.write(make_texts(60))
+    assert bench.command("--model", model, "--max-workers", "1") == 0
+    bench.check()
+    assert not lost & set(bench.server.calls[-1].body)
+    refusals = [call for call in bench.server.calls if call.status == 400]
     assert 1 <= len(refusals) <= 6
     assert capsys.readouterr().err.count("rejects a parameter of the request") == 1
 
 
 @pytest.mark.every_form
-def test_many_workers_learn_together(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.server.refuses, job.server.first_token = {"temperature"}, 0.05
-    job.write(make_texts(60))
-    assert job.command("--max-workers", "6") == 0
-    job.check()
+def test_many_workers_learn_together(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.server.gate.refuses, bench.server.model.first_token = {"temperature"}, 0.05
+    bench.write(make_texts(60))
+    assert bench.command("--max-workers", "6") == 0
+    bench.check()
     assert capsys.readouterr().err.count("continuing with no temperature") == 1
-    assert sum(call.status == 400 for call in job.server.calls) <= 6 + 1  # and the probe's first
+    assert sum(call.status == 400 for call in bench.server.calls) <= 6 + 1  # and the probe's first
 
 
 @pytest.mark.every_form
-def test_a_schema_part_that_is_refused_is_left_out_before_the_schema_is(job: Job) -> None:
-    job.server.refuses = {"maxItems"}
-    job.write(make_texts(20)).enrich()
-    job.check()
-    last = job.server.calls[-1].body["response_format"]
+def test_a_schema_part_that_is_refused_is_left_out_before_the_schema_is(bench: Bench) -> None:
+    bench.server.gate.refuses = {"maxItems"}
+    bench.write(make_texts(20)).enrich()
+    bench.check()
+    last = bench.server.calls[-1].body["response_format"]
     assert last["type"] == "json_schema"
     assert "maxItems" not in str(last)
 
 
-def test_models_that_reason_are_asked_not_to(job: Job) -> None:
-    job.write(["cake"]).enrich(model="gpt-6-luna")
-    assert job.server.calls[0].body["reasoning_effort"] == "none"
-    assert job.server.calls[0].body["temperature"] == 0
+def test_models_that_reason_are_asked_not_to(bench: Bench) -> None:
+    bench.write(["cake"]).enrich(model="gpt-6-luna")
+    assert bench.server.calls[0].body["reasoning_effort"] == "none"
+    assert bench.server.calls[0].body["temperature"] == 0
 
 
-def test_a_model_without_that_choice_is_asked_for_the_least(job: Job) -> None:
-    job.server.refuses = {"reasoning_effort"}
-    job.write(["cake"]).enrich(model="gpt-5-mini")
-    body = job.server.calls[-1].body
+def test_a_model_without_that_choice_is_asked_for_the_least(bench: Bench) -> None:
+    bench.server.gate.refuses = {"reasoning_effort"}
+    bench.write(["cake"]).enrich(model="gpt-5-mini")
+    body = bench.server.calls[-1].body
     assert body["reasoning_effort"] == "minimal"
     assert "temperature" not in body
     assert body["max_completion_tokens"] > module.REASONING_ROOM
@@ -354,7 +353,9 @@ def judged(answer: module.Reply, rows: int, works: bool, tmp_path: Path) -> modu
     """The verdict on a reply to an attempt of so many rows, in a run in which something was answered, or nothing yet."""
     path = tmp_path / "in.csv"
     path.touch()
-    server = module.Server(module.Options(path, tmp_path / "out.csv", "text", None, LABELS, api_key="k"))
+    server = module.Server(
+        module.Options(path, tmp_path / "out.csv", "text", None, LABELS, api_key="k"), module.Timing()
+    )
     attempt = module.Attempt(tuple(make_row(str(number)) for number in range(rows)), prompt_of())
     evidence = module.Evidence(attempt.parameters, {attempt.parameters.without_room} if works else set(), reached=True)
     return module.judge(answer, attempt, evidence, server, 0.0)
@@ -459,16 +460,16 @@ class TestProbe:
 
     UNKNOWN = (400, {}, error_body("Something is wrong with your request"))
 
-    def probed(self, job: Job) -> list[Any]:
-        return [call for call in job.server.calls if call.texts == (module.HARMLESS,)]
+    def probed(self, bench: Bench) -> list[Any]:
+        return [call for call in bench.server.calls if call.texts == (module.HARMLESS,)]
 
     @pytest.mark.parametrize("status", [400, 403, 422])
-    def test_a_refusal_before_anything_was_answered_is_settled_by_one_call(self, job: Job, status: int) -> None:
-        job.server.script.append((status, {}, error_body("no reason that anybody knows")))
-        job.write(make_texts(30)).enrich(max_workers=1)
-        job.check()
-        assert len(self.probed(job)) == 1
-        assert len(job.server.calls) == 1 + 1 + 2 + 2
+    def test_a_refusal_before_anything_was_answered_is_settled_by_one_call(self, bench: Bench, status: int) -> None:
+        bench.server.script.append((status, {}, error_body("no reason that anybody knows")))
+        bench.write(make_texts(30)).enrich(max_workers=1)
+        bench.check()
+        assert len(self.probed(bench)) == 1
+        assert len(bench.server.calls) == 1 + 1 + 2 + 2
 
     @pytest.mark.parametrize(
         ("refused", "lost"),
@@ -480,117 +481,112 @@ class TestProbe:
         ],
     )
     def test_a_parameter_refused_in_words_that_nobody_foresaw_is_found(
-        self, job: Job, refused: set[str], lost: str, monkeypatch: pytest.MonkeyPatch
+        self, bench: Bench, refused: set[str], lost: str
     ) -> None:
-        monkeypatch.setattr(
-            "stand_in_server.unsupported", lambda _: error_body("Request contains an invalid argument.")
-        )
-        job.server.refuses = refused
-        job.write(make_texts(60)).enrich(max_workers=1)
-        job.check()
-        last = json.dumps(job.server.calls[-1].body)
+        bench.server.gate.words = lambda part: error_body("Request contains an invalid argument.")
+        bench.server.gate.refuses = refused
+        bench.write(make_texts(60)).enrich(max_workers=1)
+        bench.check()
+        last = json.dumps(bench.server.calls[-1].body)
         assert f'"{lost}"' not in last
-        assert len(self.probed(job)) <= 16
-        job.server.calls.clear()
-        job.write(make_texts(80)).enrich()  # the store has what was found
-        assert {call.status for call in job.server.calls} == {200}
+        assert len(self.probed(bench)) <= 16
+        bench.server.calls.clear()
+        bench.write(make_texts(80)).enrich()  # the store has what was found
+        assert {call.status for call in bench.server.calls} == {200}
 
-    def test_a_healthy_server_never_sees_it(self, job: Job) -> None:
-        job.write(make_texts(60)).enrich()
-        assert self.probed(job) == []
-
-    @pytest.mark.usefixtures("quick")
-    def test_an_outage_at_the_start_is_waited_for_and_costs_no_form(self, job: Job) -> None:
-        job.server.script.extend([(503, {}, error_body("overloaded"))] * 8)
-        job.write(make_texts(60)).enrich()
-        job.check()
-        assert job.server.calls[-1].body["response_format"]["type"] == "json_schema"
-        assert job.server.calls[-1].body["temperature"] == 0
+    def test_a_healthy_server_never_sees_it(self, bench: Bench) -> None:
+        bench.write(make_texts(60)).enrich()
+        assert self.probed(bench) == []
 
     @pytest.mark.usefixtures("quick")
-    def test_a_5xx_that_follows_a_parameter_is_found_too(self, job: Job) -> None:
-        job.server.refuses = {"json_schema"}
-        job.server.refusal_status = 500
-        job.write(make_texts(30)).enrich(max_workers=1)
-        job.check()
-        assert job.server.calls[-1].body["response_format"] == {"type": "json_object"}
+    def test_an_outage_at_the_start_is_waited_for_and_costs_no_form(self, bench: Bench) -> None:
+        bench.server.script.extend([(503, {}, error_body("overloaded"))] * 8)
+        bench.write(make_texts(60)).enrich()
+        bench.check()
+        assert bench.server.calls[-1].body["response_format"]["type"] == "json_schema"
+        assert bench.server.calls[-1].body["temperature"] == 0
 
-    def test_an_account_that_is_blocked_in_the_middle_ends_the_run(self, job: Job) -> None:
-        job.write(make_texts(400))
-        job.server.script.extend([None] * 3 + [(403, {}, error_body("Your account was blocked."))] * 500)
+    @pytest.mark.usefixtures("quick")
+    def test_a_5xx_that_follows_a_parameter_is_found_too(self, bench: Bench) -> None:
+        bench.server.gate.refuses = {"json_schema"}
+        bench.server.gate.status = 500
+        bench.write(make_texts(30)).enrich(max_workers=1)
+        bench.check()
+        assert bench.server.calls[-1].body["response_format"] == {"type": "json_object"}
+
+    def test_an_account_that_is_blocked_in_the_middle_ends_the_run(self, bench: Bench) -> None:
+        bench.write(make_texts(400))
+        bench.server.script.extend([None] * 3 + [(403, {}, error_body("Your account was blocked."))] * 500)
         with pytest.raises(module.ProviderError, match=r"Every request is refused .*Your account was blocked"):
-            job.enrich()
-        assert len(job.server.calls) <= 3 + module.MAX_REFUSALS + 3 + 16
+            bench.enrich()
+        assert len(bench.server.calls) <= 3 + module.MAX_REFUSALS + 3 + 16
 
-    def test_what_the_labels_are_at_fault_for_is_said(self, job: Job) -> None:
-        job.server.banned = "praising_violence"
+    def test_what_the_labels_are_at_fault_for_is_said(self, bench: Bench) -> None:
+        bench.server.gate.banned = "praising_violence"
         with pytest.raises(module.ProviderError, match="It answers without your labels and instructions"):
-            job.write(make_texts(30)).enrich()
+            bench.write(make_texts(30)).enrich()
 
-    def test_an_error_in_no_form_that_is_known_is_quoted_too(self, job: Job) -> None:
+    def test_an_error_in_no_form_that_is_known_is_quoted_too(self, bench: Bench) -> None:
         """As MiniMax has it."""
         body = {"id": "x", "choices": None, "base_resp": {"status_code": 1008, "status_msg": "no such plan"}}
-        job.server.script.extend([(200, {}, body)] * 100)
+        bench.server.script.extend([(200, {}, body)] * 100)
         with pytest.raises(module.ProviderError, match=r"no answer that can be used.*Server message: .*no such plan"):
-            job.write(make_texts(30)).enrich()
+            bench.write(make_texts(30)).enrich()
 
     @pytest.mark.usefixtures("quick")
-    def test_a_server_that_fails_from_the_start_is_quoted(self, job: Job) -> None:
-        job.server.script.extend([(503, {}, error_body("Model is loading"))] * 500)
+    def test_a_server_that_fails_from_the_start_is_quoted(self, bench: Bench) -> None:
+        bench.server.script.extend([(503, {}, error_body("Model is loading"))] * 500)
         with pytest.raises(module.ProviderError, match=r"fails every request \(HTTP 503\).* Model is loading"):
-            job.write(make_texts(30)).enrich()
+            bench.write(make_texts(30)).enrich()
 
     @pytest.mark.usefixtures("quick")
-    def test_a_row_that_failed_in_an_outage_is_asked_again_after_it(self, job: Job) -> None:
+    def test_a_row_that_failed_in_an_outage_is_asked_again_after_it(self, bench: Bench) -> None:
         """With no other row answered meanwhile, it is not the row's fault."""
-        job.server.script.extend([None] + [(503, {}, error_body("down"))] * 9)
-        frame = job.write(make_texts(5)).enrich(batch_size=1, max_workers=1, max_retries=2)
+        bench.server.script.extend([None] + [(503, {}, error_body("down"))] * 9)
+        frame = bench.write(make_texts(5)).enrich(batch_size=1, max_workers=1, max_retries=2)
         assert frame.attrs["enrichment"]["blank_rows"] == {}
-        job.check()
+        bench.check()
 
-    def test_it_asks_as_often_as_it_waits(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "MAX_BACKOFF", 0.01)
-        job.server.script.extend([(503, {}, error_body("down"))] * 60)
-        job.write(make_texts(5)).enrich(max_retries=60)
-        job.check()
+    def test_it_asks_as_often_as_it_waits(self, bench: Bench) -> None:
+        bench.timing = module.Timing(longest_backoff=0.01)
+        bench.server.script.extend([(503, {}, error_body("down"))] * 60)
+        bench.write(make_texts(5)).enrich(max_retries=60)
+        bench.check()
 
     @pytest.mark.usefixtures("quick")
-    def test_a_lost_connection_does_not_end_it(self, job: Job) -> None:
-        job.server.script.append(self.UNKNOWN)
-        hold, lost = job.server.admit, [1]
+    def test_a_lost_connection_does_not_end_it(self, bench: Bench) -> None:
+        def lose_the_second(number: int, body: Any) -> None:
+            bench.server.faults.shares = {"reset": 1.0} if number == 1 else {}
 
-        def lose(tokens: int) -> tuple[dict[str, str], str]:
-            job.server.faults = {"reset": 1.0} if lost and lost.pop() else {}
-            return hold(tokens)
+        bench.server.script.append(self.UNKNOWN)
+        bench.server.on_call = lose_the_second
+        bench.write(make_texts(5)).enrich()
+        bench.check()
+        assert [call.fault for call in self.probed(bench)] == ["reset", ""]
 
-        job.server.admit = lose  # type: ignore[method-assign]
-        job.write(make_texts(5)).enrich()
-        job.check()
-        assert [call.fault for call in self.probed(job)] == ["reset", ""]
-
-    def test_its_wait_for_a_rate_limit_has_an_end(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "MAX_WAIT", 1.0)
-        job.server.script.extend([self.UNKNOWN, *[(429, {"retry-after-ms": "20"}, error_body("slow"))] * 2000])
+    def test_its_wait_for_a_rate_limit_has_an_end(self, bench: Bench) -> None:
+        bench.timing = module.Timing(longest_wait=1.0)
+        bench.server.script.extend([self.UNKNOWN, *[(429, {"retry-after-ms": "20"}, error_body("slow"))] * 2000])
         with pytest.raises(module.ProviderError, match="nothing but HTTP 429 for an hour"):
-            job.write(make_texts(5)).enrich(max_workers=1)
+            bench.write(make_texts(5)).enrich(max_workers=1)
 
     @pytest.mark.usefixtures("quick")
-    def test_an_outage_is_not_fired_through(self, job: Job) -> None:
-        job.write(make_texts(300))
-        job.server.script.extend([None] * 3 + [(503, {}, error_body("down"))] * 5000)
+    def test_an_outage_is_not_fired_through(self, bench: Bench) -> None:
+        bench.write(make_texts(300))
+        bench.server.script.extend([None] * 3 + [(503, {}, error_body("down"))] * 5000)
         with pytest.raises(module.ProviderError, match="fails every request"):
-            job.enrich(batch_size=1, max_retries=3)
-        asked = {call.texts for call in job.server.calls if call.texts != (module.HARMLESS,)}
+            bench.enrich(batch_size=1, max_retries=3)
+        asked = {call.texts for call in bench.server.calls if call.texts != (module.HARMLESS,)}
         assert len(asked) <= 3 + 3 * 5
 
     def test_it_counts_in_calls_and_cost_and_is_named_beside_them(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        job.server.script.append(self.UNKNOWN)
-        told = job.write(make_texts(30)).enrich(quiet=False, max_workers=1).attrs["enrichment"]
+        bench.server.script.append(self.UNKNOWN)
+        told = bench.write(make_texts(30)).enrich(quiet=False, max_workers=1).attrs["enrichment"]
         assert "Total API calls made: 6, 1 of them about a harmless text" in capsys.readouterr().out
-        assert told["calls"] == len(job.server.calls)
-        assert told["cost"] == pytest.approx(price(job.server.calls))
+        assert told["calls"] == len(bench.server.calls)
+        assert told["cost"] == pytest.approx(price(bench.server.calls))
 
 
 class TestGivenUp:
@@ -602,82 +598,80 @@ class TestGivenUp:
         ]
 
     def test_the_next_run_sends_it_last_alone_and_once_and_says_so(
-        self, job: Job, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        job.write(self.filtered(20)).enrich()
-        job.server.calls.clear()
-        job.write([*self.filtered(20), *(f"{text}!" for text in make_texts(20))])
-        assert job.command("--max-workers", "1") == 3
+        bench.write(self.filtered(20)).enrich()
+        bench.server.calls.clear()
+        bench.write([*self.filtered(20), *(f"{text}!" for text in make_texts(20))])
+        assert bench.command("--max-workers", "1") == 3
         assert "Rows given up by an earlier run (sent last, alone and once): 4\n" in capsys.readouterr().out
-        assert [len(call.texts) for call in job.server.calls[-4:]] == [1] * 4
-        assert [call.texts for call in job.server.calls].count((module.HARMLESS,)) == 0
-        assert len(job.server.calls) == 2 + 4
-        job.check(blank_rows=[0, 5, 10, 15])
+        assert [len(call.texts) for call in bench.server.calls[-4:]] == [1] * 4
+        assert [call.texts for call in bench.server.calls].count((module.HARMLESS,)) == 0
+        assert len(bench.server.calls) == 2 + 4
+        bench.check(blank_rows=[0, 5, 10, 15])
 
-    def test_a_run_in_which_only_such_rows_are_left_ends_with_3_and_all_that_belongs_to_it(self, job: Job) -> None:
+    def test_a_run_in_which_only_such_rows_are_left_ends_with_3_and_all_that_belongs_to_it(self, bench: Bench) -> None:
         texts = self.filtered(150)
-        job.write(texts).enrich(max_workers=8)
-        gold = job.input.with_name("gold.csv")
+        bench.write(texts).enrich(max_workers=8)
+        gold = bench.input.with_name("gold.csv")
         gold.write_text(f'text,{LABELS[0]}\n"{texts[1]}",1\n')
-        job.server.calls.clear()
-        assert job.command("--gold", str(gold), "--sample", "5") == 3
-        asked = [call.texts for call in job.server.calls if call.texts != (module.HARMLESS,)]
+        bench.server.calls.clear()
+        assert bench.command("--gold", str(gold), "--sample", "5") == 3
+        asked = [call.texts for call in bench.server.calls if call.texts != (module.HARMLESS,)]
         assert len(asked) == len(set(asked)) == 30
-        assert Path(f"{job.output}.sample.csv").exists()
-        assert json.loads(Path(f"{job.output}.run.json").read_text())["gold"]
-        job.check(blank_rows=range(0, 150, 5))
+        assert Path(f"{bench.output}.sample.csv").exists()
+        assert json.loads(Path(f"{bench.output}.run.json").read_text())["gold"]
+        bench.check(blank_rows=range(0, 150, 5))
 
-    def test_why_is_said_once_in_the_servers_words(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        assert job.write(self.filtered(20)).command() == 3
+    def test_why_is_said_once_in_the_servers_words(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        assert bench.write(self.filtered(20)).command() == 3
         line = "A row is left blank: stopped by the provider's content filter. Server message: "
         assert (
             capsys.readouterr().err.count(f"{line}content_filter invalid_request_error: The response was filtered") == 1
         )
 
-    def test_a_row_that_is_answered_at_last_is_like_any_other(self, job: Job) -> None:
-        job.write(["cake", "poison-garbage"]).enrich()
-        monkey = pytest.MonkeyPatch()
-        monkey.setattr("stand_in_server.POISON", {})
-        job.enrich()
-        monkey.undo()
-        job.check()
-        calls = len(job.server.calls)
-        job.enrich()
-        assert len(job.server.calls) == calls
+    def test_a_row_that_is_answered_at_last_is_like_any_other(self, bench: Bench) -> None:
+        bench.write(["cake", "poison-garbage"]).enrich()
+        bench.server.faults.has_poison = False
+        bench.enrich()
+        bench.check()
+        calls = len(bench.server.calls)
+        bench.enrich()
+        assert len(bench.server.calls) == calls
 
 
 class TestExtraBody:
     """What nobody can foresee, the user can say."""
 
-    def test_it_goes_into_each_call_over_our_own_parameters(self, job: Job) -> None:
-        job.write(make_texts(20)).enrich(extra_body={"seed": 7, "temperature": 0.5}, audit=2)
-        assert {(call.body["seed"], call.body["temperature"]) for call in job.server.calls} == {(7, 0.5)}
-        assert len(job.server.calls) == 4
+    def test_it_goes_into_each_call_over_our_own_parameters(self, bench: Bench) -> None:
+        bench.write(make_texts(20)).enrich(extra_body={"seed": 7, "temperature": 0.5}, audit=2)
+        assert {(call.body["seed"], call.body["temperature"]) for call in bench.server.calls} == {(7, 0.5)}
+        assert len(bench.server.calls) == 4
 
-    def test_on_the_command_line_it_is_json(self, job: Job) -> None:
-        assert job.write(["cake"]).command("--extra-body", '{"seed": 7}', "--quiet") == 0
-        assert job.server.calls[0].body["seed"] == 7
-        record = json.loads(Path(f"{job.output}.run.json").read_text())
+    def test_on_the_command_line_it_is_json(self, bench: Bench) -> None:
+        assert bench.write(["cake"]).command("--extra-body", '{"seed": 7}', "--quiet") == 0
+        assert bench.server.calls[0].body["seed"] == 7
+        record = json.loads(Path(f"{bench.output}.run.json").read_text())
         assert record["parameters"]["extra_body"] == record["prompts"][0]["extra_body"] == {"seed": 7}
 
-    def test_it_is_part_of_what_decides_an_answer(self, job: Job) -> None:
+    def test_it_is_part_of_what_decides_an_answer(self, bench: Bench) -> None:
         for extra_body, calls in (({"seed": 7}, 1), (None, 2), ({"seed": 8}, 3), ({"seed": 7}, 3), ({}, 3)):
-            job.write(["cake"]).enrich(extra_body=extra_body)
-            assert len(job.server.calls) == calls
+            bench.write(["cake"]).enrich(extra_body=extra_body)
+            assert len(bench.server.calls) == calls
 
-    def test_the_probe_never_touches_it(self, job: Job) -> None:
-        job.server.refuses = {"json_schema", "temperature"}
-        job.write(make_texts(20)).enrich(extra_body={"seed": 7})
-        assert {call.body["seed"] for call in job.server.calls} == {7}
+    def test_the_probe_never_touches_it(self, bench: Bench) -> None:
+        bench.server.gate.refuses = {"json_schema", "temperature"}
+        bench.write(make_texts(20)).enrich(extra_body={"seed": 7})
+        assert {call.body["seed"] for call in bench.server.calls} == {7}
 
     @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-    def test_a_bound_in_it_is_our_bound(self, job: Job, name: str) -> None:
-        job.write(make_texts(20)).enrich(extra_body={name: 900}, max_cost=1.0)
-        job.check()
-        bounds = [{key: call.body.get(key) for key in module.BOUNDS} for call in job.server.calls]
+    def test_a_bound_in_it_is_our_bound(self, bench: Bench, name: str) -> None:
+        bench.write(make_texts(20)).enrich(extra_body={name: 900}, max_cost=1.0)
+        bench.check()
+        bounds = [{key: call.body.get(key) for key in module.BOUNDS} for call in bench.server.calls]
         assert all(bound == dict.fromkeys(module.BOUNDS) | {name: 900} for bound in bounds)
         with pytest.raises(module.BudgetExceeded):
-            job.write(make_texts(40)).enrich(extra_body={name: 90_000}, max_cost=0.02)
+            bench.write(make_texts(40)).enrich(extra_body={name: 90_000}, max_cost=0.02)
 
     @pytest.mark.parametrize(
         ("given", "words"),
@@ -691,18 +685,18 @@ class TestExtraBody:
             (7, "must be a JSON object"),
         ],
     )
-    def test_what_cannot_be_sent_is_refused(self, job: Job, given: Any, words: str) -> None:
+    def test_what_cannot_be_sent_is_refused(self, bench: Bench, given: Any, words: str) -> None:
         with pytest.raises(module.InputError, match=words):
-            job.write(["cake"]).enrich(extra_body=given)
-        assert job.server.calls == []
+            bench.write(["cake"]).enrich(extra_body=given)
+        assert bench.server.calls == []
 
 
-def test_parameters_without_a_bound_that_a_store_has_do_not_serve_a_capped_run(job: Job) -> None:
-    job.server.refuses = {"max_completion_tokens", "max_tokens"}
-    job.write(make_texts(10)).enrich()
-    job.server.refuses = set()
-    job.write(make_texts(20)).enrich(max_cost=1.0)
-    assert "max_completion_tokens" in job.server.calls[-1].body
+def test_parameters_without_a_bound_that_a_store_has_do_not_serve_a_capped_run(bench: Bench) -> None:
+    bench.server.gate.refuses = {"max_completion_tokens", "max_tokens"}
+    bench.write(make_texts(10)).enrich()
+    bench.server.gate.refuses = set()
+    bench.write(make_texts(20)).enrich(max_cost=1.0)
+    assert "max_completion_tokens" in bench.server.calls[-1].body
 
 
 # --- Pointless jobs
@@ -722,95 +716,90 @@ STOPPING = {
 
 
 @pytest.mark.parametrize("name", STOPPING)
-def test_a_pointless_job_stops_at_once_with_one_line(job: Job, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pointless_job_stops_at_once_with_one_line(
+    bench: Bench, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, body, line = STOPPING[name]
-    job.server.first_token = 0.05
-    job.write(make_texts(200)).enrich(limit=20, batch_size=10)
-    job.server.script.extend([(status, {}, body)] * 100)
-    assert job.command("--max-workers", "4") == 1
+    bench.server.model.first_token = 0.05
+    bench.write(make_texts(200)).enrich(limit=20, batch_size=10)
+    bench.server.script.extend([(status, {}, body)] * 100)
+    assert bench.command("--max-workers", "4") == 1
     errors = capsys.readouterr().err
     assert line in errors
     assert "sk-ab" not in errors
     assert "20 of 200 rows are labelled and saved" in errors
-    assert len(job.server.calls) <= 2 + 4 + 5  # with a probe, where the status alone proves nothing
-    job.check(blank_rows=range(20, 200))
+    assert len(bench.server.calls) <= 2 + 4 + 5  # with a probe, where the status alone proves nothing
+    bench.check(blank_rows=range(20, 200))
 
 
 @pytest.mark.every_form
-def test_answers_in_flight_when_a_job_stops_are_kept(job: Job) -> None:
-    job.server.first_token = 0.3
-    job.server.script.append((401, {}, error_body("no")))
+def test_answers_in_flight_when_a_job_stops_are_kept(bench: Bench) -> None:
+    bench.server.model.first_token = 0.3
+    bench.server.script.append((401, {}, error_body("no")))
     with pytest.raises(module.ProviderError):
-        job.write(make_texts(40)).enrich(max_workers=4)
-    assert sum(cells != ["", "", ""] for cells in job.cells) == 30
+        bench.write(make_texts(40)).enrich(max_workers=4)
+    assert sum(cells != ["", "", ""] for cells in bench.cells) == 30
 
 
-def test_a_server_that_refuses_every_request_stops_the_job(job: Job) -> None:
-    job.server.script.extend([(400, {}, error_body("Something is wrong with your request"))] * 500)
+def test_a_server_that_refuses_every_request_stops_the_job(bench: Bench) -> None:
+    bench.server.script.extend([(400, {}, error_body("Something is wrong with your request"))] * 500)
     with pytest.raises(module.ProviderError, match=r"Every request is refused .* Something is wrong"):
-        job.write(make_texts(200)).enrich()
-    assert len(job.server.calls) <= 3 + 16
+        bench.write(make_texts(200)).enrich()
+    assert len(bench.server.calls) <= 3 + 16
 
 
 @pytest.mark.every_form
-def test_one_request_that_is_refused_for_an_unknown_reason_stops_nothing(job: Job) -> None:
-    job.server.script.append((400, {}, error_body("Something is wrong with your request")))
-    job.write(make_texts(100)).enrich()
-    job.check()
+def test_one_request_that_is_refused_for_an_unknown_reason_stops_nothing(bench: Bench) -> None:
+    bench.server.script.append((400, {}, error_body("Something is wrong with your request")))
+    bench.write(make_texts(100)).enrich()
+    bench.check()
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_server_that_goes_away_stops_the_job(job: Job) -> None:
-    job.write(make_texts(30)).enrich()
-    job.write(make_texts(400))
+def test_a_server_that_goes_away_stops_the_job(bench: Bench) -> None:
+    bench.write(make_texts(30)).enrich()
+    bench.write(make_texts(400))
     wrong = [(503, {}, error_body("down"))] * 2000
-    job.server.script.extend([*wrong])
+    bench.server.script.extend([*wrong])
     with pytest.raises(module.ProviderError, match="fails every request"):
-        job.enrich(max_retries=3)
-    job.check(blank_rows=range(30, 400))
+        bench.enrich(max_retries=3)
+    bench.check(blank_rows=range(30, 400))
 
 
-def test_a_server_that_cannot_be_reached_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "UNREACHABLE_SECONDS", 1.0)
+def test_a_server_that_cannot_be_reached_is_told(bench: Bench) -> None:
+    bench.timing = module.Timing(unreachable=1.0)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://user:secret@127.0.0.1:{taken.getsockname()[1]}/v1"
     with pytest.raises(module.ProviderError, match=r"No answer from 127\.0\.0\.1:\d+: no connection") as caught:
-        job.write(make_texts(100)).enrich(base_url=url)
+        bench.write(make_texts(100)).enrich(base_url=url)
     assert "secret" not in str(caught.value)
 
 
-def test_the_waits_before_a_server_is_given_up_end_within_thirty_seconds() -> None:
-    for jitter in (0.75, 1.0, 1.25):
-        waited, failures = 0.0, 0
-        while waited <= module.UNREACHABLE_SECONDS:
-            failures += 1
-            waited += module.backoff(failures, jitter)
-        assert waited < 20
-
-
-def test_a_server_is_quoted_without_key_or_text(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.write(["a text that nobody should see in a log"])
+def test_a_server_is_quoted_without_key_or_text(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.write(["a text that nobody should see in a log"])
     message = "Input 'a text that nobody should see' with key my-own-key is bad"
-    job.server.script.extend([(403, {}, error_body(message))] * 40)
-    assert job.command("--api-key", "my-own-key") == 1
+    bench.server.script.extend([(403, {}, error_body(message))] * 40)
+    assert bench.command("--api-key", "my-own-key") == 1
     assert "nobody" not in capsys.readouterr().err
-    options = module.Options(job.input, job.output, "text", None, LABELS, api_key="my-own-key")
+    options = module.Options(bench.input, bench.output, "text", None, LABELS, api_key="my-own-key")
     words = "bad key my-own-key sk-abc***d and  more"
-    quoted = module.Server(options).quote(words, [make_row("text")])
+    quoted = module.Server(options, module.Timing()).quote(words, [make_row("text")])
     assert quoted == "bad key [key] [key] and more"
-    nobodys = module.Server(module.Options(job.input, job.output, "text", None, LABELS, base_url=job.server.url))
+    nobodys = module.Server(
+        module.Options(bench.input, bench.output, "text", None, LABELS, base_url=bench.server.url), module.Timing()
+    )
     assert nobodys.quote("none of these", []) == "none of these"
 
 
-def test_a_proxy_is_not_asked_for_this_machine(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_is_not_asked_for_this_machine(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    job.write(["cake"]).enrich()
-    job.check()
+    bench.write(["cake"]).enrich()
+    bench.check()
 
 
-def test_a_socks_proxy_without_its_package_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socks_proxy_without_its_package_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     with pytest.raises(module.InputError, match="pip install socksio"):
-        job.write(["cake"]).enrich(base_url="http://example.invalid/v1", api_key="x")
+        bench.write(["cake"]).enrich(base_url="http://example.invalid/v1", api_key="x")

@@ -9,14 +9,17 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import LABELS, ROOT, Job, make_row, make_texts, prompt_of
+from conftest import LABELS, ROOT, Bench, make_row, make_texts, prompt_of
 from stand_in_server import StandIn
 
 import enrich_dataset as module
+
+WHEN = datetime(2026, 1, 1, tzinfo=UTC)
 
 PROMPT = prompt_of()
 ROW = make_row("cake")
@@ -39,27 +42,27 @@ def known(store: module.Store) -> list[list[int]]:
 
 
 class TestFresh:
-    def test_it_is_readable_by_its_owner_only(self, job: Job) -> None:
-        job.write(["cake"]).enrich()
-        assert stat.S_IMODE(job.store.stat().st_mode) == 0o600
+    def test_it_is_readable_by_its_owner_only(self, bench: Bench) -> None:
+        bench.write(["cake"]).enrich()
+        assert stat.S_IMODE(bench.store.stat().st_mode) == 0o600
 
     def test_it_knows_nothing(self, tmp_path: Path) -> None:
         with module.Store(tmp_path / "store") as store:
             assert known(store) == [[-1] * 3] * 2
 
-    def test_another_path_can_be_named(self, job: Job, tmp_path: Path) -> None:
-        job.write(["cake"]).enrich(store_filepath=tmp_path / "elsewhere.sqlite3")
+    def test_another_path_can_be_named(self, bench: Bench, tmp_path: Path) -> None:
+        bench.write(["cake"]).enrich(store_filepath=tmp_path / "elsewhere.sqlite3")
         assert (tmp_path / "elsewhere.sqlite3").exists()
-        assert not job.store.exists()
+        assert not bench.store.exists()
 
-    def test_calls_are_told_with_their_figures(self, job: Job) -> None:
-        job.write([*make_texts(15), "poison-garbage"]).enrich()
-        with sqlite3.connect(job.store) as db:
+    def test_calls_are_told_with_their_figures(self, bench: Bench) -> None:
+        bench.write([*make_texts(15), "poison-garbage"]).enrich()
+        with sqlite3.connect(bench.store) as db:
             rows = db.execute(
                 "SELECT requested, model_served, system_fingerprint, prompt_tokens, outcome FROM attempts"
             ).fetchall()
         assert (10, "gpt-4o-mini-2024-07-18", "fp_stand_in") in [row[:3] for row in rows]
-        assert sum(row[3] for row in rows) == sum(call.prompt_tokens for call in job.server.calls)
+        assert sum(row[3] for row in rows) == sum(call.prompt_tokens for call in bench.server.calls)
         assert {row[4] for row in rows} == {"answered", "the answer was not valid JSON"}
 
 
@@ -67,7 +70,7 @@ class TestReopened:
     def test_the_newest_answer_stands(self, tmp_path: Path) -> None:
         for cells in ("000", "101"):
             with module.Store(tmp_path / "store") as store:
-                store.record(attempt(), done({ROW: cells}))
+                store.record(attempt(), done({ROW: cells}), WHEN)
         with module.Store(tmp_path / "store") as store:
             assert known(store) == [[1, 0, 1], [-1] * 3]
 
@@ -75,42 +78,42 @@ class TestReopened:
         parts = {(LABELS[2],): "1", (LABELS[0],): "0"}
         with module.Store(tmp_path / "store") as store:
             for labels, cells in parts.items():
-                store.record(attempt(labels), done({ROW: cells}))
+                store.record(attempt(labels), done({ROW: cells}), WHEN)
             assert known(store) == [[0, -1, 1], [-1] * 3]
 
 
 class TestTwoRuns:
-    def test_a_second_run_on_the_same_store_is_refused(self, job: Job) -> None:
-        job.write(["cake"])
-        with module.Store(job.store), pytest.raises(module.InputError, match="If another run is using it"):
-            job.enrich()
-        assert job.server.calls == []
+    def test_a_second_run_on_the_same_store_is_refused(self, bench: Bench) -> None:
+        bench.write(["cake"])
+        with module.Store(bench.store), pytest.raises(module.InputError, match="If another run is using it"):
+            bench.enrich()
+        assert bench.server.calls == []
 
 
 class TestNotAStore:
-    def test_a_text_file_is_refused_and_kept(self, job: Job) -> None:
-        job.write(["cake"])
-        job.store.write_text("my notes, which are long enough to be no empty database file at all" * 20)
+    def test_a_text_file_is_refused_and_kept(self, bench: Bench) -> None:
+        bench.write(["cake"])
+        bench.store.write_text("my notes, which are long enough to be no empty database file at all" * 20)
         with pytest.raises(module.InputError, match="is not an answer store"):
-            job.enrich()
-        assert job.store.read_text().startswith("my notes")
+            bench.enrich()
+        assert bench.store.read_text().startswith("my notes")
 
     @pytest.mark.parametrize("damage", ["truncated", "overwritten", "short"])
-    def test_a_damaged_store_is_told_in_sqlites_words_and_is_to_be_kept(self, job: Job, damage: str) -> None:
+    def test_a_damaged_store_is_told_in_sqlites_words_and_is_to_be_kept(self, bench: Bench, damage: str) -> None:
         """On a disk that errs or that synchronises files by itself: it may be most of what was paid for."""
-        job.write(make_texts(400)).enrich(batch_size=1)
-        content = job.store.read_bytes()
+        bench.write(make_texts(400)).enrich(batch_size=1)
+        content = bench.store.read_bytes()
         damaged = {
             "truncated": content[: len(content) // 2],
             "overwritten": content[:100] + bytes(len(content) - 100),
             "short": content[:50],
         }
-        job.store.write_bytes(damaged[damage])
+        bench.store.write_bytes(damaged[damage])
         with pytest.raises(module.EnrichmentError, match=r"(malformed|not a database|disk I/O)") as told:
-            job.enrich(fresh=True)
+            bench.enrich(fresh=True)
         assert "delete" not in str(told.value)
         assert re.search("paid answers|what it holds is kept", str(told.value))
-        assert job.store.exists()
+        assert bench.store.exists()
 
     def test_of_runs_that_start_together_one_gets_the_new_store(self, tmp_path: Path) -> None:
         code = "import enrich_dataset as m, pathlib, sys, time\nwith m.Store(pathlib.Path(sys.argv[1])):\n    time.sleep(1)"
@@ -119,46 +122,46 @@ class TestNotAStore:
             started = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) for _ in range(4)]
             assert [process.wait() for process in started].count(0) >= 1
 
-    def test_another_programs_database_is_refused_and_not_touched(self, job: Job) -> None:
-        with contextlib.closing(sqlite3.connect(job.store)) as db:
+    def test_another_programs_database_is_refused_and_not_touched(self, bench: Bench) -> None:
+        with contextlib.closing(sqlite3.connect(bench.store)) as db:
             db.execute("CREATE TABLE notes (text)")
-        before = job.store.read_bytes()
+        before = bench.store.read_bytes()
         with pytest.raises(module.InputError, match="is not an answer store"):
-            job.write(["cake"]).enrich()
-        assert job.store.read_bytes() == before
+            bench.write(["cake"]).enrich()
+        assert bench.store.read_bytes() == before
 
     @pytest.mark.parametrize(
         ("change", "words"),
         [("user_version = 99", "another version of this program"), ("application_id = 7", "is not an answer store")],
     )
-    def test_another_programs_or_versions_database_is_refused(self, job: Job, change: str, words: str) -> None:
-        job.write(["cake"]).enrich()
-        db = sqlite3.connect(job.store)
+    def test_another_programs_or_versions_database_is_refused(self, bench: Bench, change: str, words: str) -> None:
+        bench.write(["cake"]).enrich()
+        db = sqlite3.connect(bench.store)
         db.execute(f"PRAGMA {change}")
         db.close()
         with pytest.raises(module.InputError, match=words):
-            job.enrich()
+            bench.enrich()
 
-    def test_a_store_that_cannot_be_made_is_refused(self, job: Job) -> None:
+    def test_a_store_that_cannot_be_made_is_refused(self, bench: Bench) -> None:
         with pytest.raises(module.InputError, match="no folder"):
-            job.write(["cake"]).enrich(store_filepath="/no/such/folder/store")
+            bench.write(["cake"]).enrich(store_filepath="/no/such/folder/store")
         with pytest.raises(module.InputError, match="cannot be used"):
-            job.enrich(store_filepath=job.input.parent / ("x" * 300))
-        job.store.symlink_to(job.input.parent / "nowhere" / "store")
+            bench.enrich(store_filepath=bench.input.parent / ("x" * 300))
+        bench.store.symlink_to(bench.input.parent / "nowhere" / "store")
         with pytest.raises(module.InputError, match="cannot be created"):
-            job.enrich()
+            bench.enrich()
 
 
 class TestFailing:
-    def test_a_full_disk_is_one_line_and_loses_nothing_that_was_kept(self, job: Job) -> None:
-        job.write(make_texts(20)).enrich()
-        with module.Store(job.store) as store:
+    def test_a_full_disk_is_one_line_and_loses_nothing_that_was_kept(self, bench: Bench) -> None:
+        bench.write(make_texts(20)).enrich()
+        with module.Store(bench.store) as store:
             store.db.execute("PRAGMA max_page_count = 1")
             many = {make_row(str(number)): "000" for number in range(5000)}
             with pytest.raises(module.EnrichmentError, match=r"failed \(database or disk is full\)"):
-                store.record(attempt(), done(many))
-        job.enrich()
-        assert len(job.server.calls) == 2
+                store.record(attempt(), done(many), WHEN)
+        bench.enrich()
+        assert len(bench.server.calls) == 2
 
 
 SECOND = {
@@ -176,64 +179,68 @@ SECOND = {
 class TestOtherQuestions:
     @pytest.mark.parametrize("name", SECOND)
     def test_why_earlier_answers_do_not_count_is_said_before_anything_is_paid(
-        self, job: Job, name: str, capsys: pytest.CaptureFixture[str]
+        self, bench: Bench, name: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         options, words = SECOND[name]
         options = {"labels": LABELS, "model": "gpt-4o-mini", "label_column": None} | options
-        job.write(make_texts(20)).enrich()
+        bench.write(make_texts(20)).enrich()
         with StandIn() as other:
-            url = other.url if name == "server" else job.server.url
+            url = other.url if name == "server" else bench.server.url
             labels, label_column = options.pop("labels"), options.pop("label_column")
-            module.enrich_dataset(job.input, job.output, "text", label_column, labels, base_url=url, **options)
-            asked = [text for call in other.calls for text in call.texts] or job.asked[20:]
-            words = words.format(server=job.server.url[7:], other=other.url[7:])
-        assert sorted(asked) == sorted(job.texts)
+            module.enrich_dataset(bench.input, bench.output, "text", label_column, labels, base_url=url, **options)
+            asked = [text for call in other.calls for text in call.texts] or bench.asked[20:]
+            words = words.format(server=bench.server.url[7:], other=other.url[7:])
+        assert sorted(asked) == sorted(bench.texts)
         printed = capsys.readouterr().out
         line = next(line for line in printed.splitlines() if re.search(rf"{re.escape(words)}( +|: )20 ", line))
         assert ("=== The same labels by other models" in printed) == (label_column is None)
         assert printed.index(line) < printed.index("Total batches to process: ")
         assert "Rows already labelled" not in printed
 
-    def test_those_of_few_rows_are_told_in_a_line(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        job.write(make_texts(40)).enrich(limit=9)
-        job.enrich(model="gpt-6-luna", instructions="Be strict.", quiet=False)
+    def test_those_of_few_rows_are_told_in_a_line(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        bench.write(make_texts(40)).enrich(limit=9)
+        bench.enrich(model="gpt-6-luna", instructions="Be strict.", quiet=False)
         told = (
             "Answers that the store has to other questions do not count (model gpt-4o-mini and instructions: 9 rows)\n"
         )
         assert told in capsys.readouterr().out
 
-    def test_nothing_is_said_where_all_answers_count(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-        job.write(make_texts(20)).enrich(limit=10)
-        job.enrich(audit=3, quiet=False)
-        job.write(make_texts(30)).enrich(quiet=False)
+    def test_nothing_is_said_where_all_answers_count(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        bench.write(make_texts(20)).enrich(limit=10)
+        bench.enrich(audit=3, quiet=False)
+        bench.write(make_texts(30)).enrich(quiet=False)
         assert "stored answers" not in capsys.readouterr().out
 
-    def test_a_fallback_of_the_server_changes_no_question(self, job: Job) -> None:
-        job.server.refuses = {"json_schema", "json_object", "temperature"}
-        job.write(make_texts(20)).enrich()
-        job.server.refuses = set()
-        job.server.calls.clear()
-        job.enrich()
-        assert job.server.calls == []
+    def test_a_fallback_of_the_server_changes_no_question(self, bench: Bench) -> None:
+        bench.server.gate.refuses = {"json_schema", "json_object", "temperature"}
+        bench.write(make_texts(20)).enrich()
+        bench.server.gate.refuses = set()
+        bench.server.calls.clear()
+        bench.enrich()
+        assert bench.server.calls == []
 
     def test_the_same_server_is_known_by_any_way_to_write_it(self) -> None:
         urls = ("https://user:pass@API.openai.com/v1", "https://api.openai.com:443/v1/")
         frame = pd.DataFrame({"text": []})
-        servers = [module.Server(module.frame_options(frame, "text", ["a"], base_url=url)) for url in urls]
+        servers = [
+            module.Server(module.frame_options(frame, "text", ["a"], base_url=url), module.Timing()) for url in urls
+        ]
         assert {server.address for server in servers} == {"api.openai.com/v1"}
 
-    def test_what_decides_an_answer_stands_in_plain_columns_and_examples_as_number_and_digest(self, job: Job) -> None:
+    def test_what_decides_an_answer_stands_in_plain_columns_and_examples_as_number_and_digest(
+        self, bench: Bench
+    ) -> None:
         examples = pd.DataFrame([["a secret example", 0, 0, 0]], columns=["text", *LABELS])
-        job.write(["cake"]).enrich(dict.fromkeys(LABELS, "a meaning"), instructions="Be strict.", examples=examples)
-        with sqlite3.connect(job.store) as db:
+        bench.write(["cake"]).enrich(dict.fromkeys(LABELS, "a meaning"), instructions="Be strict.", examples=examples)
+        with sqlite3.connect(bench.store) as db:
             columns = [name for _, name, *_ in db.execute("PRAGMA table_info(questions)")]
             rows = [dict(zip(columns, row, strict=True)) for row in db.execute("SELECT * FROM questions")]
         db.close()
         assert [row["label"] for row in rows] == LABELS
         assert {row["definition"] for row in rows} == {"a meaning"}
-        assert {(row["server"], row["model"]) for row in rows} == {(job.server.url[7:], "gpt-4o-mini")}
+        assert {(row["server"], row["model"]) for row in rows} == {(bench.server.url[7:], "gpt-4o-mini")}
         assert {(row["instructions"], row["examples"]) for row in rows} == {("Be strict.", 1)}
-        assert b"secret" not in job.store.read_bytes()
+        assert b"secret" not in bench.store.read_bytes()
 
     def test_other_words_of_ours_have_another_version(self) -> None:
         words = module.WORDING + str(module.TASKS) + str(module.SHAPES) + module.LABEL_NOTE + module.CONTEXT_NOTE

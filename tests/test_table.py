@@ -140,13 +140,8 @@ def test_a_failed_write_leaves_the_old_output_whole(tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_written_loses_nothing(
     enrich_bytes: Callable[..., bytes], tmp_path: Path, server: StandIn
 ) -> None:
-    output, admit = tmp_path / "out.csv", server.admit
-
-    def take_its_place(tokens: int) -> tuple[dict[str, str], str]:
-        output.mkdir()
-        return admit(tokens)
-
-    server.admit = take_its_place  # type: ignore[method-assign]
+    output = tmp_path / "out.csv"
+    server.on_call = lambda number, body: output.mkdir()
     with pytest.raises(module.EnrichmentError, match=r"cannot be written .*no answers are lost"):
         enrich_bytes(b"text\npraise\n")
     output.rmdir()
