@@ -18,7 +18,7 @@ import openai
 import pandas as pd
 import pytest
 from stand_in_rules import labels_of
-from stand_in_server import StandIn
+from stand_in_server import Call, StandIn
 
 import enrich_dataset as module
 
@@ -31,6 +31,9 @@ ROOT = Path(__file__).parent.parent
 LABELS = ["praising_violence", "personal_attacks", "sexual_harassment"]
 MODEL = "gpt-4o-mini"  # named, so that the day on which the default changes changes no test
 FORMS = ["list", "each", "one"]
+MINI = (0.15, 0.60)  # US dollars for a million tokens of gpt-4o-mini
+FAST = {"use_batch_api": True, "poll_interval": 0.05}  # a run of jobs
+CODEBOOK = {label: f"what {label} means" for label in LABELS}
 WORDS = ["violence", "praise", "person", "attack", "sexual", "harass", "weather", "cake", "tram", "holiday"]
 
 
@@ -184,3 +187,108 @@ def enrich_bytes(tmp_path: Path, server: StandIn) -> Callable[..., bytes]:
 
 def parse(content: str, delimiter: str = ",") -> list[list[str]]:
     return list(csv.reader(io.StringIO(content, newline=""), delimiter=delimiter))
+
+
+@pytest.fixture
+def soon(bench: Bench) -> None:
+    """All that takes long takes a second, or five."""
+    bench.timing = module.Timing(call=1.0, stop=1.0, find_job=5.0, longest_backoff=0.05)
+
+
+@pytest.fixture
+def quick(bench: Bench) -> None:
+    """Waits a fiftieth as long."""
+    bench.timing = module.Timing(jitter=lambda: 0.02)
+
+
+def price(calls: list[Call], into: float = MINI[0], out: float = MINI[1]) -> float:
+    """What calls cost, in US dollars."""
+    return sum(call.prompt_tokens * into + call.completion_tokens * out for call in calls if call.status == 200) / 1e6
+
+
+def billed(bench: Bench) -> float:
+    """What the server has billed, in US dollars."""
+    return sum(price([call], MINI[0] * bench.server.model.bills) for call in bench.server.calls)
+
+
+def run_figures(frame: pd.DataFrame) -> dict[str, Any]:
+    return dict(frame.attrs["enrichment"])
+
+
+# The command, which then prints its peak memory in MiB: not as getrusage has it, which counts the program that started it.
+PEAK = """
+import pathlib, re, sys, enrich_dataset
+code = enrich_dataset.main(sys.argv[1:])
+print(int(re.findall(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[0]) // 1024)
+sys.exit(code)
+"""
+
+
+# Requests without a server
+
+MINI_PROMPT = prompt_of(model="gpt-4o-mini")
+
+
+def attempt_of(texts: list[str], *context: str) -> module.Attempt:
+    return module.Attempt(tuple(make_row(text, *context) for text in texts), MINI_PROMPT)
+
+
+# Tables with more than texts
+
+CONTEXT_ROWS = [
+    ("1", "climate", "cake", "hate"),
+    ("2", "food", "cake", "hate"),
+    ("3", "food", "cake", "not"),
+    ("4", "", "violence", "not"),
+    ("5", "food", "cake", "hate"),
+]
+
+
+def write_rows(bench: Bench, rows: Any = CONTEXT_ROWS) -> Bench:
+    with bench.input.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("id", "thread", "text", "label"), *rows])
+    return bench
+
+
+def write_examples(bench: Bench, *texts: str, name: str = "examples.csv") -> Path:
+    path = bench.input.with_name(name)
+    frame = pd.DataFrame(expected(texts), columns=LABELS)
+    frame.insert(0, "text", texts)
+    frame.to_csv(path, index=False)
+    return path
+
+
+# Samples, as people code them
+
+
+def keys_of(count: int) -> list[bytes]:
+    return [number.to_bytes(16, "big") for number in range(count)]
+
+
+def sample_of(bench: Bench) -> Path:
+    return Path(f"{bench.output}.sample.csv")
+
+
+def read_sample(path: Path, delimiter: str = ",") -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), delimiter=delimiter))
+
+
+def write_sample(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def truth(text: str) -> list[str]:
+    """Another rule than the stand-in's."""
+    return [str(int(word in text)) for word in ("violence", "attack", "harass")]
+
+
+def code_sample(path: Path, count: int | None = None, rule: Any = truth) -> dict[str, list[str]]:
+    """Fill in a sample as people do, in the order of the file."""
+    rows = read_sample(path)
+    for row in rows[:count]:
+        row |= dict(zip(LABELS, rule(row["text"]), strict=True))
+    write_sample(path, rows)
+    return {row["sample_id"][:33]: [row[label] for label in LABELS] for row in rows}

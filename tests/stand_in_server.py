@@ -25,6 +25,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -152,6 +153,12 @@ class StandIn(ThreadingHTTPServer):
         }
 
 
+@lru_cache
+def bomb() -> bytes:
+    """200 MB of nothing, compressed."""
+    return gzip.compress(bytes(200_000_000), 1)
+
+
 # Replies that take the place of a completion.
 REPLIES: dict[str, tuple[int, Any]] = {
     "429": (429, error_body("Rate limit reached", kind="", code="rate_limit_exceeded")),
@@ -258,7 +265,7 @@ class Handler(BaseHTTPRequestHandler):
         head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
         with contextlib.suppress(OSError):
             if fault == "bomb":
-                self.wfile.write(head + b"content-encoding: gzip\r\n\r\n" + gzip.compress(bytes(200_000_000), 1))
+                self.wfile.write(head + b"content-encoding: gzip\r\n\r\n" + bomb())
                 return self.wfile.flush()
             self.wfile.write(head + (b"" if fault == "drip-header" else b"\r\n"))
             pieces: Iterable[bytes] = (

@@ -1,19 +1,93 @@
-"""The files that a run writes: none of the user's is overwritten, each is whole, and keeps its mode."""
+"""Files: nothing of the user is overwritten, each file is whole, and keeps its mode."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
+import resource
 import socket
+import sqlite3
 import stat
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LABELS, Bench, make_texts
+from conftest import LABELS, ROOT, Bench, make_texts
+from stand_in_server import StandIn
 
 import enrich_dataset as module
+
+
+def limit_files(size: int) -> Any:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def kept(bench: Bench) -> int:
+    """The answers in the store, if that can be read."""
+    if not bench.store.exists() or not bench.store.stat().st_size:
+        return 0
+    with contextlib.closing(sqlite3.connect(bench.store)) as db:
+        found = db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'attempts'").fetchone()[0]
+        return (
+            int(db.execute("SELECT coalesce(sum(length(answers)), 0) / 3 FROM attempts").fetchone()[0]) if found else 0
+        )
+
+
+@pytest.mark.parametrize("size", [4_000, 30_000, 60_000])
+def test_a_full_disk_is_one_line_and_room_ends_the_job(bench: Bench, size: int) -> None:
+    """Files may not grow past `size`: the store cannot be created, fails later, or the CSV cannot be written."""
+    bench.write([text * 10 for text in make_texts(300)])
+    program = [
+        sys.executable,
+        str(ROOT / "enrich_dataset.py"),
+        *bench.arguments("--base-url", bench.server.url, "--quiet"),
+    ]
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("COV")}  # it writes files too
+    run = subprocess.run(program, preexec_fn=limit_files(size), env=bare, capture_output=True, text=True, check=False)
+    assert run.returncode in {1, 2}
+    assert run.stderr.startswith("Error: ")
+    assert run.stderr.count("\n") == 1
+    assert not bench.output.exists()
+    assert not list(bench.output.parent.glob("*.tmp"))
+    paid = kept(bench)
+    before = len(bench.server.calls)
+    bench.enrich()
+    bench.check()
+    assert sum(len(call.texts) for call in bench.server.calls[before:]) == 300 - paid
+
+
+def test_an_output_that_is_open_elsewhere_is_one_line_and_loses_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Windows does while Excel has the file open."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    bench.write(make_texts(40))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        assert bench.command("--quiet") == 1
+    errors = capsys.readouterr().err
+    assert errors == (
+        f"Error: {bench.output} cannot be written (Permission denied): close the program that has it open, or free some space, "
+        "then run the same command; no answers are lost.\n"
+    )
+    calls = len(bench.server.calls)
+    assert bench.command("--quiet") == 0
+    assert len(bench.server.calls) == calls
+    bench.check()
+
+
+@pytest.mark.skipif("sys.platform == 'win32'")
+def test_an_output_in_a_folder_that_takes_no_file_is_one_line(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.output = Path("/proc/self/out.csv")
+    assert bench.write(["cake"]).command("--store", str(bench.store), "--quiet") == 2
+    assert "The output /proc/self/out.csv could not be written (" in capsys.readouterr().err
+    assert bench.server.calls == []
 
 
 def refused(bench: Bench, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -103,7 +177,9 @@ class TestOverwriting:
 
 class TestRefused:
     @pytest.mark.parametrize("name", ["out.xlsx", "out.parquet", "out.JSONL"])
-    def test_an_output_of_another_kind(self, bench: Bench, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_an_output_that_is_no_regular_file_is_refused(
+        self, bench: Bench, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         line = refused(bench.write(["cake"]), capsys, "--output", str(bench.output.with_name(name)))
         assert f"{name} is always CSV: use a name that ends in .csv" in line
 
@@ -115,7 +191,7 @@ class TestRefused:
             ("table.parquet", "table.csv', index=False)."),
         ],
     )
-    def test_an_input_of_another_kind(
+    def test_an_input_that_is_no_regular_file_is_refused(
         self, bench: Bench, name: str, words: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         table = bench.input.with_name(name)
@@ -126,7 +202,7 @@ class TestRefused:
         assert "my own words" not in line
 
     @pytest.mark.parametrize("more", [("--plot", "p" * 255 + ".png"), ("--output", "o" * 250 + ".csv")])
-    def test_an_output_whose_name_is_too_long(
+    def test_an_output_whose_name_is_too_long_is_refused(
         self, bench: Bench, more: tuple[str, str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         flag, name = more
@@ -140,17 +216,19 @@ class TestRefused:
         bench.write(["cake"]).enrich(store_filepath=bench.store)
         bench.check()
 
-    def test_an_output_in_a_folder_that_takes_no_file(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_an_output_in_a_folder_that_takes_no_file_is_refused(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         line = refused(bench.write(["cake"]), capsys, "--plot", "/proc/self/plot.png")
         assert "The plot /proc/self/plot.png could not be written (" in line
 
-    def test_a_read_only_output(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_read_only_output_is_refused(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
         bench.write(["cake"]).enrich()
         bench.output.chmod(0o444)
         assert "out.csv is read-only: " in refused(bench, capsys, "--overwrite")
 
     @pytest.mark.parametrize("other", ["--gold", "--examples", "--instructions"])
-    def test_a_file_that_is_read_as_something_else(
+    def test_an_output_that_is_also_read_is_refused(
         self, bench: Bench, other: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = bench.write(["cake"]).input.with_name("used.csv")
@@ -172,7 +250,9 @@ class TestRefused:
         assert frame.attrs["enrichment"]["corrected_shares"][LABELS[0]]["coded"] == 5
 
     @pytest.mark.parametrize("flag", ["--codebook", "--api-key-file"])
-    def test_the_codebook_and_the_key_file(self, bench: Bench, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_an_output_that_is_the_codebook_or_the_key_file_is_refused(
+        self, bench: Bench, flag: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         path = bench.write(["cake"]).input.with_name("used.csv")
         path.write_text("label,definition\n" + "".join(f"{label},something\n" for label in LABELS))
         assert "are the same file" in refused(bench, capsys, flag, str(path), "--output", str(path), "--overwrite")
@@ -287,18 +367,38 @@ class TestDrafts:
         ]  # fmt: skip
 
 
-def test_the_hash_of_the_record_is_that_of_what_was_read(bench: Bench) -> None:
-    gold = bench.input.with_name("gold.csv")
-    gold.write_text(f"text,{LABELS[0]}\nviolence,1\n")
-    read = {
-        path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (bench.write(["violence", "cake"]).input, gold)
-    }
+def test_a_failed_write_leaves_the_old_output_whole(tmp_path: Path) -> None:
+    output = tmp_path / "out.csv"
+    output.write_text("old")
+    (tmp_path / "in.csv").touch()
+    with module.Store(None) as store:
+        options = module.Options(tmp_path / "in.csv", output, "text", None, ["x"], overwrite=True)
+        files = module.Files(store, options)
+        files.check()
+        with pytest.raises(RuntimeError), files.replacing("output") as file:
+            file.write(b"half of the new")
+            raise RuntimeError
+    assert output.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
-    def edit(number: int, body: Any) -> None:
-        for path in read:
-            path.write_text("something else")
 
-    bench.server.on_call = edit
-    bench.enrich(gold=gold)
-    record = json.loads(Path(f"{bench.output}.run.json").read_text())
-    assert [record["input_sha256"], record["gold_sha256"]] == list(read.values())
+def test_an_output_that_cannot_be_written_loses_nothing(
+    enrich_bytes: Callable[..., bytes], tmp_path: Path, server: StandIn
+) -> None:
+    output = tmp_path / "out.csv"
+    server.on_call = lambda number, body: output.mkdir()
+    with pytest.raises(module.EnrichmentError, match=r"cannot be written .*no answers are lost"):
+        enrich_bytes(b"text\npraise\n")
+    output.rmdir()
+    assert enrich_bytes(b"text\npraise\n") == b"text,praise\npraise,1\n"
+    assert len(server.calls) == 1
+
+
+def test_an_output_behind_a_link_is_written_where_the_link_points(
+    enrich_bytes: Callable[..., bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.csv").symlink_to(tmp_path / "elsewhere" / "out.csv")
+    enrich_bytes(b"text\npraise\n")
+    assert (tmp_path / "out.csv").is_symlink()
+    assert (tmp_path / "elsewhere" / "out.csv").read_text() == "text,praise\npraise,1\n"

@@ -1,4 +1,4 @@
-"""The Batch API: the same requests at half the price, in jobs that outlive the program, each paid once."""
+"""Jobs: the same requests at half the price, in jobs of the Batch API that outlive the program, each paid once."""
 
 from __future__ import annotations
 
@@ -7,19 +7,272 @@ import io
 import re
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import LABELS, Bench, make_texts
-from test_cost import price
+from conftest import (
+    FAST,
+    LABELS,
+    PEAK,
+    ROOT,
+    Bench,
+    make_texts,
+    price,
+)
+from stand_in_rules import error_body
+from stand_in_server import StandIn
 
 import enrich_dataset as module
 
-FAST = {"use_batch_api": True, "poll_interval": 0.05}
 
-pytestmark = pytest.mark.every_form
+@pytest.mark.parametrize("skew", [-86_400.0, 86_400.0])
+def test_a_job_is_found_again_whatever_the_two_clocks_say(bench: Bench, skew: float) -> None:
+    bench.server.batches.clock_skew = skew
+    bench.server.batches.hold_at = "created"
+    bench.server.batches.seconds = 0.1
+    process = bench.write(make_texts(40)).process("--batch-api", "--poll-interval", "0.1")
+    assert bench.server.batches.held.wait(30)
+    process.kill()
+    process.communicate()
+    bench.server.batches.let_go.set()
+    bench.enrich(use_batch_api=True, poll_interval=0.05)
+    bench.check()
+    assert len(bench.server.batches.jobs) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from there")
+def test_a_jobs_file_is_read_as_a_stream_and_its_lines_have_a_bound(bench: Bench) -> None:
+    """A line without end before the answers, of 300 MB."""
+    bench.server.batches.long_line = 300_000_000
+    bench.write(make_texts(20))
+    arguments = bench.arguments("--base-url", bench.server.url, "--quiet", "--batch-api", "--poll-interval", "0.05")
+    run = subprocess.run([sys.executable, "-c", PEAK, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 300
+    bench.check()
+    assert len(bench.server.batches.jobs) == 1
+
+
+class TestJobs:
+    @pytest.mark.parametrize("kind", ["null", "empty", "html", "error", "half"])
+    def test_a_job_whose_files_have_less_than_it_says_is_kept_and_told_and_nothing_is_paid_twice(
+        self, bench: Bench, kind: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench.server.batches.broken_files.append(kind)
+        told = bench.write(make_texts(100)).enrich(**FAST, quiet=False).attrs["enrichment"]
+        assert "reports 10 completed requests, but its files hold fewer; keeping it" in capsys.readouterr().err
+        assert set(told["blank_rows"].values()) == {module.IN_A_JOB}
+        bench.enrich(**FAST)
+        bench.check()
+        assert len(bench.server.calls) == 10
+        assert len(bench.server.batches.jobs) == 1
+
+    @pytest.mark.parametrize("gone", ["job", "file"])
+    def test_what_is_gone_for_good_is_told_and_can_be_given_up(
+        self, bench: Bench, gone: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench.server.batches.seconds = 0.3
+        bench.write(make_texts(20)).enrich(**FAST, no_wait=True)
+        time.sleep(0.4)
+        if gone == "job":
+            bench.server.batches.jobs.clear()
+        else:
+            bench.server.batches.broken_files.append("gone")
+        assert bench.command("--batch-api", "--poll-interval", "0.05") == 1
+        assert "abandon it with --forget-jobs" in capsys.readouterr().err
+        before = len(bench.server.calls)
+        assert bench.command("--forget-jobs", "--max-cost", "1") == 0
+        assert "Job batch_1 is abandoned: 2 requests." in (captured := capsys.readouterr()).err
+        assert len(bench.server.calls) == before + 2
+        assert "all runs on this store" in captured.out  # what it may have cost stays set aside
+        bench.check()
+
+    def test_the_cap_knows_what_open_jobs_may_cost(self, bench: Bench) -> None:
+        bench.server.batches.seconds = 60
+        bench.write(make_texts(100)).enrich(**FAST, no_wait=True)
+        with module.Store(bench.store) as store:
+            spent, set_aside = store.money()
+        assert spent == 0
+        assert set_aside > price(bench.server.calls)
+        with pytest.raises(module.BudgetExceeded, match=rf"set aside: \{module.dollars(set_aside)}"):
+            bench.write(make_texts(150)).enrich(max_cost=set_aside * 1.01)
+        assert not bench.server.calls
+
+    def test_what_a_job_has_billed_is_kept_though_the_cap_ends_the_run_before_it_is_sent_again(
+        self, bench: Bench
+    ) -> None:
+        """Answers that were cut off at our bound, by a tokenizer with a byte per token."""
+        bench.write(make_texts(5)).enrich(answer_form="each")
+        spent = price(bench.server.calls)
+        bench.server.calls.clear()
+        bench.server.model.bytes_per_token = 1
+        bench.write(make_texts(35))
+        with pytest.raises(module.BudgetExceeded):
+            bench.enrich(**FAST, answer_form="each", max_cost=spent + 0.0012)
+        assert 2 < len(bench.server.calls) < 9
+        with module.Store(bench.store) as store:
+            assert store.money()[0] == pytest.approx(spent + price(bench.server.calls) / 2)
+
+    @pytest.mark.parametrize(
+        "script", [[None] * 2 + [(400, {}, {})], [None] * 3 + [(400, {}, {})], [None] * 2 + [(413, {}, {})]]
+    )
+    def test_what_a_job_has_billed_is_kept_though_the_next_one_is_refused(
+        self, bench: Bench, script: list[Any]
+    ) -> None:
+        bench.server.script.extend(script)
+        with pytest.raises(module.ProviderError):
+            bench.write([*make_texts(20), "poison-length cake"]).enrich(**FAST)
+        with contextlib.closing(sqlite3.connect(bench.store)) as db:
+            counted = db.execute(
+                "SELECT sum(calls), sum(prompt_tokens), sum(completion_tokens) FROM attempts"
+            ).fetchone()
+        calls = bench.server.calls
+        billed = sum(call.prompt_tokens for call in calls), sum(call.completion_tokens for call in calls)
+        assert counted == (len(calls) + len(bench.server.spared_calls), *billed)
+        assert "Batch API job" not in str(bench.enrich().attrs["enrichment"]["blank_rows"])
+
+    def test_a_row_whose_answer_never_ends_is_given_up_by_runs_that_leave_and_each_of_its_bills_is_counted(
+        self, bench: Bench
+    ) -> None:
+        bench.server.batches.seconds = 0.1
+        bench.write([*make_texts(20), "poison-length cake"])
+        reasons = []
+        for _ in range(12):
+            reasons.append(bench.enrich(**FAST, no_wait=True).attrs["enrichment"]["blank_rows"].get(20))
+            time.sleep(0.15)
+        assert "the answer was cut off at its maximum length" in reasons
+        with contextlib.closing(sqlite3.connect(bench.store)) as db:
+            assert db.execute("SELECT sum(calls) FROM attempts").fetchone() == (
+                len(bench.server.calls + bench.server.spared_calls),
+            )
+
+    def test_what_is_left_of_the_cap_is_without_what_open_jobs_may_cost(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench.server.batches.seconds = 60
+        bench.write(make_texts(100)).enrich(**FAST, no_wait=True)
+        with module.Store(bench.store) as store:
+            set_aside = store.money()[1]
+        assert bench.write(make_texts(110)).command("--max-cost", "1") == 3
+        left = float(re.findall(r"left of --max-cost: \$([\d.]+)", capsys.readouterr().out)[0])
+        assert left == pytest.approx(1 - set_aside - price(bench.server.calls), abs=1e-4)
+
+    def test_a_job_is_billed_at_the_price_at_which_it_was_ordered(self, bench: Bench) -> None:
+        bench.server.batches.seconds = 0.2
+        bench.write(make_texts(20)).enrich(**FAST, no_wait=True, price=(10.0, 20.0))
+        told = bench.enrich(**FAST).attrs["enrichment"]
+        assert told["cost"] == pytest.approx(price(bench.server.calls, 10.0, 20.0))
+        bench.write(make_texts(40)).enrich(model="gpt-4.1", **FAST, no_wait=True)
+        calls = len(bench.server.calls)
+        told = bench.enrich(**FAST).attrs["enrichment"]
+        old, new = bench.server.calls[calls : calls + 4], bench.server.calls[calls + 4 :]
+        assert told["cost"] == pytest.approx((price(old, 2.0, 8.0) + price(new)) / 2)
+
+    def test_what_the_rest_would_cost_is_that_of_the_rows_that_remain(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench.write(make_texts(200)).enrich(limit=100, **FAST, no_wait=True)
+        bench.server.script.extend([None, (401, {}, error_body("no"))])
+        bench.enrich(**FAST, no_wait=True, limit=100)
+        bench.server.calls.clear()
+        bench.server.script.extend([None, (401, {}, error_body("no"))])
+        with pytest.raises(module.ProviderError):
+            bench.enrich(max_workers=1, quiet=False)
+        rest = re.findall(r"the rest would cost about \$(\d\.\d+)", capsys.readouterr().err)
+        each = price([call for call in bench.server.calls if call.status == 200])
+        assert float(rest[0]) == pytest.approx(9 * each, rel=0.1)
+
+    def test_a_row_edited_meanwhile_keeps_no_neighbour_from_being_asked(self, bench: Bench) -> None:
+        texts = make_texts(20)
+        bench.server.batches.seconds = 0.2
+        bench.server.batches.plans.append({"ends": "expired", "share": 0.5})
+        bench.write(texts).enrich(**FAST, no_wait=True)
+        bench.write([*texts[:15], "an attack, edited", *texts[16:]]).enrich(**FAST)
+        bench.check()
+        assert sorted(bench.asked) == sorted({*texts[:15], *texts[16:], "an attack, edited"})
+
+    def test_a_429_is_waited_for(self, bench: Bench) -> None:
+        limited = (429, {"retry-after-ms": "1"}, error_body("slow down"))
+        bench.server.script.extend([*[limited] * 8, None, *[limited] * 8])  # uploading and creating
+        bench.server.batches.looks.extend([limited] * 8 + [None] + [limited] * 8)  # polling and downloading
+        bench.write(make_texts(20)).enrich(**FAST)
+        bench.check()
+        assert not bench.server.batches.looks
+
+    def test_a_413_to_a_poll_is_one_line(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        bench.server.batches.looks.append((413, {}, error_body("too large")))
+        assert bench.write(make_texts(20)).command("--batch-api", "--poll-interval", "0.05") == 1
+        errors = capsys.readouterr().err
+        assert "rejects uploads of this size (HTTP 413)" in errors
+        assert "unexpected" not in errors
+        assert bench.command("--batch-api", "--poll-interval", "0.05") == 0
+        bench.check()
+
+    def test_a_list_as_the_reply_to_an_upload_ends_the_run(self, bench: Bench) -> None:
+        bench.server.script.append((200, {}, ["x"]))
+        with pytest.raises(module.ProviderError, match=r"fails \(HTTP 200\): run the same command later"):
+            bench.write(make_texts(20)).enrich(**FAST)
+        bench.enrich(**FAST)
+        bench.check()
+
+    @pytest.mark.parametrize("kind", ["error-first", "nested"])
+    def test_odd_lines_of_a_jobs_file_cost_no_answer(self, bench: Bench, kind: str) -> None:
+        bench.server.batches.broken_files.append(kind)
+        bench.write(make_texts(100)).enrich(**FAST)
+        bench.check()
+        assert len(bench.server.batches.jobs) == 1
+
+    @pytest.mark.parametrize(
+        "fields", [{"request_counts": {}}, {"request_counts": None}, {"request_counts": {"completed": "many"}}]
+    )  # fmt: skip
+    def test_odd_fields_cost_themselves_alone(self, bench: Bench, fields: dict[str, Any]) -> None:
+        bench.server.batches.odd_fields = fields
+        bench.write(make_texts(20)).enrich(**FAST)
+        bench.check()
+
+    @pytest.mark.usefixtures("soon")
+    @pytest.mark.parametrize(
+        "trouble", ["lags", "has no end", "is oldest first", "holds odd ones", "is of another clock"]
+    )
+    def test_a_job_is_found_in_any_list_after_its_reply_was_lost(self, bench: Bench, trouble: str) -> None:
+        for count in range(1, 6):  # on more than one page
+            bench.write(make_texts(count)).enrich(**FAST)
+        bench.server.batches.pages_lag = {"lags": 2, "has no end": 3}.get(trouble, 0)
+        bench.server.batches.endless_pages = trouble == "has no end"
+        bench.server.batches.oldest_first = trouble == "is oldest first"
+        bench.server.batches.clock_skew = -86_400.0 * (trouble == "is of another clock")
+        if trouble == "holds odd ones":
+            bench.server.batches.strange_jobs = ["no object", None, {"id": "x"}, {"metadata": "x"}, {"metadata": None}]
+        bench.server.batches.hold_at = "created"
+        bench.write(make_texts(30)).enrich(**FAST, timeout=0.3)
+        bench.server.batches.let_go.set()
+        bench.check()
+        assert len(bench.server.batches.jobs) == 6
+
+    @pytest.mark.parametrize(
+        "errors", ["the queue is gone", ["the queue is gone"], {"data": "the queue is gone"}, None]
+    )
+    def test_a_failed_job_is_told_whatever_form_its_errors_have(self, bench: Bench, errors: Any) -> None:
+        bench.server.batches.odd_fields = {"status": "failed", "output_file_id": None, "errors": errors}
+        told = "the queue is gone" if errors and "data" not in errors else ""
+        with pytest.raises(module.ProviderError, match=f"rejected job batch_1: .*{told}"):
+            bench.write(make_texts(20)).enrich(**FAST)
+
+    def test_leaving_without_a_store_is_refused(self, server: StandIn) -> None:
+
+        with pytest.raises(
+            module.InputError, match="no_wait needs a store, or the results could not be collected later"
+        ):
+            module.enrich_dataframe(
+                pd.DataFrame({"text": ["a"]}), "text", LABELS, base_url=server.url, use_batch_api=True, no_wait=True
+            )
+        assert not server.batches.files
 
 
 def by_job(bench: Bench) -> dict[str, list[str]]:
@@ -35,6 +288,7 @@ def open_requests(bench: Bench) -> int:
         return sum(len(open_job.attempts) for open_job in store.open_jobs())
 
 
+@pytest.mark.every_form
 def test_cells_are_right_at_half_the_price_after_one_live_call_about_a_harmless_text(bench: Bench) -> None:
     bench.server.batches.seconds = 0.2
     frame = bench.write([*make_texts(95), "cake", "cake"]).enrich(**FAST)
@@ -49,6 +303,7 @@ def test_cells_are_right_at_half_the_price_after_one_live_call_about_a_harmless_
     assert len(bench.server.batches.jobs) == 1
 
 
+@pytest.mark.every_form
 def test_a_job_carries_the_bodies_that_live_calls_carry(bench: Bench) -> None:
     bench.write(make_texts(10)).enrich(**FAST)
     bench.enrich(fresh=True)
@@ -56,7 +311,9 @@ def test_a_job_carries_the_bodies_that_live_calls_carry(bench: Bench) -> None:
     assert in_job.body == live.body
 
 
-def test_what_is_printed(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_jobs_prints_what_it_submits_and_how_far_it_is(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
     bench.server.batches.seconds = 0.3
     assert bench.write(make_texts(30)).command("--batch-api", "--poll-interval", "0.05") == 0
     printed, errors = capsys.readouterr()
@@ -140,7 +397,6 @@ class TestLeft:
         bench.check()
         assert sorted(bench.asked) == sorted(bench.texts)
 
-    @pytest.mark.one_form
     def test_a_label_that_is_added_meanwhile_is_asked_for_itself(self, bench: Bench) -> None:
         bench.server.batches.seconds = 0.3
         bench.write(make_texts(20)).enrich(LABELS[:2], **FAST, no_wait=True)
@@ -328,7 +584,7 @@ class TestUnhappyEnds:
         bench.enrich()
         bench.check()
 
-    def test_a_wrong_key_is_told_as_ever(self, bench: Bench) -> None:
+    def test_a_wrong_key_is_told_in_the_servers_words(self, bench: Bench) -> None:
         bench.server.script.append((401, {}, {"error": {"message": "Incorrect API key", "code": "invalid_api_key"}}))
         with pytest.raises(
             module.ProviderError,

@@ -1,9 +1,10 @@
-"""The answer store, by situation."""
+"""Store: every answer that was paid for, kept beside the output, whatever ends the program."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 import re
 import sqlite3
 import stat
@@ -19,9 +20,81 @@ from stand_in_server import StandIn
 
 import enrich_dataset as module
 
+
+def test_a_store_of_another_version_is_refused_and_left_alone(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.write(["cake"]).enrich()
+    with contextlib.closing(sqlite3.connect(bench.store)) as db:
+        db.execute("PRAGMA user_version = 999")
+    before = bench.store.read_bytes()
+    assert bench.command() == 2
+    assert (
+        "was written by another version of this program: keep it for that one, and pass another file as --store."
+        in capsys.readouterr().err
+    )
+    assert bench.store.read_bytes() == before
+
+
+@pytest.mark.parametrize("start", [0, 50, 4_096, 8_192])
+def test_a_corrupted_store_is_one_line_and_asks_nothing(
+    bench: Bench, start: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.write(make_texts(200)).enrich(quiet=True)
+    calls, output = len(bench.server.calls), bench.output.read_bytes()
+    content = bytearray(bench.store.read_bytes())
+    content[start : start + 4_000] = random.Random(start).randbytes(4_000)
+    bench.store.write_bytes(content)
+    assert bench.command("--quiet") in {1, 2}
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"Error: The store {bench.store} ")
+    assert errors.count("\n") == 1
+    assert len(bench.server.calls) == calls
+    assert bench.output.read_bytes() == output
+
+
+def test_a_second_process_on_one_output_is_refused_and_the_first_goes_on(bench: Bench) -> None:
+    bench.server.model.first_token = 0.6
+    first = bench.write(make_texts(200)).process()
+    bench.wait_in_flight()
+    second = bench.process()
+    _, errors = second.communicate(timeout=30)
+    assert second.returncode == 2
+    assert "cannot be used: database is locked. If another run is using it, wait for that; " in errors
+    assert first.wait(60) == 0
+    first.communicate()
+    bench.check()
+    assert sorted(bench.asked) == sorted(bench.texts)
+
+
+class TestDiskFailures:
+    def test_a_store_that_cannot_be_written_stops_the_run_at_once(self, bench: Bench) -> None:
+        bench.write(make_texts(200)).enrich(limit=20)
+        with contextlib.closing(sqlite3.connect(bench.store)) as db:
+            db.execute("CREATE TRIGGER full BEFORE INSERT ON attempts BEGIN SELECT raise(ABORT, 'disk full'); END")
+        with pytest.raises(module.EnrichmentError, match=r"The store .* failed"):
+            bench.enrich(max_workers=1)
+        assert len(bench.server.calls) <= 2 + 2
+        assert len([cells for cells in bench.cells if "" not in cells]) == 20
+
+    def test_a_read_only_store_is_told_as_that(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        bench.write(["cake"]).enrich()
+        bench.store.chmod(0o400)
+        assert bench.command() == 2
+        assert "is read-only: allow writing to it and to its folder." in capsys.readouterr().err
+
+
+def test_no_key_and_no_text_is_in_the_store(bench: Bench) -> None:
+    bench.write(["my secret cake", "poison-refusal secret"]).enrich(api_key="sk-very-secret")
+    files = [path for path in Path(bench.store.parent).iterdir() if "answers" in path.name]
+    assert files
+    assert not any(b"secret" in path.read_bytes() for path in files)
+
+
 WHEN = datetime(2026, 1, 1, tzinfo=UTC)
 
+
 PROMPT = prompt_of()
+
+
 ROW = make_row("cake")
 
 
@@ -41,12 +114,12 @@ def known(store: module.Store) -> list[list[int]]:
     return store.cells(PROMPT, TABLE)[TABLE.key_indexes].tolist()
 
 
-class TestFresh:
+class TestNewStore:
     def test_it_is_readable_by_its_owner_only(self, bench: Bench) -> None:
         bench.write(["cake"]).enrich()
         assert stat.S_IMODE(bench.store.stat().st_mode) == 0o600
 
-    def test_it_knows_nothing(self, tmp_path: Path) -> None:
+    def test_it_holds_no_answer(self, tmp_path: Path) -> None:
         with module.Store(tmp_path / "store") as store:
             assert known(store) == [[-1] * 3] * 2
 
@@ -66,7 +139,7 @@ class TestFresh:
         assert {row[4] for row in rows} == {"answered", "the answer was not valid JSON"}
 
 
-class TestReopened:
+class TestReopenedStore:
     def test_the_newest_answer_stands(self, tmp_path: Path) -> None:
         for cells in ("000", "101"):
             with module.Store(tmp_path / "store") as store:
@@ -82,7 +155,7 @@ class TestReopened:
             assert known(store) == [[0, -1, 1], [-1] * 3]
 
 
-class TestTwoRuns:
+class TestInUse:
     def test_a_second_run_on_the_same_store_is_refused(self, bench: Bench) -> None:
         bench.write(["cake"])
         with module.Store(bench.store), pytest.raises(module.InputError, match="If another run is using it"):
@@ -152,7 +225,7 @@ class TestNotAStore:
             bench.enrich()
 
 
-class TestFailing:
+class TestFullDisk:
     def test_a_full_disk_is_one_line_and_loses_nothing_that_was_kept(self, bench: Bench) -> None:
         bench.write(make_texts(20)).enrich()
         with module.Store(bench.store) as store:

@@ -1,4 +1,4 @@
-"""The file: every byte kept, fields appended, the rest refused in one line."""
+"""Table: every byte of the file is kept, fields are appended, and what is no table is refused in one line."""
 
 from __future__ import annotations
 
@@ -7,15 +7,251 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import parse
+from conftest import LABELS, Bench, parse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stand_in_server import StandIn
 
 import enrich_dataset as module
+
+
+def test_a_column_twice_in_the_header_is_refused(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.input.write_text("thread,text,thread\na,cake,b\n")
+    assert bench.command("--context", "thread") == 2
+    assert "The column 'thread' appears more than once" in capsys.readouterr().err
+
+
+class TestOddHeaders:
+    def test_excels_first_line_names_the_delimiter_and_is_kept(self, bench: Bench) -> None:
+        for mark in ("", "\ufeff"):
+            bench.input.write_text(f"{mark}sep=;\r\ntext;a,b\r\ncake, and more;1\r\n", encoding="utf-8", newline="")
+            frame = bench.enrich(overwrite=True)
+            expected = f"{mark}sep=;\r\ntext;a,b;{';'.join(LABELS)}\r\ncake, and more;1;0;0;0\r\n"
+            assert bench.output.read_bytes().decode() == expected
+            assert list(frame.columns) == ["text", "a,b", *LABELS]
+
+    @pytest.mark.parametrize("content", ['text,"note;"\nhello,1\n', 'text,"a|"\nhello,1\n', "sep=,text\r\nx,hello\r\n"])
+    def test_a_header_that_looks_odd_by_another_delimiter_is_read(self, bench: Bench, content: str) -> None:
+        bench.input.write_text(content, newline="")
+        assert len(bench.enrich()) == 1
+
+    @pytest.mark.parametrize("content", ["text;id\na;1\nb\n", 'text;id\na;1\n"b;1"2"\n'])
+    def test_lines_are_counted_from_excels_first_one(self, bench: Bench, content: str) -> None:
+        bench.input.write_text(f"sep=;\n{content}", encoding="utf-8", newline="")
+        with pytest.raises(module.InputError, match="line 4"):
+            bench.enrich()
+
+    @pytest.mark.parametrize("encoding", ["utf-32", "utf-32-le", "utf-32-be"])
+    def test_utf_32_is_refused(self, bench: Bench, encoding: str) -> None:
+        bench.input.write_bytes("\ufefftext\ncake\n".encode(encoding))
+        with pytest.raises(module.InputError, match="is UTF-32: save it as UTF-8 CSV"):
+            bench.enrich()
+        assert bench.server.calls == []
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le"])
+    def test_a_doubled_byte_order_mark_is_read(self, bench: Bench, encoding: str) -> None:
+        content = "\ufeff\ufefftext,id\ncake,1\n"
+        bench.input.write_bytes(content.encode(encoding))
+        bench.enrich(["a label"])
+        assert bench.output.read_bytes().decode(encoding) == content.replace("id\n", "id,a label\n").replace(
+            "1\n", "1,0\n"
+        )
+
+
+IMPORT_IDS = '"{""ImportId"":""QID1""}","{""ImportId"":""QID2_TEXT""}"\n'
+
+
+class TestQualtrics:
+    """An export has two more header lines; its text is in the last column."""
+
+    CONTENT = f'QID1,text\n"How old\nare you?","What do you think of violence, in your own words?"\n{IMPORT_IDS}'
+
+    def test_its_further_header_lines_are_left_blank_not_sent_and_not_counted(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        content = self.CONTENT + "31,cake\n29,violence\n"
+        bench.input.write_text(content)
+        assert bench.command("--sample", "9") == 0
+        printed = capsys.readouterr().out
+        assert "Dataset loaded: 2 rows\n" in printed
+        assert "Header lines after the first, as Qualtrics writes them (left blank): 2\n" in printed
+        assert "praising_violence: 1/2 (50.0%)\n" in printed
+        assert "✓ Sample: 2 of 2 distinct texts" in printed
+        assert "blank text" not in printed
+        assert bench.asked == ["cake", "violence"]
+        lines = bench.output.read_text().splitlines()
+        assert lines[0] == f"QID1,text,{','.join(LABELS)}"
+        assert lines[2:] == ['are you?","What do you think of violence, in your own words?",,,', f"{IMPORT_IDS.strip()},,,",
+                             "31,cake,0,0,0", "29,violence,1,0,0"]  # fmt: skip
+
+    def test_a_frame_of_it_is_treated_alike_and_label_columns_are_no_values_there(self, bench: Bench) -> None:
+        frame = pd.DataFrame({"text": ["What?", '{"ImportId":"QID1"}', "violence"], LABELS[0]: ["Is it?", "{}", None]})
+        labelled = module.enrich_dataframe(frame, "text", LABELS, base_url=bench.server.url)
+        assert bench.asked == ["violence"]
+        assert labelled[LABELS[0]].isna().tolist() == [True, True, False]
+
+    def test_an_export_with_import_ids_alone_is_read(self, bench: Bench) -> None:
+        bench.input.write_text(f"id,text\n{IMPORT_IDS}1,cake\n")
+        bench.enrich()
+        assert bench.asked == ["cake"]
+
+
+CODES = ["NA", "NaN", "<NA>", "NULL", r"\N"]
+
+
+TEXTS = ["None", "null", "n/a", "nan", "na"]
+
+
+class TestMissingValues:
+    def test_unquoted_codes_are_missing_texts_and_quoted_ones_and_other_words_are_texts(self, bench: Bench) -> None:
+        rows = [*CODES, *(f'"{code}"' for code in CODES), *TEXTS]
+        bench.input.write_text("id,text\n" + "".join(f"{number},{text}\n" for number, text in enumerate(rows)))
+        frame = bench.enrich()
+        assert sorted(bench.asked) == sorted([*CODES, *TEXTS])
+        assert frame["text"].isna().tolist() == [True] * 5 + [False] * 10
+        assert frame["text"].tolist()[5:] == [*CODES, *TEXTS]
+        assert frame[LABELS[0]].isna().tolist() == [True] * 5 + [False] * 10
+        assert bench.output.read_text().splitlines()[1:7] == [
+            *(f"{number},{code},,," for number, code in enumerate(CODES)),
+            '5,"NA",0,0,0',
+        ]
+
+    @pytest.mark.parametrize("code", [*CODES, *(f'"{code}"' for code in CODES), "na", "nan", " NA "])
+    def test_in_label_and_gold_columns_they_are_blanks_quoted_or_not(self, bench: Bench, code: str) -> None:
+        bench.input.write_text(f"text,{LABELS[0]}\nviolence,{code}\ntram,0\n")
+        gold = bench.output.with_name("gold.csv")
+        gold.write_text(f"text,{LABELS[0]}\nviolence,1\ntram,{code}\n")
+        told = bench.enrich(gold=gold).attrs["enrichment"]
+        assert sorted(bench.asked) == ["tram", "violence"]
+        assert told["gold"][LABELS[0]]["rows"] == 1
+
+    def test_in_a_frame_what_pandas_calls_missing_is_missing_and_no_word(self, bench: Bench) -> None:
+        frame = pd.DataFrame({"text": ["NA", None, float("nan"), pd.NA, "cake"]})
+        labelled = module.enrich_dataframe(frame, "text", LABELS, base_url=bench.server.url)
+        assert bench.asked == ["NA", "cake"]
+        assert labelled[LABELS[0]].isna().tolist() == [False, True, True, True, False]
+
+
+class TestSurplus:
+    def test_a_delimiter_at_the_end_of_each_row_is_read_and_the_first_label_takes_its_field(self, bench: Bench) -> None:
+        bench.input.write_text("id,text\n1,cake,\n2,violence,\n")
+        frame = bench.enrich()
+        assert bench.output.read_text() == f"id,text,{','.join(LABELS)}\n1,cake,0,0,0\n2,violence,1,0,0\n"
+        assert pd.read_csv(bench.output)[LABELS[0]].tolist() == [0, 1]
+        assert frame["text"].tolist() == ["cake", "violence"]
+
+    def test_row_names_without_a_header_are_told_as_what_they_are(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench.input.write_text('"text","label"\n"1","cake","x"\n"2","violence","y"\n')
+        assert bench.command() == 2
+        errors = capsys.readouterr().err
+        assert "So it is with all records: if R wrote row names, write the file without them" in errors
+        assert errors.count("\n") == 1
+
+    def test_one_row_that_is_longer_is_told_by_its_line(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        bench.input.write_text("id,text\n1,cake,\n2,violence\n")
+        assert bench.command() == 2
+        assert "line 2: this record has 3 fields, the header has 2" in capsys.readouterr().err
+
+
+class TestOtherSources:
+    def test_columns_of_a_frame_may_have_any_names(self, bench: Bench) -> None:
+        frame = pd.DataFrame({0: ["cake", "violence"], ("a", 1): ["x", "y"], 2020: [1, 2]})
+        labelled = module.enrich_dataframe(
+            frame,
+            0,
+            LABELS,
+            context=[("a", 1)],
+            by=2020,
+            base_url=bench.server.url,  # type: ignore[arg-type, list-item]
+        )
+        assert list(labelled.columns) == [0, ("a", 1), 2020, *LABELS]
+        assert labelled[LABELS[0]].tolist() == [0, 1]
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("in.csv.gz", "is compressed: unpack it (gunzip -k "),
+            ("in.csv.bz2", "is compressed: unpack it (bunzip2 -k "),
+            ("in.zip", "is compressed: unpack it (unzip "),
+            ("in.csv.xz", "is compressed: unpack it (unxz -k "),
+            ("in.xlsm", "convert it with pandas.read_excel("),
+            ("in.ods", "convert it with pandas.read_excel("),
+            ("in.ndjson", "convert it with pandas.read_json("),
+            ("in.dta", "convert it with pandas.read_stata("),
+            ("in.sav", "convert it with pandas.read_spss("),
+            ("in.feather", "convert it with pandas.read_feather("),
+        ],
+    )
+    def test_a_file_that_is_no_csv_says_how_to_make_one_and_is_none_as_output(
+        self, bench: Bench, name: str, words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = bench.input.with_name(name)
+        path.write_bytes(b"x")
+        arguments = [str(path) if word == str(bench.input) else word for word in bench.arguments()]
+        assert module.main(arguments) == 2
+        assert words in capsys.readouterr().err
+        arguments = [str(path) if word == str(bench.output) else word for word in bench.write(["cake"]).arguments()]
+        assert module.main(arguments) == 2
+        assert "is always CSV: use a name that ends in .csv" in capsys.readouterr().err
+
+    def test_bytes_in_a_frame_are_refused_with_the_cure(self) -> None:
+        with pytest.raises(module.InputError, match=r"Row 0 of the column 'text' holds bytes: read the file with its"):
+            module.enrich_dataframe(pd.DataFrame({"text": [b"caf\xe9"]}), "text", ["a"])
+
+
+VALUES = {
+    "texts": st.one_of(st.none(), st.text(max_size=6)),
+    "numbers": st.integers(-9, 9),
+    "floats": st.floats(allow_nan=True, width=16),
+    "dates": st.datetimes(pd.Timestamp("2000-01-01").to_pydatetime(), pd.Timestamp("2030-01-01").to_pydatetime()),
+    "truths": st.booleans(),
+}
+
+
+KINDS = {"texts": [object, "string", "category"], "numbers": ["int8", "Int64", object], "floats": ["float32", "Float64"],
+         "dates": ["datetime64[ns]"], "truths": [bool, "boolean"]}  # fmt: skip
+
+
+@st.composite
+def frames(draw: st.DrawFn) -> tuple[pd.DataFrame, Any]:
+    """A frame of odd types, index and names, and the column of its texts."""
+    rows = draw(st.integers(0, 5))
+    names = draw(st.lists(st.one_of(st.text(max_size=3), st.integers(0, 9), st.tuples(st.text(max_size=2), st.integers(0, 3))),
+                          min_size=1, max_size=4, unique_by=str))  # fmt: skip
+    columns = {}
+    for name in names:
+        kind = draw(st.sampled_from(sorted(VALUES)))
+        values = draw(st.lists(VALUES[kind], min_size=rows, max_size=rows))
+        columns[name] = pd.Series(values, dtype=draw(st.sampled_from(KINDS[kind])))
+    frame = pd.DataFrame(columns)
+    frame.columns = pd.Index(names, tupleize_cols=False)
+    index = draw(st.sampled_from(["range", "texts", "doubled", "dates"]))
+    frame.index = {
+        "range": pd.RangeIndex(rows), "texts": pd.Index(list("vwxyz")[:rows], name="text"),
+        "doubled": pd.Index([1] * rows), "dates": pd.date_range("2020", periods=rows),
+    }[index]  # fmt: skip
+    return frame, draw(st.sampled_from(names))
+
+
+@settings(max_examples=60, deadline=None)
+@given(frames())
+def test_any_frame_comes_back_as_it_was_with_columns_added(given_frame: tuple[pd.DataFrame, Any]) -> None:
+    frame, name = given_frame
+    before = frame.copy(deep=True)
+    with StandIn() as server:
+        labelled = module.enrich_dataframe(frame, name, ["a label"], base_url=server.url)
+    pd.testing.assert_frame_equal(frame, before)
+    pd.testing.assert_frame_equal(labelled.iloc[:, :-1], before, check_column_type=False)
+    assert list(labelled.columns) == [*before.columns, "a label"]
+    is_blank = before[name].isna() | (before[name].astype(str).str.strip() == "")
+    assert labelled["a label"].isna().tolist() == is_blank.tolist()
+
 
 EXACT = {
     "plain": (b"id,text\n1,praise\n2,cake\n", b"id,text,praise\n1,praise,1\n2,cake,0\n"),
@@ -100,7 +336,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_exact_table_is_refused(
+def test_a_file_that_is_no_rectangular_table_is_refused_with_its_line(
     name: str, enrich_bytes: Callable[..., bytes], tmp_path: Path, server: StandIn
 ) -> None:
     content, message = REFUSED[name]
@@ -122,43 +358,6 @@ def test_no_text_is_in_a_refusal(enrich_bytes: Callable[..., bytes]) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_failed_write_leaves_the_old_output_whole(tmp_path: Path) -> None:
-    output = tmp_path / "out.csv"
-    output.write_text("old")
-    (tmp_path / "in.csv").touch()
-    with module.Store(None) as store:
-        options = module.Options(tmp_path / "in.csv", output, "text", None, ["x"], overwrite=True)
-        files = module.Files(store, options)
-        files.check()
-        with pytest.raises(RuntimeError), files.replacing("output") as file:
-            file.write(b"half of the new")
-            raise RuntimeError
-    assert output.read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
-
-
-def test_an_output_that_cannot_be_written_loses_nothing(
-    enrich_bytes: Callable[..., bytes], tmp_path: Path, server: StandIn
-) -> None:
-    output = tmp_path / "out.csv"
-    server.on_call = lambda number, body: output.mkdir()
-    with pytest.raises(module.EnrichmentError, match=r"cannot be written .*no answers are lost"):
-        enrich_bytes(b"text\npraise\n")
-    output.rmdir()
-    assert enrich_bytes(b"text\npraise\n") == b"text,praise\npraise,1\n"
-    assert len(server.calls) == 1
-
-
-def test_an_output_behind_a_link_is_written_where_the_link_points(
-    enrich_bytes: Callable[..., bytes], tmp_path: Path
-) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "out.csv").symlink_to(tmp_path / "elsewhere" / "out.csv")
-    enrich_bytes(b"text\npraise\n")
-    assert (tmp_path / "out.csv").is_symlink()
-    assert (tmp_path / "elsewhere" / "out.csv").read_text() == "text,praise\npraise,1\n"
-
-
 WESTERN = {
     "fr": "Il était une fois, à l’école, une élève créée pour être fâchée ; ça n’a duré qu’un été. « Noël » à 20 €",
     "FR": "L'ÉTÉ À L'ÉCOLE ÉTAIT CRÉÉ POUR ÊTRE FÂCHÉ",
@@ -169,6 +368,8 @@ WESTERN = {
     "is": "Það er þó ágætt að búa á Íslandi, hvað ætlarðu að gera?",
     "en": "He said “hello” – it’s fine… 20 € © 2020 ® naïve, ½ of it™",
 }
+
+
 OTHERS = {
     "gbk": "今天天气很好，我去公园",
     "big5": "今天天氣很好",

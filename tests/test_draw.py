@@ -1,4 +1,4 @@
-"""From labels to findings: drawn samples, what people code in them, and corrected shares."""
+"""Draw: samples with known probabilities, and shares corrected by what people coded in them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import LABELS, Bench, make_texts
+from conftest import (
+    LABELS,
+    Bench,
+    code_sample,
+    keys_of,
+    make_texts,
+    read_sample,
+    sample_of,
+    truth,
+    write_sample,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from simulate_shares import SETTINGS, misses, simulate
 
 import enrich_dataset as module
-
-
-def keys_of(count: int) -> list[bytes]:
-    return [number.to_bytes(16, "big") for number in range(count)]
 
 
 def labelled(count: int = 5000, seed: int = 1) -> Any:
@@ -32,35 +38,6 @@ def labelled(count: int = 5000, seed: int = 1) -> Any:
 
 def sizes_of(predicted: Any) -> Any:
     return module.sampling_sizes(predicted, np.ones((len(predicted), 1), int))
-
-
-def read_sample(path: Path, delimiter: str = ",") -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), delimiter=delimiter))
-
-
-def write_sample(path: Path, rows: list[dict[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def truth(text: str) -> list[str]:
-    """Another rule than the stand-in's."""
-    return [str(int(word in text)) for word in ("violence", "attack", "harass")]
-
-
-def code(path: Path, count: int | None = None, rule: Any = truth) -> dict[str, list[str]]:
-    """Fill in a sample as people do, in the order of the file."""
-    rows = read_sample(path)
-    for row in rows[:count]:
-        row |= dict(zip(LABELS, rule(row["text"]), strict=True))
-    write_sample(path, rows)
-    return {row["sample_id"][:33]: [row[label] for label in LABELS] for row in rows}
-
-
-def sample_of(bench: Bench) -> Path:
-    return Path(f"{bench.output}.sample.csv")
 
 
 class TestDrawing:
@@ -219,7 +196,7 @@ class TestShares:
         assert table.loc["a", "recall"] == 0
         assert np.isnan(table.loc["a", "precision"])
 
-    def test_blanks_are_not_coded_and_texts_of_other_tables_are_refused(self) -> None:
+    def test_a_blank_counts_as_not_coded_and_a_text_of_another_table_is_refused(self) -> None:
         model, gold = pd.DataFrame({"a": [1, 0]}), pd.DataFrame({"a": [1.0, None]})
         assert module.corrected_shares(model, gold, ["a"], pd.Series([1.0, 1.0])).loc["a", "coded"] == 1
         with pytest.raises(module.InputError, match=r"must be one of `predicted`"):
@@ -266,7 +243,7 @@ class TestShares:
             assert told == pytest.approx(measured[label], rel=0.12)
 
 
-class TestCommand:
+class TestSamples:
     def test_sample_code_compare_and_enlarge(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
         path = sample_of(bench)
         bench.write([*make_texts(1000), *make_texts(50)])
@@ -287,7 +264,7 @@ class TestCommand:
         assert list(rows[0]) == ["sample_id", "text", *LABELS]
         assert path.read_bytes().startswith(b"\xef\xbb\xbf")
         assert {row[label] for row in rows for label in LABELS} == {""}
-        coded = code(path, 50)
+        coded = code_sample(path, 50)
         calls = len(bench.server.calls)
         assert bench.command("--gold", str(path)) == 0
         printed = capsys.readouterr().out
@@ -317,7 +294,7 @@ class TestCommand:
     def test_a_sample_that_went_through_a_spreadsheet_is_understood(self, bench: Bench) -> None:
         path = sample_of(bench)
         bench.write([f"{text}; with ünï" for text in make_texts(300)]).enrich(sample=40)
-        code(path)
+        code_sample(path)
         direct = bench.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
         rows = read_sample(path)
         random.Random(1).shuffle(rows)
@@ -393,7 +370,7 @@ class TestCommand:
         assert {row["note"] for row in grown[:80]} == {"sic"}
         assert 150 <= len(grown) < 230
         assert list(grown[0]) == ["sample_id", "text", *LABELS, "note"]
-        code(path)
+        code_sample(path)
         assert bench.command("--gold", str(path)) == 0
         told = json.loads(Path(f"{bench.output}.run.json").read_text())
         assert told["draw"]["seed"] == 0
@@ -426,7 +403,7 @@ class TestCommand:
     ) -> None:
         path = sample_of(bench)
         bench.write(make_texts(100)).enrich(sample=40)
-        code(path)
+        code_sample(path)
         assert bench.write(make_texts(100)[50:]).command("--sample", "40") == 0
         left = re.search(r"Left out, since these texts are no longer in the table: (\d+)", capsys.readouterr().out)
         assert left
@@ -438,7 +415,7 @@ class TestCommand:
     ) -> None:
         path, texts = sample_of(bench), make_texts(400)
         bench.write(texts[:398]).enrich(sample=60)
-        code(path)
+        code_sample(path)
         assert bench.write(texts).command("--gold", str(path)) == 0
         printed = capsys.readouterr().out
         assert "The sample was drawn from 398 texts, and there are 400 now: nearly the same\n" in printed
@@ -454,7 +431,7 @@ class TestCommand:
         assert bench.command("--gold", str(path)) == 2
         told = "No 1 or 0 is filled in in the sample that is passed as --gold: have people code some rows."
         assert told in capsys.readouterr().err
-        code(path)
+        code_sample(path)
         bench.enrich(sample=30)
         assert bench.command("--gold", str(path)) == 0
         assert "Gold rows that are not coded: 10\n" in capsys.readouterr().out
@@ -468,10 +445,10 @@ class TestCommand:
         """Of one person, who has pasted the new rows under the old ones, and of one who has coded the new file."""
         path = sample_of(bench)
         bench.write(make_texts(400)).enrich(sample=60)
-        code(path)
+        code_sample(path)
         old = read_sample(path)
         bench.enrich(sample=120)
-        code(path)
+        code_sample(path)
         whole = bench.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
         pasted = bench.output.with_name("pasted.csv")
         write_sample(pasted, [*old, *read_sample(path)[60:]])
@@ -482,7 +459,7 @@ class TestCommand:
     ) -> None:
         path = sample_of(bench)
         bench.write(make_texts(100)).enrich(sample=20)
-        code(path)
+        code_sample(path)
         rows = read_sample(path)
         for row, name in zip(rows, sorted(row["sample_id"] for row in rows), strict=True):
             row["sample_id"] = name
@@ -504,7 +481,7 @@ class TestCommand:
     def test_a_deleted_row_still_counts_as_drawn(self, bench: Bench) -> None:
         path = sample_of(bench)
         bench.write(make_texts(100)).enrich(sample=100)
-        code(path)
+        code_sample(path)
         whole = bench.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
         assert all(each["corrected_share_low"] == each["corrected_share_high"] for each in whole.values())
         write_sample(path, read_sample(path)[::2])
@@ -517,7 +494,7 @@ class TestCommand:
     ) -> None:
         path = sample_of(bench)
         bench.write(make_texts(100)).enrich(sample=20)
-        code(path)
+        code_sample(path)
         path.write_bytes(path.read_bytes().decode("utf-8-sig").encode(encoding))
         assert bench.command("--gold", str(path)) == 0
         assert "=== Shares, corrected by what people coded, with 95 % intervals ===" in capsys.readouterr().out
@@ -531,17 +508,17 @@ class TestCommand:
         gold.write_text(f"id\tsample_id\t{LABELS[0]}\n", encoding="utf-16")
         assert module.is_sample(gold)
 
-    def test_one_of_another_table_is_refused(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_sample_of_another_table_is_refused(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
         path = sample_of(bench)
         bench.write(make_texts(100)).enrich(sample=20)
-        code(path)
+        code_sample(path)
         for texts in ([], ["other texts"]):
             assert bench.write(texts).command("--gold", str(path)) == 2
             assert f"No text of the sample {path} is in {bench.input}" in capsys.readouterr().err
 
     def test_it_grows_in_another_folder_too(self, bench: Bench, tmp_path: Path) -> None:
         bench.write(make_texts(100)).enrich(sample=20)
-        code(sample_of(bench))
+        code_sample(sample_of(bench))
         moved = tmp_path / "moved"
         moved.mkdir()
         for path in [each for each in tmp_path.iterdir() if each.is_file()]:
@@ -558,7 +535,7 @@ class TestCommand:
         sources = ["abc"[number % 3 if number % 9 else 2] for number in range(600)]
         pd.DataFrame({"source": sources, "text": texts}).to_csv(bench.input, index=False)
         bench.enrich(sample=200, by="source")
-        code(path)
+        code_sample(path)
         assert bench.command("--by", "source", "--gold", str(path), "--plot", str(plot)) == 0
         printed = capsys.readouterr().out
         assert "=== Corrected shares by 'source', and the differences from 'c' in points ===\n" in printed
@@ -591,200 +568,3 @@ class TestCommand:
     def test_a_frame_has_no_file_to_fill_in(self) -> None:
         with pytest.raises(module.InputError, match="sample writes a file beside the output"):
             module.enrich_dataframe(pd.DataFrame({"text": ["a"]}), "text", ["x"], sample=5)
-
-
-class TestSpecifications:
-    def test_other_specifications_are_compared_at_no_call_with_corrected_shares_too(
-        self, bench: Bench, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        path = sample_of(bench)
-        bench.write(make_texts(200)).enrich(model="gpt-4.1")
-        bench.server.model.flips = 0.2
-        bench.enrich(instructions="Be strict.", limit=50)
-        bench.server.model.flips = 0.0
-        bench.enrich(sample=80)
-        code(path)
-        calls = len(bench.server.calls)
-        assert bench.command("--gold", str(path)) == 0
-        assert len(bench.server.calls) == calls
-        printed = capsys.readouterr().out
-        assert "do not count (instructions: 50 rows)\n" in printed
-        assert re.search(r"^this run +200 +\d", printed, re.MULTILINE)
-        assert re.search(r"^model gpt-4.1 +200 +\d", printed, re.MULTILINE)
-        assert re.search(r"Corrected by what people coded:\n.*\nthis run.*%\)\nmodel gpt-4.1.*%\)\n", printed)
-        told = json.loads(Path(f"{bench.output}.run.json").read_text())["specifications"]
-        assert [(each["differs_in"], each["rows"]) for each in told] == [
-            ([], 200), (["model gpt-4.1"], 200), (["instructions"], 50),
-        ]  # fmt: skip
-        assert told[0]["shares"] == told[1]["shares"]
-        assert told[0]["corrected_shares"] == told[1]["corrected_shares"] != told[2]["corrected_shares"]
-
-
-class TestMethods:
-    def test_the_sheet_has_what_the_record_knows_and_marks_what_its_author_has_to_say(self, bench: Bench) -> None:
-        sheet, path = Path(f"{bench.output}.methods.md"), sample_of(bench)
-        bench.write([*make_texts(100), "poison-refusal"]).enrich(sample=40, instructions="Be strict.")
-        text = sheet.read_text()
-        assert "gpt-4o-mini-2024-07-18 (requested as gpt-4o-mini) at 127.0.0.1" in text
-        assert (
-            "[author: a server of your own: which, and which version of the model?] labelled 100 of 101 texts on"
-            in text
-        )
-        assert ", with these labels: praising_violence, personal_attacks and sexual_harassment." in text
-        assert "1 rows (1.0%) have a text and no answer." in text
-        assert "| E.1 | validation by people | [author: none is recorded; say why] |" in text
-        assert "To validate" not in text
-        assert len(re.findall(r"^\| [A-G]\.\d \| ", text, re.MULTILINE)) == 14
-        assert "Be strict." in text
-        code(path)
-        bench.enrich(gold=path, instructions="Be strict.")
-        text = sheet.read_text()
-        assert (
-            "To validate the labels, 40 of 101 distinct texts were drawn at random, those with rare labels more" in text
-        )
-        assert re.search(r"\| praising_violence \| 40 \| \d+ \| [\d.]+% \| [\d.]+% \([\d.]+% to [\d.]+%\) \|", text)
-        assert "[author: who coded, and how were they trained?]" in text
-        assert "null" not in text
-        assert "None" not in text
-
-    def test_values_of_the_users_stay_in_their_cells(self) -> None:
-        assert module.markdown(["a|b", "c"], [["one\ntwo", "|"]]) == "| a\\|b | c |\n| --- | --- |\n| one two | \\| |"
-
-    def test_one_that_its_author_has_edited_is_left_as_it_is(
-        self, bench: Bench, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        sheet = Path(f"{bench.output}.methods.md")
-        bench.write(make_texts(10)).enrich()
-        sheet.write_text("mine")
-        assert bench.command() == 0
-        assert f"{sheet} was edited, so it is left as it is\n" in capsys.readouterr().out
-        assert sheet.read_text() == "mine"
-        assert bench.command("--overwrite") == 0
-        assert sheet.read_text().startswith("# Methods\n")
-
-    def test_a_prompt_that_was_changed_after_the_draw_is_told(
-        self, bench: Bench, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        path = sample_of(bench)
-        bench.write(make_texts(60)).enrich(sample=30)
-        code(path)
-        assert bench.command("--gold", str(path)) == 0
-        assert "was changed after the sample was drawn" not in capsys.readouterr().out
-        bench.enrich({label: f"what {label} means" for label in LABELS}, gold=path, quiet=False)
-        printed = capsys.readouterr().out
-        assert (
-            "The prompt of praising_violence, personal_attacks and sexual_harassment was changed after the" in printed
-        )
-        assert "changed after the sample was drawn [author: say why]" in Path(f"{bench.output}.methods.md").read_text()
-
-
-class TestRegression:
-    def test_the_coded_table_makes_a_slope_that_raw_labels_miss_cover_the_truth(self, bench: Bench) -> None:
-        """By the README's own lines; the model misses the label in one of two groups."""
-        import statsmodels.formula.api as smf  # noqa: F401 # which the lines import
-
-        readme = (Path(__file__).parent.parent / "ENRICHMENT_README.md").read_text(encoding="utf-8")
-        lines = readme.partition("```python\nimport pandas as pd\nimport statsmodels")[2].partition("```")[0]
-        texts = [
-            f"{text} {'from here' if number % 2 else 'from there'}" for number, text in enumerate(make_texts(1500))
-        ]
-        rows = {"type": ["here" if "from here" in text else "there" for text in texts], "text": texts}
-        pd.DataFrame(rows).to_csv(bench.input, index=False)
-        path = sample_of(bench)
-        bench.enrich(sample=400, by="type")
-        code(path)
-        bench.enrich(gold=path, by="type")
-        names: dict[str, Any] = {}
-        code_lines = ("import pandas as pd\nimport statsmodels" + lines).replace("labelled.csv", str(bench.output))
-        exec(code_lines.replace("hateful", LABELS[0]), names)  # noqa: S102 # our own README
-        right = pd.Series([int(truth(text)[0]) for text in texts]).groupby(rows["type"]).mean()
-        told = bench.enrich(gold=path, by="type").attrs["enrichment"]["corrected_shares"][LABELS[0]]
-        assert names["rows"]["y"].mean() == pytest.approx(told["corrected_share"], abs=1e-9)
-        low, high = names["fit"].conf_int().loc["C(type)[T.there]"]
-        assert low <= right["there"] - right["here"] <= high
-        assert high - low < 0.25
-
-
-class TestForms:
-    @pytest.mark.parametrize("form", ["list", "each"])
-    @pytest.mark.parametrize("live", [True, False])
-    def test_cells_are_right_under_both_forms_of_all_labels(self, bench: Bench, form: str, live: bool) -> None:
-        bench.server.faults.shares = {
-            "missing": 0.05,
-            "doubled": 0.05,
-            "unknown": 0.05,
-            "length": 0.05,
-            "foreign": 0.05,
-        }
-        options: dict[str, Any] = {} if live else {"use_batch_api": True, "poll_interval": 0.05}
-        bench.write(make_texts(95)).enrich(answer_form=form, **options)
-        blank = [number for number, cells in enumerate(bench.cells) if "" in cells]
-        assert len(blank) <= 3  # which met a fault whenever they were asked
-        bench.check(blank_rows=blank)
-        bench.server.faults.shares = {}
-        bench.enrich(answer_form=form)
-        bench.check()
-        calls = len(bench.server.calls)
-        bench.enrich(answer_form=form)
-        assert len(bench.server.calls) == calls
-
-    def test_one_label_is_chosen_from_the_whole_set(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-        bench.server.faults.shares = {"missing": 0.1, "unknown": 0.1}
-        bench.write([*make_texts(60), "poison-400-filter"]).enrich(answer_form="one")
-        assert {sum(map(int, cells)) for cells in bench.cells[:-1]} == {1}
-        assert bench.cells[-1] == [""] * 3
-        assert {call.labels for call in bench.server.calls} == {tuple(LABELS)}
-        assert '"$defs": {"a": {"type": "string", "enum"' in json.dumps(bench.server.calls[0].body)
-        bench.server.faults.shares = {}
-        calls = len(bench.server.calls)
-        bench.enrich([*LABELS, "weather"], answer_form="one", quiet=False)
-        assert re.search("^the set of labels +60 ", capsys.readouterr().out, re.MULTILINE)
-        assert sum(len(call.texts) for call in bench.server.calls[calls:] if call.status == 200) == 60
-
-    def test_another_form_is_another_question(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-        bench.write(make_texts(20)).enrich()
-        bench.enrich(answer_form="each", quiet=False)
-        assert re.search("^answer form list +20 ", capsys.readouterr().out, re.MULTILINE)
-        bench.check()
-        assert len(bench.asked) == 40
-
-    @pytest.mark.parametrize("form", ["list", "each", "one"])
-    @pytest.mark.parametrize("refused", [set(), {"json_schema"}, {"json_schema", "json_object"}])
-    def test_servers_without_schemas_are_asked_in_words(self, bench: Bench, form: str, refused: set[str]) -> None:
-        bench.server.gate.refuses = refused
-        bench.write(make_texts(20)).enrich(answer_form=form)
-        assert all("" not in cells for cells in bench.cells)
-
-    @pytest.mark.parametrize("form", ["list", "each", "one"])
-    def test_the_audit_is_asked_the_careful_way_and_differs_where_packing_does_harm(
-        self, bench: Bench, form: str
-    ) -> None:
-        bench.server.model.flips = 0.2
-        told = bench.write(make_texts(200)).enrich(answer_form=form, audit=100).attrs["enrichment"]["audit"]
-        audits = [call.body for call in bench.server.calls if len(call.texts) == 1]
-        assert len(audits) == 100
-        kind = {"list": "object", "each": "object", "one": "string"}[form]
-        assert {body["response_format"]["json_schema"]["schema"]["$defs"]["a"]["type"] for body in audits} == {kind}
-        assert any(figures["agreement"] < 0.95 for figures in told.values())
-        assert any(figures["share"] != figures["share_audited"] for figures in told.values())
-        calls = len(bench.server.calls)
-        bench.enrich(answer_form=form, batch_size=1)
-        assert len(bench.server.calls) == calls
-
-    def test_an_audits_answers_never_stand_for_labels_whatever_form_these_have(self, bench: Bench) -> None:
-        bench.write(make_texts(20)).enrich(audit=20)
-        calls = len(bench.server.calls)
-        bench.enrich(answer_form="each", batch_size=1)
-        assert len(bench.server.calls) == calls + 20
-
-    def test_examples_have_the_answers_form(self, bench: Bench) -> None:
-        examples = pd.DataFrame([["praise", 1, 0, 0], ["a person", 0, 1, 0]], columns=["text", *LABELS])
-        for form, answer in (
-            ("each", '"638":{"praising_violence":1,"personal_attacks":0,"sexual_harassment":0}'),
-            ("one", '{"638":"praising_violence","127":"personal_attacks"}'),
-        ):
-            bench.write(["cake"]).enrich(examples=examples, answer_form=form)
-            assert answer in bench.server.calls[-1].body["messages"][0]["content"]
-        examples.loc[0, LABELS[1]] = 1
-        with pytest.raises(module.InputError, match="has 2 labels: with answer_form one, an example has exactly one"):
-            bench.enrich(examples=examples, answer_form="one")

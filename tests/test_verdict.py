@@ -1,9 +1,9 @@
-"""Replies -> answers: any reply, however broken, yields right cells or none."""
+"""Verdict: any reply, however broken, yields right cells or none, and the right next step."""
 
 from __future__ import annotations
 
 import json
-import re
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,15 +11,72 @@ import pytest
 from conftest import LABELS, Bench, make_row, make_texts, prompt_of
 from hypothesis import given
 from hypothesis import strategies as st
+from stand_in_rules import error_body
 
 import enrich_dataset as module
 
-PROMPT = prompt_of()
-ROWS = tuple(make_row(text) for text in ("a", "b", "c"))
-A, B, C = "660", "149", "538"
-FIRST, SECOND, THIRD = LABELS
 
-pytestmark = pytest.mark.every_form
+class TestRoom:
+    def test_a_tokenizer_with_two_bytes_per_token_leaves_no_row_blank(self, bench: Bench) -> None:
+        bench.server.model.bytes_per_token = 2
+        labels = dict.fromkeys(LABELS, "what it means")
+        bench.write([f"praise the violence and attack a person, sexual harassment {n}" for n in range(100)]).enrich(
+            labels
+        )
+        bench.check()
+        assert len(bench.server.calls) <= 10 + 3
+        assert {len(call.texts) for call in bench.server.calls} == {10}
+
+    def test_the_room_for_reasoning_has_an_end(self, bench: Bench) -> None:
+        bench.server.model.reasoning = 10**9
+        with pytest.raises(
+            module.ProviderError, match=r"came to no answer in 3[23],[0-9]+ tokens, not even about a harmless text"
+        ):
+            bench.write(make_texts(1000)).enrich(model="gpt-5", price=(1, 1), max_cost=100.0)
+        assert max(call.body["max_completion_tokens"] for call in bench.server.calls) < 35_000
+        assert len(bench.server.calls) <= 60
+
+
+@pytest.mark.every_form
+class TestCaches:
+    def test_a_gateway_that_answers_from_a_cache_of_other_requests_ends_the_run(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench.server.faults.shares = {"cache": 1.0}
+        assert bench.write(make_texts(100)).command("--max-workers", "1") == 1
+        assert "returned a cached reply to a different request: disable the gateway's cache" in capsys.readouterr().err
+        bench.check(blank_rows=range(10, 100))
+        bench.server.faults.shares = {}
+        bench.enrich()
+        bench.check()
+
+    @pytest.mark.parametrize("batch_size", [451, 500])
+    def test_a_cache_is_noticed_whatever_the_size_of_a_batch(self, bench: Bench, batch_size: int) -> None:
+        bench.server.faults.shares = {"cache": 1.0}
+        texts = [f"{'violence' if number < batch_size else 'cake'} {number}" for number in range(2 * batch_size)]
+        assert bench.write(texts).command("--max-workers", "1", "--batch-size", str(batch_size)) == 1
+        bench.check(blank_rows=range(batch_size, 2 * batch_size))
+
+    def test_alike_replies_of_a_server_that_numbers_them_by_the_second_are_believed_after_two(
+        self, bench: Bench
+    ) -> None:
+        bench.server.model.odd_reply = {"id": "chatcmpl-1763", "created": 1763, "model": "m"}
+        bench.write([f"tram {number}" for number in range(100)]).enrich(max_workers=1)
+        bench.check()
+        assert len(bench.server.calls) == 10 + module.MAX_FALSE_ALARMS
+
+    def test_a_healthy_server_costs_no_extra_call(self, bench: Bench) -> None:
+        bench.write([f"tram {number}" for number in range(100)]).enrich()
+        assert len(bench.server.calls) == 10
+
+
+ROWS = tuple(make_row(text) for text in ("a", "b", "c"))
+
+
+A, B, C = "660", "149", "538"
+
+
+FIRST, SECOND, THIRD = LABELS
 
 
 def read(content: Any, form: str = "list", **choice: Any) -> tuple[dict[str, str], dict[str, str]]:
@@ -30,6 +87,8 @@ def read(content: Any, form: str = "list", **choice: Any) -> tuple[dict[str, str
 
 
 WHOLE = {A: [], B: [FIRST], C: [SECOND, THIRD]}
+
+
 RIGHT = {"a": "000", "b": "100", "c": "011"}
 
 
@@ -99,7 +158,6 @@ json_values = st.recursive(
 
 
 @given(json_values.map(json.dumps) | st.text() | json_values)
-@pytest.mark.one_form
 def test_any_reply_gives_each_row_an_answer_or_a_reason(content: Any) -> None:
     answers, problems = read(content)
     assert sorted([*answers, *problems]) == ["a", "b", "c"]
@@ -137,13 +195,11 @@ ENVELOPES: dict[str, Any] = {
 }
 
 
-@pytest.mark.one_form
 @pytest.mark.parametrize("message", ENVELOPES.values(), ids=ENVELOPES)
 def test_an_answer_counts_by_its_content_whatever_its_envelope(message: Any) -> None:
     assert read(None, message=message) == (RIGHT, {})
 
 
-@pytest.mark.one_form
 @pytest.mark.parametrize(
     ("form", "answer"),
     [("each", {FIRST.title(): "1", SECOND: False, THIRD: 0.0}), ("each", {FIRST: True, SECOND: "0", THIRD: "false"}), ("one", [FIRST]), ("one", FIRST.title())],
@@ -165,26 +221,26 @@ NO_ANSWERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.one_form
 @pytest.mark.parametrize("message", NO_ANSWERS.values(), ids=NO_ANSWERS)
 def test_what_is_no_plain_answer_counts_for_no_row(message: dict[str, Any]) -> None:
     finish = message.get("finish_reason", "stop")
     assert read(None, message=message, finish_reason=finish)[0] == {}
 
 
-@pytest.mark.one_form
 def test_labels_that_differ_in_signs_alone_are_read_only_as_they_are() -> None:
     frame = module.frame_options(pd.DataFrame(), "text", ["a_b", "a-b"], model="m")
     prompt = module.read_prompt(frame, "a-server")
     assert [prompt.spelled(name) for name in ("a_b", "a-b", "a b", "A_B")] == ["a_b", "a-b", None, None]
 
 
+@pytest.mark.every_form
 def test_a_lone_row_gets_two_tries(bench: Bench) -> None:
     bench.write(make_texts(10)).enrich()
     bench.write([*make_texts(11), "poison-garbage"]).enrich(batch_size=1)
     assert bench.asked.count("poison-garbage") == 2
 
 
+@pytest.mark.every_form
 def test_failures_of_other_kinds_do_not_use_up_a_lone_rows_tries(bench: Bench) -> None:
     broken = [{"content": "no"}, {"content": "{}"}, {"content": "", "refusal": "no"}]
     bench.write(["tram", "cake"])
@@ -195,6 +251,13 @@ def test_failures_of_other_kinds_do_not_use_up_a_lone_rows_tries(bench: Bench) -
     bench.check()
 
 
+def reply_without_half() -> dict[str, Any]:
+    """A reply to `make_texts(4)` that answers its first two rows."""
+    content = json.dumps({key: ["praising_violence"] for key in module.row_ids(2)})
+    return {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+
+
+@pytest.mark.every_form
 @pytest.mark.one_form
 def test_only_what_is_missing_is_asked_again(bench: Bench) -> None:
     bench.server.script.append((200, {}, reply_without_half()))
@@ -203,12 +266,7 @@ def test_only_what_is_missing_is_asked_again(bench: Bench) -> None:
     bench.check()
 
 
-def reply_without_half() -> dict[str, Any]:
-    """A reply to `make_texts(4)` that answers its first two rows."""
-    content = json.dumps({key: ["praising_violence"] for key in module.row_ids(2)})
-    return {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
-
-
+@pytest.mark.every_form
 @pytest.mark.one_form
 def test_what_a_reply_says_of_itself_may_be_no_text(bench: Bench) -> None:
     choices = [{"message": {"content": json.dumps({A: []})}}]
@@ -219,6 +277,7 @@ def test_what_a_reply_says_of_itself_may_be_no_text(bench: Bench) -> None:
     assert len(bench.server.calls) == 1
 
 
+@pytest.mark.every_form
 @pytest.mark.parametrize("usage", [None, "many", {"prompt_tokens": 2**70, "prompt_tokens_details": []}])
 def test_figures_that_a_server_misshapes_cost_no_answer(bench: Bench, usage: Any) -> None:
     content = json.dumps({key: [] for key in module.row_ids(1)})
@@ -228,6 +287,7 @@ def test_figures_that_a_server_misshapes_cost_no_answer(bench: Bench, usage: Any
     bench.check()
 
 
+@pytest.mark.every_form
 def test_a_poisoned_row_stays_blank_alone_and_is_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     texts = make_texts(40)
     texts[3], texts[17], texts[31] = "poison-filter", "poison-refusal", "poison-garbage"
@@ -240,6 +300,7 @@ def test_a_poisoned_row_stays_blank_alone_and_is_named(bench: Bench, capsys: pyt
     assert "  row 31 (line 33): the answer was not valid JSON\n" in printed
 
 
+@pytest.mark.every_form
 @pytest.mark.parametrize("fault", ["400-filter", "400-context", "length", "missing", "foreign", "doubled", "unknown"])
 def test_each_fault_of_content_stays_with_its_row(bench: Bench, fault: str) -> None:
     texts = make_texts(12)
@@ -250,6 +311,7 @@ def test_each_fault_of_content_stays_with_its_row(bench: Bench, fault: str) -> N
     bench.check(blank_rows=[5])
 
 
+@pytest.mark.every_form
 @pytest.mark.parametrize("examples", [0, 2])
 def test_a_model_that_repeats_what_it_was_shown_labels_no_row(bench: Bench, examples: int) -> None:
     """As small models do: the first JSON object of the instructions, or the answer of the examples."""
@@ -261,15 +323,7 @@ def test_a_model_that_repeats_what_it_was_shown_labels_no_row(bench: Bench, exam
     assert bench.cells == [[""] * 3] * 40
 
 
-def test_no_row_ever_has_an_id_of_the_instructions_or_of_an_example(bench: Bench) -> None:
-    most = [[f"example {i}", 1, 0, 0] for i in range(module.MAX_EXAMPLES)]
-    frame = pd.DataFrame(most, columns=["text", *LABELS])
-    bench.write(make_texts(500)).enrich(examples=frame, batch_size=500)
-    system, user = (message["content"] for message in bench.server.calls[0].body["messages"])
-    assert len(set(re.findall(r'"(\d{3})":', system))) == 390 + (2 if bench.form == "list" else 1)
-    assert not set(re.findall(r'"(\d{3})":', system)) & set(json.loads(user))
-
-
+@pytest.mark.every_form
 class TestCutPrompts:
     """A server that cuts a prompt to its context answers all ids under the schema; the bill alone tells."""
 
@@ -321,19 +375,82 @@ class TestCutPrompts:
         assert len(bench.server.calls) == 3
 
 
-def test_a_row_that_failed_is_pending_at_the_next_run(bench: Bench) -> None:
-    bench.write(["cake", "poison-garbage"])
-    assert bench.command("--quiet") == 3
-    before = len(bench.server.calls)
-    assert bench.command("--quiet") == 3
-    # Nothing has been answered in this run, so that a harmless text is asked whether the server works at all.
-    assert [call.texts for call in bench.server.calls[before:]] == [("poison-garbage",), (module.HARMLESS,)]
+def reply(status: int, message: str = "", code: Any = None, kind: str = "x") -> module.Reply:
+    return module.Reply(status, {}, error_body(message, kind, code=code), 0.0)
 
 
-def test_many_blank_rows_are_counted_and_some_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.write(["cake", *(f"poison-garbage {number}" for number in range(25))])
-    assert bench.command("--batch-size", "1", "--max-workers", "8") == 3
-    printed = capsys.readouterr().out
-    assert printed.count(": the answer was not valid JSON") == 20
-    assert "  and 5 more\n" in printed
-    assert "personal_attacks: 0/1 (0.0%), 25 blank" in printed
+def judged(answer: module.Reply, rows: int, works: bool, tmp_path: Path) -> module.Verdict:
+    """The verdict on a reply to an attempt of so many rows, in a run in which something was answered, or nothing yet."""
+    path = tmp_path / "in.csv"
+    path.touch()
+    server = module.Server(
+        module.Options(path, tmp_path / "out.csv", "text", None, LABELS, api_key="k"), module.Timing()
+    )
+    attempt = module.Attempt(tuple(make_row(str(number)) for number in range(rows)), prompt_of())
+    evidence = module.Evidence(attempt.parameters, {attempt.parameters.without_room} if works else set(), reached=True)
+    return module.judge(answer, attempt, evidence, server, 0.0)
+
+
+V = module.Action
+
+
+ABOUT_TEXTS = (V.ADAPT, V.SPLIT, V.RETRY)  # nothing answered yet; then several rows; then a lone one
+
+
+TOO_LONG = (V.SPLIT, V.SPLIT, V.GIVE_UP)
+
+
+AGAIN, END = (V.RETRY,) * 3, (V.STOP,) * 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdicts"),
+    [
+        (reply(401, "bad key"), END),
+        (reply(402, "pay"), END),
+        (reply(403, "Content violates usage guidelines."), ABOUT_TEXTS),
+        (module.Reply(403, {}, "", 0.0), ABOUT_TEXTS),
+        (reply(404, "no model", "model_not_found"), END),
+        (reply(429, "quota", "insufficient_quota"), END),
+        (reply(429, "quota", None, "insufficient_quota"), END),
+        (reply(429, "spend", "project_spend_limit_exceeded"), END),
+        (reply(400, "Budget has been exceeded", "400", "budget_exceeded"), END),
+        (reply(429, "Your account is suspended due to insufficient balance, please recharge"), END),
+        (reply(429, "Quota exceeded for metric: requests, limit: 0, model: x"), END),
+        (reply(429, "Rate limit reached: requests per day"), END),
+        (reply(429, "Rate limit reached: tokens per day. Please try again in 5m45.6s."), AGAIN),
+        (reply(429, "You exceeded your current quota, check your billing details. Please retry in 34s"), AGAIN),
+        (module.Reply(429, {"retry-after": "3700"}, {}, 0.0), END),
+        (reply(429, "Rate limit reached", "rate_limit_exceeded", "tokens"), AGAIN),
+        (reply(429, "None", "429"), AGAIN),
+        (reply(429, "Too many tokens per minute, please wait"), AGAIN),
+        (module.Reply(200, {}, {"error": {"code": 429, "message": "slow"}}, 0.0), AGAIN),
+        (reply(429, "Request too large for gpt-4o", "rate_limit_exceeded", "tokens"), TOO_LONG),
+        (reply(400, "This model's maximum context length is 8192 tokens."), TOO_LONG),
+        (reply(400, "the request exceeds the available context size", 400, "exceed_context_size_error"), TOO_LONG),
+        (reply(400, "The total length of all messages is too long."), TOO_LONG),
+        (reply(413, "Payload too large"), TOO_LONG),
+        (reply(400, "The response was filtered due to Azure's content management policy", "content_filter"), ABOUT_TEXTS),
+        (reply(408), AGAIN),
+        (reply(409), AGAIN),
+        (reply(500), AGAIN),
+        (reply(529), AGAIN),
+        (reply(503, "overloaded", "server_is_overloaded"), AGAIN),
+        (module.Reply(502, {}, "<html>Bad gateway</html>", 0.0), AGAIN),
+        (module.Reply(0, {}, None, 0.0, "no answer in time"), AGAIN),
+        (module.Reply(200, {}, {"choices": [{"message": {"content": ""}, "error": {"code": 502}}]}, 0.0), AGAIN),
+        (module.Reply(200, {}, None, 0.0), ABOUT_TEXTS),
+        (module.Reply(200, {}, {"error": {}}, 0.0), ABOUT_TEXTS),
+        (module.Reply(200, {}, {"choices": []}, 0.0), ABOUT_TEXTS),
+        (module.Reply(200, {}, {"choices": [{"message": {}}]}, 0.0), ABOUT_TEXTS),
+        (module.Reply(200, {}, {"error": "Unexpected endpoint or method."}, 0.0), ABOUT_TEXTS),
+        (module.Reply(400, {}, {"error": "a text alone"}, 0.0), ABOUT_TEXTS),
+        (module.Reply(422, {}, "Failed to deserialize the JSON body", 0.0), ABOUT_TEXTS),
+        (module.Reply(302, {"location": "http://elsewhere.example/v1"}, "", 0.0), END),
+    ],
+)  # fmt: skip
+def test_each_reply_gets_the_verdict_of_its_rule(
+    answer: module.Reply, verdicts: tuple[module.Action, ...], tmp_path: Path
+) -> None:
+    found = [judged(answer, rows, works, tmp_path).action for rows, works in ((10, False), (10, True), (1, True))]
+    assert found == list(verdicts)
