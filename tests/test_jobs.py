@@ -485,15 +485,12 @@ class TestUnhappyEnds:
         }
 
     def test_a_request_on_which_the_server_fails_is_asked_again_whole_and_then_row_by_row(self, bench: Bench) -> None:
-        bench.server.faults.shares = {"500": 0.3}
-        bench.write(make_texts(200)).enrich(**FAST)
-        blank = [number for number, cells in enumerate(bench.cells) if "" in cells]
-        assert len(blank) <= 30  # 10 for each of a request's two jobs, and a row by itself in the third
-        bench.check(blank_rows=blank)
-        bench.server.faults.shares = {}
-        bench.enrich(**FAST)
-        bench.check()
-        assert [len(call.texts) for call in bench.server.calls if call.job == "batch_2"].count(10) > 2
+        texts = make_texts(40)
+        texts[17] += " poison-500"
+        bench.write(texts).enrich(**FAST)
+        bench.check(blank_rows=[17])
+        rows = {name: [len(call.texts) for call in bench.server.calls if call.job == name] for name in by_job(bench)}
+        assert rows == {"batch_1": [10] * 4, "batch_2": [10], "batch_3": [1] * 10}
 
     def test_a_file_holds_no_more_bytes_than_the_provider_takes(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch

@@ -85,9 +85,8 @@ class TestContext:
         write_rows(bench, rows).enrich(
             context=["thread"], answer_form=form, fresh=True, use_batch_api=True, poll_interval=0.05
         )
-        bench.texts = texts
-        if form != "one":
-            bench.check()
+        bench.texts, bench.form = texts, form
+        bench.check()
 
 
 class TestContextIsPartOfTheQuestion:

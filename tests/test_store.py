@@ -10,6 +10,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -189,11 +190,19 @@ class TestNotAStore:
         assert bench.store.exists()
 
     def test_of_runs_that_start_together_one_gets_the_new_store(self, tmp_path: Path) -> None:
-        code = "import enrich_dataset as m, pathlib, sys, time\nwith m.Store(pathlib.Path(sys.argv[1])):\n    time.sleep(1)"
-        for name in ("a", "b", "c"):
-            command = [sys.executable, "-c", code, str(tmp_path / name)]
-            started = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) for _ in range(4)]
-            assert [process.wait() for process in started].count(0) >= 1
+        code = (
+            "import enrich_dataset as m, pathlib, sys, time\nfolder = pathlib.Path(sys.argv[1])\n"
+            "(folder / sys.argv[2]).touch()\nwhile not (folder / 'go').exists():\n    time.sleep(0.01)\n"
+            "with m.Store(folder / 'store'):\n    time.sleep(2)"
+        )
+        commands = [[sys.executable, "-c", code, str(tmp_path), str(number)] for number in range(4)]
+        started = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands]
+        while len(list(tmp_path.iterdir())) < 4:
+            time.sleep(0.02)
+        (tmp_path / "go").touch()
+        errors = [process.communicate()[1] for process in started]
+        assert [process.returncode for process in started].count(0) == 1
+        assert sum("database is locked" in text for text in errors) == 3
 
     def test_another_programs_database_is_refused_and_not_touched(self, bench: Bench) -> None:
         with contextlib.closing(sqlite3.connect(bench.store)) as db:
