@@ -82,14 +82,6 @@ def test_an_output_that_is_open_elsewhere_is_one_line_and_loses_nothing(
     bench.check()
 
 
-@pytest.mark.skipif("sys.platform == 'win32'")
-def test_an_output_in_a_folder_that_takes_no_file_is_one_line(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.output = Path("/proc/self/out.csv")
-    assert bench.write(["cake"]).command("--store", str(bench.store), "--quiet") == 2
-    assert "The output /proc/self/out.csv could not be written (" in capsys.readouterr().err
-    assert bench.server.calls == []
-
-
 def refused(bench: Bench, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line of a command that sent and changed nothing."""
     before = {path: path.read_bytes() for path in bench.input.parent.rglob("*") if path.is_file()}

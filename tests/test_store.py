@@ -22,19 +22,6 @@ from stand_in_server import StandIn
 import enrich_dataset as module
 
 
-def test_a_store_of_another_version_is_refused_and_left_alone(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.write(["cake"]).enrich()
-    with contextlib.closing(sqlite3.connect(bench.store)) as db:
-        db.execute("PRAGMA user_version = 999")
-    before = bench.store.read_bytes()
-    assert bench.command() == 2
-    assert (
-        "was written by another version of this program: keep it for that one, and pass another file as --store."
-        in capsys.readouterr().err
-    )
-    assert bench.store.read_bytes() == before
-
-
 @pytest.mark.parametrize("start", [0, 50, 4_096, 8_192])
 def test_a_corrupted_store_is_one_line_and_asks_nothing(
     bench: Bench, start: int, capsys: pytest.CaptureFixture[str]
@@ -156,14 +143,6 @@ class TestReopenedStore:
             assert known(store) == [[0, -1, 1], [-1] * 3]
 
 
-class TestInUse:
-    def test_a_second_run_on_the_same_store_is_refused(self, bench: Bench) -> None:
-        bench.write(["cake"])
-        with module.Store(bench.store), pytest.raises(module.InputError, match="If another run is using it"):
-            bench.enrich()
-        assert bench.server.calls == []
-
-
 class TestNotAStore:
     def test_a_text_file_is_refused_and_kept(self, bench: Bench) -> None:
         bench.write(["cake"])
@@ -214,15 +193,23 @@ class TestNotAStore:
 
     @pytest.mark.parametrize(
         ("change", "words"),
-        [("user_version = 99", "another version of this program"), ("application_id = 7", "is not an answer store")],
+        [
+            (
+                "user_version = 99",
+                "another version of this program: keep it for that one, and pass another file as store",
+            ),
+            ("application_id = 7", "is not an answer store"),
+        ],
     )
     def test_another_programs_or_versions_database_is_refused(self, bench: Bench, change: str, words: str) -> None:
         bench.write(["cake"]).enrich()
         db = sqlite3.connect(bench.store)
         db.execute(f"PRAGMA {change}")
         db.close()
+        before = bench.store.read_bytes()
         with pytest.raises(module.InputError, match=words):
             bench.enrich()
+        assert bench.store.read_bytes() == before
 
     def test_a_store_that_cannot_be_made_is_refused(self, bench: Bench) -> None:
         with pytest.raises(module.InputError, match="no folder"):
