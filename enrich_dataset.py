@@ -2762,6 +2762,7 @@ class Server:
         self.is_local = parts.hostname in {"localhost", "127.0.0.1", "::1"}
         if not self.api_key and not f".{parts.hostname}".endswith(".openai.com"):
             self.api_key = PLACEHOLDER_KEY
+        self.live_tier = str((options.extra_body or {}).get("service_tier") or "standard")
         self.default_parameters = default_parameters(options.model, self.is_capped, options.extra_body or {})
         self.knows_price = self.cost(Usage(), "standard") is not None
         if self.is_capped and not self.knows_price:
@@ -2843,8 +2844,9 @@ class Server:
 
     def billed(self, reply: Reply, tier: str, user_price: tuple[float, float] | None, model: str) -> float | None:
         """What a reply cost; None: nothing tells."""
-        # The tier is the sender's, because what a job replies calls its own tier "default".
         served = str(get_nested(reply.body, "model") or "")
+        if tier != "batch":  # what a job replies calls its own tier "default"
+            tier = str(get_nested(reply.body, "service_tier") or tier)
         listed = None if reply.usage is None else price_of(reply.usage, tier, user_price, served, model)
         return reply.dollars if listed is None else listed
 
@@ -2919,7 +2921,7 @@ def price_of(usage: Usage, tier: str, user_price: tuple[float, float] | None, *m
 
 @lru_cache(maxsize=1024)
 def list_price(model: str, tier: str, usage: Usage) -> float | None:
-    """The list price of one call's tokens."""
+    """The list price of one call's tokens; `tier`: "standard", "batch", or a `service_tier` of OpenAI's."""
     try:
         import genai_prices
 
@@ -2927,7 +2929,9 @@ def list_price(model: str, tier: str, usage: Usage) -> float | None:
         tokens = genai_prices.Usage(
             input_tokens=prompt, cache_read_tokens=cached, cache_write_tokens=written, output_tokens=completion
         )
-        priced = genai_prices.calc_price(tokens, model, provider_id="openai", price_context={"processing": tier})
+        priced = genai_prices.calc_price(
+            tokens, model, provider_id="openai", price_context={"processing": tier, "service_tier": tier}
+        )
     except Exception:  # an unknown model, or whatever the list stumbles over: no price is worth losing a run for
         return None
     return float(priced.total_price)
@@ -2998,7 +3002,7 @@ class Attempt:
     is_probe: bool = False  # about a text of ours, of which nothing is kept but what it cost
     # Of its calls:
     parameters: Parameters = field(default_factory=lambda: Parameters())
-    tier: str = "standard"  # at which it is billed; genai-prices calls it "processing"
+    tier: str = "standard"  # at which it is sent, and billed unless the reply names another
     calls: int = 0
     seconds: float = 0.0  # summed
     cost: float | None = None  # US dollars, of the calls whose cost is known; None: of none
@@ -4284,12 +4288,11 @@ class LiveSender:
     No worker sleeps while an attempt waits, and what is in flight is all that can still be billed after a stop.
     """
 
-    tier = "standard"  # at which its calls are billed
-
     def __init__(
         self, task: Task, evidence: Evidence, budget: Budget, stop: threading.Event, progress: Progress
     ) -> None:
         self.options, self.server, self.warn = task.options, task.server, task.console.warn
+        self.tier = self.server.live_tier  # at which its attempts are sent
         self.evidence, self.budget, self.stop, self.progress = evidence, budget, stop, progress
         self.prompt = task.prompt
         self.timing = self.server.timing
@@ -4410,9 +4413,14 @@ class LiveSender:
     def _book(self, attempt: Attempt, reply: Reply, now: float) -> None:
         """Take in what a live call has cost, and what its reply says of limits."""
         self.pace.note_headers(reply.headers, attempt.departure, now)
-        cost, unconfirmed = self.server.billed(reply, LiveSender.tier, self.server.user_price, self.server.model), 0.0
+        cost, unconfirmed = (
+            self.server.billed(reply, self.server.live_tier, self.server.user_price, self.server.model),
+            0.0,
+        )
         if cost is None and reply.may_be_billed and self.server.knows_price:
-            unconfirmed = attempt.reserved or worst_cost(attempt, attempt.parameters, self.server, LiveSender.tier)
+            unconfirmed = attempt.reserved or worst_cost(
+                attempt, attempt.parameters, self.server, self.server.live_tier
+            )
         self.budget.settle(attempt.reserved, unconfirmed if cost is None else cost)
         attempt.add_call(reply, cost, unconfirmed)
 
@@ -4595,7 +4603,7 @@ class LiveSender:
             attempt = Attempt((Row(digest(HARMLESS), HARMLESS),), prompt, is_probe=True)
             tokens = float(prompt_tokens(attempt, parameters))
             if self.server.is_capped:
-                attempt.reserved = worst_cost(attempt, parameters, self.server, LiveSender.tier)
+                attempt.reserved = worst_cost(attempt, parameters, self.server, self.server.live_tier)
             if not self.budget.reserve(attempt.reserved):
                 self.error = self.budget.exceeded(attempt.reserved)
                 return None
@@ -4707,12 +4715,11 @@ class JobSender(LiveSender):
     again, and nothing is submitted twice.
     """
 
-    tier = "batch"
-
     def __init__(
         self, task: Task, evidence: Evidence, budget: Budget, stop: threading.Event, progress: Progress
     ) -> None:
         super().__init__(task, evidence, budget, stop, progress)
+        self.tier = "batch"
         self.task, self.store = task, task.store
         self.jobs: list[Job] = []
         self.max_requests = JOB_REQUESTS  # per job; fewer once the account's queue has proved to be smaller
@@ -6358,7 +6365,7 @@ def estimate_lines(attempts: Iterable[Attempt], seen: Experience, server: Server
         prompt += prompt_tokens(attempt, server.default_parameters) * seen.prompt
         completion += usual_answer_tokens(attempt, seen.prevalence) * seen.completion
     each = Usage(prompt=round(prompt / max(1, count)), completion=round(completion / max(1, count)))
-    prices = [server.cost(each, sender.tier) for sender in (LiveSender, JobSender)]
+    prices = [server.cost(each, tier) for tier in (server.live_tier, "batch")]
     live, in_jobs = (None if price is None else dollars(price * count) for price in prices)
     note = f" ({OPENAI_WOULD_BILL})" if server.is_local and server.user_price is None else ""
     cost = f"about {live}{f', with `use_batch_api` {in_jobs}' if in_jobs else ''}{note}"

@@ -197,7 +197,7 @@ def check_schema(schema: Any, path: str = "") -> str:
 
 PARAMETERS = {
     "model", "messages", "response_format", "temperature", "reasoning_effort", "max_completion_tokens", "max_tokens",
-    "stream", "seed",
+    "stream", "seed", "service_tier",
 }  # fmt: skip
 
 

@@ -117,6 +117,34 @@ class TestBills:
         told = run_figures(bench.write(["cake"]).enrich(model="llama3.2", price=(10, 20)))
         assert told["cost"] == pytest.approx(price(bench.server.calls, 10, 20))
 
+    @pytest.mark.parametrize(
+        ("asked", "served", "into", "out"),
+        [
+            ("flex", "flex", 0.125, 1.0),
+            ("flex", "default", 0.25, 2.0),  # without capacity, it is served and billed as usual
+            ("priority", "priority", 0.45, 3.6),
+            ("auto", "priority", 0.45, 3.6),  # by the project's own setting
+            ("priority", None, 0.45, 3.6),
+        ],
+    )
+    def test_a_service_tier_is_billed_at_its_own_price(
+        self, bench: Bench, asked: str, served: str | None, into: float, out: float
+    ) -> None:
+        """The list prices of gpt-5-mini, November 2026; the reply names the tier that was used (OpenAI, flex guide)."""
+        bench.server.model.odd_reply = {"service_tier": served} if served else {}
+        told = run_figures(bench.write(make_texts(20)).enrich(model="gpt-5-mini", extra_body={"service_tier": asked}))
+        assert told["cost"] == pytest.approx(price(bench.server.calls, into, out))
+
+    def test_a_cap_and_an_estimate_go_by_the_tier_that_is_asked_for(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        found = []
+        for tier in ("default", "priority"):
+            options = ("--model", "gpt-5-mini", "--extra-body", json.dumps({"service_tier": tier}))
+            assert bench.write(make_texts(20)).command("--dry-run", *options) == 0
+            found += re.findall(r"Estimated cost: about \$([\d.]+)", capsys.readouterr().out)
+        assert float(found[1]) == pytest.approx(1.8 * float(found[0]), rel=0.01)
+
     def test_a_price_is_two_numbers_none_below_0(self, bench: Bench) -> None:
         for wrong, words in (((1,), "must be 2 numbers"), ((1, -1), "price must be at least 0")):
             with pytest.raises(module.InputError, match=words):
