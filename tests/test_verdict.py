@@ -1,4 +1,7 @@
-"""Verdict: any reply, however broken, yields right cells or none, and the right next step."""
+"""Verdict: any reply, however broken, yields right cells or none, and the right next step.
+
+What a real server said is a file in tests/recorded (test_recorded.py); here are the rules, one by one.
+"""
 
 from __future__ import annotations
 
