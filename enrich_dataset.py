@@ -9,9 +9,9 @@ paid for twice: kill the program, add rows, add a label, and run it again.
 The store of answers is the only state. What it does not know is sent; the table and the report are read from it.
 Read the story below, `run`, first; it calls all the other sections, of which each uses only those above it. Where what
 is new goes: an option, a field of `Options`; a part of each request, `build_body`; a value of a cell, the section
-"Labels"; an answer form, an entry of `TASKS` and `SHAPES` and a branch of `answer_schema` and `read_answer`; another way
-of sending, a class with `send`, which `ask` chooses. What a server said becomes a file in tests/recorded, which needs no
-code; if its test fails, a rule of `judge_by_rules`.
+"Labels"; an answer form, an entry of `TASKS` and `SHAPES` and a branch of `answer_schema` and `read_answer`; another
+way of sending, a class with `send`, which `ask` chooses. What a server said becomes a file in tests/recorded, which
+needs no code; if its test fails, a rule of `judge_by_rules`.
 
 In Python:
 

@@ -97,7 +97,7 @@ def test_the_dry_run_prints_what_the_readme_shows(
 
 
 def test_the_batch_api_command_works(tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    (command,) = re.findall(r"^    (python enrich_dataset.py .* --batch-api)$", README, re.MULTILINE)
+    (command,) = re.findall(r"`(python enrich_dataset.py [^`]* --batch-api)`", README)
     shutil.copy(ROOT / "HatefulData.csv", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
