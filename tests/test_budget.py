@@ -7,15 +7,37 @@ import time
 from typing import Any
 
 import pytest
-from conftest import (
-    MINI,
-    Bench,
-    billed,
-    make_texts,
-    price,
-)
+from conftest import MINI, Bench, billed, make_texts, price
+from hypothesis import given
+from hypothesis import strategies as st
 
 import enrich_dataset as module
+
+AMOUNT = st.floats(0, 10)
+
+
+@given(cap=AMOUNT, spent=AMOUNT, calls=st.lists(st.tuples(AMOUNT, st.floats(0, 1))))
+def test_what_is_spent_and_set_aside_never_passes_the_cap_while_bills_keep_to_their_bounds(
+    cap: float, spent: float, calls: list[tuple[float, float]]
+) -> None:
+    budget, in_flight = module.Budget(cap, spent, 0.0), []
+    for bound, share in calls:
+        if budget.reserve(bound):
+            in_flight.append((bound, share * bound))
+            assert budget.spent + budget.set_aside <= cap
+        elif in_flight:
+            budget.settle(*in_flight.pop())
+        assert budget.spent + budget.set_aside <= max(cap, spent) + 1e-9
+    for bound, cost in in_flight:
+        budget.settle(bound, cost)
+    assert budget.set_aside == pytest.approx(0, abs=1e-9)
+
+
+def test_a_budget_without_a_cap_lets_every_call_leave_and_counts_it() -> None:
+    budget = module.Budget(None, 0.0, 0.0)
+    assert budget.reserve(1e9)
+    budget.settle(1e9, 5.0)
+    assert (budget.spent, budget.set_aside) == (5.0, 0.0)
 
 
 class TestCap:

@@ -13,17 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import (
-    LABELS,
-    Bench,
-    code_sample,
-    keys_of,
-    make_texts,
-    read_sample,
-    sample_of,
-    truth,
-    write_sample,
-)
+from conftest import LABELS, Bench, code_sample, keys_of, make_texts, read_sample, sample_of, truth, write_sample
 from hypothesis import given
 from hypothesis import strategies as st
 from simulate_shares import SETTINGS, misses, simulate

@@ -16,15 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import (
-    FAST,
-    LABELS,
-    PEAK,
-    ROOT,
-    Bench,
-    make_texts,
-    price,
-)
+from conftest import FAST, LABELS, PEAK, ROOT, Bench, make_texts, price
 from stand_in_rules import error_body
 from stand_in_server import StandIn
 

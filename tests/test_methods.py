@@ -6,13 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import (
-    LABELS,
-    Bench,
-    code_sample,
-    make_texts,
-    sample_of,
-)
+from conftest import LABELS, Bench, code_sample, make_texts, sample_of
 
 import enrich_dataset as module
 

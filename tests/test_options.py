@@ -13,12 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import (
-    LABELS,
-    ROOT,
-    Bench,
-    write_rows,
-)
+from conftest import LABELS, ROOT, Bench, write_rows
 from stand_in_server import StandIn
 
 import enrich_dataset as module

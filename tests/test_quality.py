@@ -6,12 +6,7 @@ import math
 import re
 
 import pytest
-from conftest import (
-    LABELS,
-    Bench,
-    make_texts,
-    run_figures,
-)
+from conftest import LABELS, Bench, make_texts, run_figures
 
 import enrich_dataset as module
 

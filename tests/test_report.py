@@ -11,14 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import (
-    CODEBOOK,
-    LABELS,
-    Bench,
-    expected,
-    make_texts,
-    write_examples,
-)
+from conftest import CODEBOOK, LABELS, Bench, expected, make_texts, write_examples
 from stand_in_server import StandIn
 
 import enrich_dataset as module

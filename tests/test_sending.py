@@ -20,14 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
-    FAST,
-    LABELS,
-    ROOT,
-    Bench,
-    make_texts,
-    price,
-)
+from conftest import FAST, LABELS, ROOT, Bench, make_texts, price
 from stand_in_model import FAULTS
 from stand_in_rules import error_body
 

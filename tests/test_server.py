@@ -14,17 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import (
-    LABELS,
-    PEAK,
-    ROOT,
-    Bench,
-    make_row,
-    make_texts,
-    price,
-    prompt_of,
-    run_figures,
-)
+from conftest import LABELS, PEAK, ROOT, Bench, make_row, make_texts, price, prompt_of, run_figures
 from stand_in_rules import error_body
 from stand_in_server import Call, StandIn
 

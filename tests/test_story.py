@@ -17,14 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow
 import pytest
-from conftest import (
-    LABELS,
-    Bench,
-    code_sample,
-    expected,
-    make_texts,
-    sample_of,
-)
+from conftest import LABELS, Bench, code_sample, expected, make_texts, sample_of
 from stand_in_server import StandIn
 
 import enrich_dataset as module
