@@ -731,6 +731,13 @@ class Task:
         """The texts from which people's samples are drawn."""
         return find_population(self.table, self.for_model)
 
+    @functools.cached_property
+    def coded(self) -> CodedDraw | None:
+        """What people have coded of a sample, if that is what the gold labels are."""
+        if self.gold is None or self.gold.draw is None:
+            return None
+        return coded_draw(self.gold, self.gold.draw, noted_draw(self.store, self.gold.draw))
+
 
 def run(
     options: Options, console: Console, returns_frame: bool = False, timing: Timing | None = None
@@ -761,7 +768,7 @@ def run(
         cells = task.cells(answers=not options.fresh)
         batches = plan_batches(task, cells)
         plan = make_plan(task, cells, batches, complete(from_examples))
-        specifications = compare_specifications(task, gold, cells)
+        specifications = compare_specifications(task, cells)
         say(*plan_lines(plan, options, specification_lines(specifications, plan.requested)))
         if options.dry_run:
             say(*request_lines(task, batches), verbatim=True)
@@ -972,7 +979,7 @@ def fill_frame(frame: pd.DataFrame | None, cells: Cells, labels: Sequence[str]) 
             frame[label] = column
 
 
-def compare_specifications(task: Task, gold: Gold | None, cells: Cells) -> list[dict[str, Any]]:
+def compare_specifications(task: Task, cells: Cells) -> list[dict[str, Any]]:
     """The labels' shares as this store has them under other models, prompts and forms, and, first, under this one."""
     labels, table, found = task.options.labels, task.table, []
     others = task.store.other_prompts(task.prompt)
@@ -990,8 +997,8 @@ def compare_specifications(task: Task, gold: Gold | None, cells: Cells) -> list[
             for label, count in count_labels(merged[task.requested], labels).items()
         }
         corrected: Any = {}
-        if gold and gold.draw and 2 * rows >= task.requested.sum():
-            corrected = correct_by_draw(task, gold, gold.draw, merged)
+        if task.coded and 2 * rows >= task.requested.sum():
+            corrected = correct_by_draw(task, task.coded, merged)
         shown = {"differs_in": differing(task.prompt, prompt), "rows": rows, "shares": shares}
         known_labels = [label for label, share in shares.items() if not math.isnan(share)]
         corrected = {k: v for k, v in corrected.get("corrected_shares", {}).items() if k in known_labels}
@@ -1059,13 +1066,14 @@ def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
     requested[~task.requested] = BLANK
     figures, disagreements = compare_with_gold(gold, requested, labels)
     weights = np.ones(len(gold.keys))
-    if gold.draw is not None:
-        figures |= correct_by_draw(task, gold, gold.draw, cells)
+    if gold.draw and task.coded:
+        figures |= correct_by_draw(task, task.coded, cells)
         weights = np.append(task.population.rows, 0)[task.population.find(gold.numbers)] / gold.draw.probabilities
     if "corrected_shares" in figures and task.options.output_filepath is not None:
         with task.files.replacing("coded") as file:
             labelled = task.for_model.nonzero()[0]
-            file.write(coded_content(gold, task.population, table, labelled, cells, task.options))
+            part = task.coded.gold if task.coded else gold
+            file.write(coded_content(part, task.population, table, labelled, cells, task.options))
     if len(gold.codes):
         figures |= measure_coders(gold, weights, labels, task.options.seed)
     if task.options.output_filepath is not None:
@@ -1078,9 +1086,10 @@ def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
     return figures
 
 
-def correct_by_draw(task: Task, gold: Gold, draw: Draw, cells: Cells) -> dict[str, Any]:
+def correct_by_draw(task: Task, sample: CodedDraw, cells: Cells) -> dict[str, Any]:
     """Shares corrected by a coded sample, unless it was drawn from other texts; and how it was drawn."""
-    labels, population, noted = task.options.labels, task.population, noted_draw(task.store, draw)
+    labels, population = task.options.labels, task.population
+    gold, draw, noted = sample.gold, sample.draw, sample.noted
     texts, fingerprint = population.identity
     is_same = (texts, fingerprint) == (draw.texts, draw.fingerprint)
     coded = {label: int(is_known(column).sum()) for label, column in zip(labels, gold.cells.T, strict=True)}
@@ -1090,17 +1099,16 @@ def correct_by_draw(task: Task, gold: Gold, draw: Draw, cells: Cells) -> dict[st
         "texts_now": texts,
         "is_same_population": is_same,
         "rows": int(population.rows.sum()),
-        "drawn": noted.get("drawn"),
         "coded": coded,
         "ones": {label: int((column == 1).sum()) for label, column in zip(labels, gold.cells.T, strict=True)},
+        "drawn": sample.drawn,
         **{name: noted.get(name) for name in ("seed", "drawn_at", "design")},
         "labels_whose_prompt_has_changed": [x for x in labels if drawn_with.get(x, now[x]) != now[x]],
     }
     if not is_same and not 0 < abs(texts - draw.texts) <= MAX_APART * max(texts, draw.texts):
         return {"draw": told}
-    return {"draw": told} | correct_by_sample(
-        gold, population, cells, labels, task.options.by_column, noted.get("drawn")
-    )
+    in_all = sample.drawn if sample.is_even else None
+    return {"draw": told} | correct_by_sample(gold, population, cells, labels, task.options.by_column, in_all)
 
 
 def noted_draw(store: Store, draw: Draw) -> dict[str, Any]:
@@ -1115,7 +1123,8 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
     """Draw texts for people to code, and keep what they have filled in already.
 
     A text that was in an earlier draw stays: its probability is the larger of its old and its new one, since with
-    permanent random numbers it is in either draw if its number is below it.
+    permanent random numbers it is in either draw if its number is below it. What the earlier draw was is noted, for as
+    long as only its texts are coded.
     """
     import numpy as np
 
@@ -1135,13 +1144,18 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
         drawn = drawn[:0] if is_enough else drawn
         earlier_chances = before.draw.probabilities[list(kept.values())]
         chances[list(kept)] = earlier_chances if is_enough else np.maximum(chances[list(kept)], earlier_chances)
-    chosen = [*kept, *(place for place in drawn.tolist() if place not in kept)]
+    new = [place for place in drawn.tolist() if place not in kept]
+    chosen, earlier_draw = [*kept, *new], first.get("before")
+    if before and before.draw and new:
+        chances_before = dict(zip(before.keys, before.draw.probabilities.tolist(), strict=True))
+        earlier_draw = {"identity": before.draw[1:], "chances": chances_before, "before": earlier_draw}
     how = {
         "seed": seed,
         "drawn": len(chosen),
         "design": DESIGN,
         "drawn_at": task.server.timing.utc_now().isoformat(timespec="seconds"),
         "prompts": wordings(task.prompt) | first.get("prompts", {}),
+        "before": earlier_draw,
     }
     task.store.note(f"draw {identity[0]} {identity[1]}", json.dumps(how))
     ids = [sample_id(population.keys[place], chances[place], identity) for place in chosen]
@@ -5765,6 +5779,43 @@ def read_sample(source: Source, table: Table, options: Options, newest: Gold | N
     return Gold(sample.given, names, numbers, {"gold": sample.content}, [], lacking, draw)
 
 
+class CodedDraw(NamedTuple):
+    """The part of a sample that stands for its population."""
+
+    gold: Gold
+    draw: Draw
+    noted: Mapping[str, Any]  # of the newest draw, in the store
+    drawn: int | None  # how many texts, if that is known
+    # Whether people have coded the earlier and the new texts of a sample that grew to the same part. If not, these are
+    # the coded ones, with the probabilities of having been drawn and coded.
+    is_even: bool = True
+
+
+def coded_draw(gold: Gold, draw: Draw, noted: Mapping[str, Any]) -> CodedDraw:
+    """Of a sample that has grown, the newest draw of which a text is coded."""
+    import numpy as np
+
+    draws, before = [(draw[1:], dict(zip(gold.keys, draw.probabilities.tolist(), strict=True)))], noted.get("before")
+    while before:
+        draws.append((before["identity"], before["chances"]))
+        before = before["before"]
+    is_coded = is_known(gold.cells).any(axis=1)
+    ages = np.array([sum(key in chances for _, chances in draws) for key in gold.keys], int)  # 1: new in the newest
+    youngest = int(ages[is_coded].min(initial=len(draws)))
+    if len(draws) == 1 or not is_coded.any():
+        return CodedDraw(gold, draw, noted, noted.get("drawn"))
+    identity, known = draws[youngest - 1]
+    coded_parts = {age: float(is_coded[ages == age].mean()) for age in {*ages[ages >= youngest].tolist()}}
+    is_even = len({*coded_parts.values()}) == 1
+    inside = (ages >= youngest) & (is_even | is_coded)
+    parts = [1.0 if is_even else coded_parts[age] for age in ages[inside].tolist()]
+    keys = list(compress(gold.keys, inside))
+    chances = np.array([known[key] for key in keys]) * parts
+    part = Draw(chances, *identity)
+    gold = gold._replace(cells=gold.cells[inside], keys=keys, numbers=gold.numbers[inside], draw=part)
+    return CodedDraw(gold, part, noted, len(known), is_even)
+
+
 def check_texts(sample: Table, table: Table, numbers: IntArray) -> None:
     """Refuse a sample whose ids have come to stand beside other texts, as if one column had been sorted alone."""
     known, moved = (numbers >= 0).nonzero()[0], []
@@ -6781,7 +6832,7 @@ def labelling_words(record: Mapping[str, Any]) -> Iterator[str]:
     if blank:
         yield f"{blank:,} rows ({blank / rows['requested']:.1%}) have a text and no answer."
     for each in record.get("specifications", [])[1:]:
-        yield f"{each['rows']:,} rows were also labelled under another {join_words(each['differs_in'])}."
+        yield f"{each['rows']:,} rows also have labels from other settings ({join_words(each['differs_in'])})."
 
 
 def validation_words(record: Mapping[str, Any]) -> Iterator[str]:

@@ -70,6 +70,23 @@ class TestDrawing:
         assert sizes[96:].sum() == pytest.approx(2)
         assert sizes[:96].sum() == pytest.approx(96**0.5)
 
+    def test_another_seed_draws_other_texts_and_the_same_seed_the_same(self, bench: Bench) -> None:
+        drawn = {}
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            bench.output = bench.input.with_name(f"{name}.csv")
+            bench.write(make_texts(200)).enrich(sample=20, seed=seed, store_filepath=bench.input.with_name("answers"))
+            drawn[name] = {row["text"] for row in read_sample(sample_of(bench))}
+        assert drawn["a"] == drawn["b"]
+        assert len(drawn["a"] & drawn["c"]) < 15
+
+    def test_the_six_most_frequent_values_of_a_column_are_groups(self) -> None:
+        frame = pd.DataFrame(
+            {"text": [f"text {n}" for n in range(45)], "by": [v for v in range(9) for _ in range(9 - v)]}
+        )
+        table = module.read_table(frame, module.Columns("text", (), (), "by"))
+        population = module.find_population(table, np.ones(45, bool))
+        assert population.values == ["0", "1", "2", "3", "4", "5"]
+
     def test_a_part_from_the_top_is_a_random_part(self) -> None:
         predicted = labelled()
         sizes, tops, wholes = sizes_of(predicted), [], []
@@ -386,6 +403,60 @@ class TestSamples:
             )  # fmt: skip
             found.append(shares.loc["a", "corrected_share"])
         assert np.mean(found) == pytest.approx(truth.mean(), abs=3 * np.std(found) / 150**0.5 + 0.002)
+
+    @pytest.mark.parametrize("extra", [0, 15, 60])
+    def test_a_sample_that_grew_by_groups_of_which_the_new_texts_are_coded_in_part_gives_unbiased_shares(
+        self, extra: int
+    ) -> None:
+        """What is coded is all of the first draw and, of the second, so many from the top."""
+        dice = np.random.default_rng(3)
+        group = dice.random(2000) < 0.1
+        truth = dice.random(2000) < np.where(group, 0.8, 0.05)
+        model = (dice.random(2000) < np.where(truth, 0.6, 0.1)).astype(np.int8)[:, None]
+        by, keys = np.stack([~group, group], axis=1).astype(int), keys_of(2000)
+        found, covered, width = [], 0, []
+        for seed in range(150):
+            first, before = module.draw_sample(keys, module.sampling_sizes(model, np.ones((2000, 1), int)), 60, seed)
+            second, chances = module.draw_sample(keys, module.sampling_sizes(model, by), 120, seed)
+            chances[first] = np.maximum(chances[first], before[first])
+            new = [place for place in second.tolist() if place not in set(first.tolist())]
+            places = np.array([*first, *new])
+            cells = truth[places].astype(np.int8)[:, None]
+            cells[len(first) + extra :] = module.BLANK
+            names = [f"t{keys[place].hex()}" for place in places]
+            known = {f"t{keys[place].hex()}": float(before[place]) for place in first}
+            noted = {"drawn": len(places), "before": {"identity": (2000, 7), "chances": known, "before": None}}
+            draw = module.Draw(chances[places], 2000, 7)
+            coded = module.coded_draw(module.Gold(cells, names, places, {}, [], [], draw), draw, noted)
+            row = module.corrected_shares(
+                pd.DataFrame(model, columns=["a"]),
+                pd.DataFrame(module.label_columns(coded.gold.cells, ["a"]), coded.gold.numbers), ["a"],
+                pd.Series(coded.draw.probabilities, coded.gold.numbers),
+                drawn=coded.drawn if coded.is_even else None,
+            ).loc["a"]  # fmt: skip
+            found.append(row["corrected_share"])
+            covered += row["corrected_share_low"] <= truth.mean() <= row["corrected_share_high"]
+            width.append(row["corrected_share_high"] - row["corrected_share_low"])
+        assert np.mean(found) == pytest.approx(truth.mean(), abs=3 * np.std(found) / 150**0.5 + 0.002)
+        assert covered >= 135
+
+    def test_a_sample_of_which_nothing_new_is_coded_gives_the_figures_of_before_it_grew(self, bench: Bench) -> None:
+        path = sample_of(bench)
+        texts = [f"{text}, {'here' if number % 9 else 'there'}" for number, text in enumerate(make_texts(300))]
+        rows = {"text": texts, "place": ["here" if number % 9 else "there" for number in range(300)]}
+        pd.DataFrame(rows).to_csv(bench.input, index=False)
+        bench.enrich(sample=60)
+        code_sample(path)
+        before = bench.enrich(gold=path).attrs["enrichment"]
+        grown = bench.enrich(gold=path, sample=120, by="place").attrs["enrichment"]
+        again = bench.enrich(gold=path).attrs["enrichment"]
+        assert len(read_sample(path)) == 120
+        for told in (grown, again):
+            assert told["corrected_shares"] == before["corrected_shares"]
+        code_sample(path)
+        whole = bench.enrich(gold=path).attrs["enrichment"]
+        assert whole["corrected_shares"][LABELS[0]]["coded"] == 120
+        assert whole["draw"]["drawn"] == 120
 
     def test_texts_that_have_left_the_table_are_dropped_and_counted(
         self, bench: Bench, capsys: pytest.CaptureFixture[str]

@@ -231,7 +231,7 @@ class TestRefused:
         link.hardlink_to(path)
         refused(bench, capsys, other, str(path), "--output", str(link))
 
-    def test_but_a_coded_sample_may_grow_however_its_path_is_spelled(
+    def test_a_coded_sample_that_is_passed_as_gold_may_grow_however_its_path_is_spelled(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = Path(f"{bench.output}.sample.csv")
@@ -280,7 +280,7 @@ class TestRefused:
             ("out.csv.sample.csv", ["--input", "--codebook", "--examples", "--api-key-file", "--store"]),
         ],
     )
-    def test_what_is_read_is_written_over_by_nothing(
+    def test_an_output_path_equal_to_an_input_path_is_refused(
         self, bench: Bench, name: str, flags: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = bench.write(["cake"]).input.with_name(name)

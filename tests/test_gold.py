@@ -153,7 +153,9 @@ class TestCoders:
         assert told["gold"][LABELS[0]]["rows"] == 3
         assert told["cells_not_settled"] == 1
 
-    def test_files_alike_are_told(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_coders_with_identical_files_are_pointed_out(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         paths = copies(bench)
         shutil.copy(paths[0], paths[1])
         bench.command("--coders", *map(str, paths))

@@ -27,7 +27,7 @@ def test_a_cell_is_known_if_it_is_0_or_1_and_a_row_is_complete_if_all_of_its_cel
 
 
 @given(TABLE, st.data())
-def test_what_is_known_above_covers_what_lies_below(rows: list[tuple[int, ...]], data: st.DataObject) -> None:
+def test_merge_prefers_the_known_cells_of_the_upper_table(rows: list[tuple[int, ...]], data: st.DataObject) -> None:
     above = data.draw(st.lists(st.tuples(CELL, CELL, CELL), min_size=len(rows), max_size=len(rows)))
     merged = module.merge(cells(rows), cells(above)).tolist()
     for low, high, result in zip(rows, above, merged, strict=True):

@@ -92,7 +92,7 @@ def test_a_string_is_no_list_of_columns(bench: Bench) -> None:
         write_rows(bench).enrich(context="thread")
 
 
-def test_numbers_of_numpy_and_odd_columns(server: StandIn) -> None:
+def test_numpys_numbers_are_taken_and_cells_with_lists_refused(server: StandIn) -> None:
     import numpy as np
     import pandas as pd
 

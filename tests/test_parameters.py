@@ -20,7 +20,7 @@ def test_a_bound_that_is_too_large_for_the_model_is_kept_and_the_batch_is_split(
     assert all("max_completion_tokens" in call.body for call in bench.server.calls)
 
 
-def test_where_no_smaller_batch_helps_the_bound_is_dropped(bench: Bench) -> None:
+def test_a_bound_that_is_too_large_for_one_row_is_dropped(bench: Bench) -> None:
     """Because of the room for reasoning."""
     bench.server.gate.most_completion, bench.server.gate.refuses = 4096, {"reasoning_effort"}
     bench.write(make_texts(60)).enrich(model="gpt-5-mini", max_workers=1)

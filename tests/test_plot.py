@@ -79,7 +79,7 @@ class TestPlot:
         assert "out.nonsense must end in a kind of picture that can be drawn: ." in capsys.readouterr().err
         assert bench.server.calls == []
 
-    def test_where_it_cannot_go_is_told_before_anything_is_sent(self, bench: Bench) -> None:
+    def test_a_plot_in_a_missing_folder_is_refused_before_anything_is_sent(self, bench: Bench) -> None:
         with pytest.raises(module.InputError, match=r"There is no folder .* for the plot"):
             bench.write(["cake"]).enrich(plot=bench.output.parent / "nowhere" / "plot.png")
         assert bench.server.calls == []

@@ -62,7 +62,7 @@ class TestContext:
         told = 'Each text comes with an earlier label, "thread", in this order, as context only: judge the text.'
         assert told in bench.server.calls[0].body["messages"][0]["content"]
 
-    def test_without_any_a_message_is_as_lean_as_ever(self, bench: Bench) -> None:
+    def test_without_context_the_bare_texts_are_sent(self, bench: Bench) -> None:
         write_rows(bench).enrich()
         assert entries(bench) == ["cake", "violence"]
         assert "comes with" not in bench.server.calls[0].body["messages"][0]["content"]
@@ -299,7 +299,7 @@ class TestExamples:
         assert run_figures(labelled)["reused_rows"] == 0
         assert "Rows equal to an example (labelled from it, not sent): 2\n" in capsys.readouterr().out
 
-    def test_other_ones_ask_anew_and_a_label_that_is_added_does_not(self, bench: Bench) -> None:
+    def test_changed_examples_send_all_labels_again_and_an_added_label_only_itself(self, bench: Bench) -> None:
         bench.write(["cake"])
         bench.enrich(LABELS[:2], examples=write_examples(bench, "tram"))
         bench.enrich(examples=write_examples(bench, "tram"))
@@ -320,7 +320,7 @@ class TestExamples:
             (f"text,{','.join(LABELS)}\na,1,0,0\na,0,0,0\n", "have one text with different labels"),
         ],
     )
-    def test_ones_that_cannot_be_used_are_refused(self, bench: Bench, content: str, words: str) -> None:
+    def test_examples_that_are_invalid_or_too_many_are_refused(self, bench: Bench, content: str, words: str) -> None:
         path = bench.input.with_name("examples.csv")
         path.write_text(content)
         with pytest.raises(module.InputError, match=words):

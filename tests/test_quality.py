@@ -55,7 +55,7 @@ class TestAudit:
         told = run_figures(bench.enrich(audit=10))["audit"]
         assert {values["rows"] for values in told.values()} == {1}
 
-    def test_it_is_paid_once_and_a_larger_one_holds_the_smaller(self, bench: Bench) -> None:
+    def test_an_audit_is_paid_once_a_larger_one_holds_it_and_another_seed_draws_other_rows(self, bench: Bench) -> None:
         bench.write(make_texts(40)).enrich(audit=10)
         calls = len(bench.server.calls)
         bench.enrich(audit=10)

@@ -36,6 +36,42 @@ def test_it_has_300_lines_and_no_paragraph_of_more_than_four_sentences() -> None
         assert paragraph.startswith("|") or len(sentences) <= 4, paragraph
 
 
+NUMBERS = {
+    "at most 390, of 20,000 characters together": (module.MAX_EXAMPLES, module.EXAMPLE_CHARACTERS),
+    "A batch is closed early when its texts reach 60,000 characters": (module.BATCH_CHARACTERS,),
+    "half a second, doubled up to a minute": (0.5, module.Timing().longest_backoff / 60),
+    "A wait of over an hour": (module.Timing().longest_wait / 3600,),
+    "What fails three times while other calls succeed": (module.MAX_TRIES_ALONE,),
+    "until two failures are alike, four times at most": (module.MAX_LONE_ALIKE, module.MAX_LONE_FAILURES),
+    "or 20 in a row": (module.MAX_REFUSALS,),
+    "in at most 16 calls": (module.MAX_PROBE_CALLS,),
+    "or is larger than 8 MB": (module.REPLY_BYTES / 1e6,),
+    "the call ends after ten minutes, or at 8 MB": (module.Timing().call / 60, module.REPLY_BYTES / 1e6),
+    "those in flight are waited for, 8 seconds": (module.Timing().stop,),
+    "after three jobs it stays blank": (module.MAX_JOBS,),
+    "each of its six most frequent values": (module.SHOWN_GROUPS,),
+}
+WORDS = {
+    "half a second": 0.5, "a minute": 1, "an hour": 1, "two": 2, "three": 3, "four": 4, "six": 6, "ten": 10,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("phrase", NUMBERS)
+def test_a_number_of_the_readme_is_the_modules(phrase: str) -> None:
+    assert phrase in README
+    written = re.findall(r"[\d,]*\d|" + "|".join(WORDS), phrase)
+    assert [WORDS.get(word) or float(word.replace(",", "")) for word in written] == list(NUMBERS[phrase])
+
+
+def test_a_server_that_was_never_reached_is_given_up_within_30_seconds_at_the_longest_waits() -> None:
+    timing = module.Timing(jitter=lambda: 1.25)
+    waited, failures = 0.0, 0
+    while waited <= timing.unreachable:
+        failures += 1
+        waited += timing.backoff(failures) + 5.0  # of connecting
+    assert waited < 30
+
+
 def test_the_flag_table_is_the_parsers() -> None:
     parser = module.build_parser()
     actions = {action.option_strings[-1]: action for action in parser._actions}

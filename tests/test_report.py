@@ -129,7 +129,7 @@ def test_a_stopped_run_counts_the_rows_requested(bench: Bench, capsys: pytest.Ca
     assert "Stopped: 10 of 20 rows are labelled" in capsys.readouterr().err
 
 
-def test_shares_are_broken_down_by_a_column_that_is_never_sent(
+def test_shares_by_the_label_column_say_shown_to_the_model_and_by_another_column_do_not(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench.input.write_text("text,party,label\nviolence,left,x\ncake,left,x\ntram,right,x\n")

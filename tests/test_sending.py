@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -57,7 +58,7 @@ class TestUselessModels:
             f"gives no answer that can be used, not even about a harmless text: {kind}. Try another --model" in errors
         )
 
-    def test_one_ends_a_run_of_jobs_before_the_first_of_them(self, bench: Bench) -> None:
+    def test_a_useless_model_ends_a_run_of_jobs_before_the_first_job(self, bench: Bench) -> None:
         bench.server.faults.shares, bench.spares_probes = {"garbage": 1.0}, False
         with pytest.raises(module.ProviderError, match="can be used"):
             bench.write(make_texts(300)).enrich(use_batch_api=True, poll_interval=0.05)
@@ -71,6 +72,39 @@ class TestUselessModels:
         bench.write(texts).enrich(max_workers=8)
         bench.check(blank_rows=poisoned)
         assert len(bench.server.calls) < 100 + 10 * 12
+
+
+class TestCalls:
+    """By a clock of the test's own: nothing here waits."""
+
+    def test_a_call_is_given_up_after_its_longest_time_and_comes_back_as_one_without_an_answer(self) -> None:
+        now = [0.0]
+        gate = threading.Event()
+        with module.Calls(1, 5.0, module.Timing(clock=lambda: now[0], call=600.0)) as calls:
+            made = calls.start(lambda: gate.wait(20) and module.Reply(200, {}, {}, 0.0))
+            now[0] = 599.0
+            assert calls.wait_for_one(0.0, is_stopping=False) is None
+            now[0] = 601.0
+            returned, reply = calls.wait_for_one(0.0, is_stopping=False)
+            assert returned is made
+            assert (reply.status, reply.reason) == (0, "no whole answer in time")
+            gate.set()
+
+    @pytest.mark.parametrize(("slowest", "longest"), [(0.0, 8.0), (30.0, 30.0)])
+    def test_a_stop_waits_eight_seconds_or_as_long_as_the_slowest_answer_took(
+        self, slowest: float, longest: float
+    ) -> None:
+        now = [100.0]
+        gate = threading.Event()
+        with module.Calls(1, 5.0, module.Timing(clock=lambda: now[0])) as calls:
+            calls.slowest = slowest
+            calls.start(lambda: gate.wait(20) and module.Reply(200, {}, {}, 0.0))
+            assert calls.wait_for_one(0.0, is_stopping=True) is None
+            now[0] += longest - 0.1
+            assert calls.wait_for_one(0.0, is_stopping=True) is None
+            now[0] += 0.2
+            assert calls.wait_for_one(0.0, is_stopping=True) is not None
+            gate.set()
 
 
 class TestSlowReplies:
@@ -350,7 +384,7 @@ class TestProbe:
         bench.write(make_texts(80)).enrich()  # the store has what was found
         assert {call.status for call in bench.server.calls} == {200}
 
-    def test_a_healthy_server_never_sees_it(self, bench: Bench) -> None:
+    def test_a_healthy_server_gets_no_probe(self, bench: Bench) -> None:
         bench.write(make_texts(60)).enrich()
         assert self.probed(bench) == []
 
@@ -403,7 +437,7 @@ class TestProbe:
         assert frame.attrs["enrichment"]["blank_rows"] == {}
         bench.check()
 
-    def test_it_asks_as_often_as_it_waits(self, bench: Bench) -> None:
+    def test_sixty_503s_at_the_start_are_outlasted_with_sixty_retries(self, bench: Bench) -> None:
         bench.timing = module.Timing(longest_backoff=0.01)
         bench.server.script.extend([(503, {}, error_body("down"))] * 60)
         bench.write(make_texts(5)).enrich(max_retries=60)
@@ -479,7 +513,9 @@ class TestGivenUp:
         assert json.loads(Path(f"{bench.output}.run.json").read_text())["gold"]
         bench.check(blank_rows=range(0, 150, 5))
 
-    def test_why_is_said_once_in_the_servers_words(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_reason_of_blank_rows_is_printed_once_in_the_servers_words(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert bench.write(self.filtered(20)).command() == 3
         line = "A row is left blank: stopped by the provider's content filter. Server message: "
         assert (

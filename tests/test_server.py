@@ -71,7 +71,7 @@ class TestBills:
             ),
         ],
     )
-    def test_of_two_readings_of_a_bill_the_dearer_counts(
+    def test_reasoning_tokens_that_are_billed_beside_the_completion_are_counted(
         self, bench: Bench, usage: Any, tokens: tuple[int, ...]
     ) -> None:
         body = {"choices": [{"message": {"content": '{"660": []}'}}], "usage": {"prompt_tokens": 78} | usage}
@@ -188,7 +188,7 @@ def test_an_unknown_model_is_told_with_what_to_pass(bench: Bench) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from there")
 @pytest.mark.parametrize("fault", ["endless", "bomb"])
-def test_a_reply_is_read_only_so_far(bench: Bench, fault: str) -> None:
+def test_an_endless_reply_and_a_gzip_bomb_are_read_up_to_the_size_limit(bench: Bench, fault: str) -> None:
     bench.server.faults.shares = {fault: 1.0}
     bench.write(make_texts(2))
     arguments = bench.arguments("--base-url", bench.server.url, "--quiet", "--max-retries", "0")
@@ -345,7 +345,7 @@ def test_a_date_to_retry_after_is_read_by_the_servers_clock_or_else_by_ours(benc
 
 
 @pytest.mark.parametrize(("first", "seconds"), [("0", 2.0), ("1500", 1.5)])
-def test_milliseconds_count_unless_there_are_none(first: str, seconds: float) -> None:
+def test_retry_after_ms_counts_before_retry_after_unless_it_is_0(first: str, seconds: float) -> None:
     reply = module.Reply(429, {"retry-after-ms": first, "retry-after": "2"}, {}, 0.0)
     assert module.requested_wait(reply) == seconds
 

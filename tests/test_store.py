@@ -247,7 +247,7 @@ SECOND = {
 
 class TestOtherQuestions:
     @pytest.mark.parametrize("name", SECOND)
-    def test_why_earlier_answers_do_not_count_is_said_before_anything_is_paid(
+    def test_answers_of_another_server_model_or_prompt_do_not_count_and_that_is_said_first(
         self, bench: Bench, name: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         options, words = SECOND[name]
@@ -266,7 +266,7 @@ class TestOtherQuestions:
         assert printed.index(line) < printed.index("Total batches to process: ")
         assert "Rows already labelled" not in printed
 
-    def test_those_of_few_rows_are_told_in_a_line(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_few_answers_of_another_model_are_one_line(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
         bench.write(make_texts(40)).enrich(limit=9)
         bench.enrich(model="gpt-6-luna", instructions="Be strict.", quiet=False)
         told = (

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow
 import pytest
-from conftest import LABELS, Bench, code_sample, expected, make_texts, sample_of
+from conftest import LABELS, Bench, code_sample, expected, make_texts, run_figures, sample_of
 from stand_in_server import StandIn
 
 import enrich_dataset as module
@@ -375,6 +375,13 @@ def test_start_index_and_limit_send_only_their_window(bench: Bench) -> None:
     bench.write(make_texts(30)).enrich(start_index=10, limit=5)
     assert sorted(bench.asked) == sorted(bench.texts[10:15])
     bench.check(blank_rows=[*range(10), *range(15, 30)])
+
+
+def test_a_row_beyond_the_limit_with_the_text_of_one_within_it_is_filled_in_and_not_counted(bench: Bench) -> None:
+    texts = [*make_texts(5), make_texts(5)[2], "another text"]
+    frame = bench.write(texts).enrich(limit=5)
+    bench.check(blank_rows=[6])
+    assert run_figures(frame)["labelled_rows"] == 5
 
 
 def test_rows_outside_the_window_keep_what_the_store_has(bench: Bench) -> None:

@@ -272,7 +272,7 @@ def test_only_what_is_missing_is_asked_again(bench: Bench) -> None:
 
 @pytest.mark.every_form
 @pytest.mark.one_form
-def test_what_a_reply_says_of_itself_may_be_no_text(bench: Bench) -> None:
+def test_a_model_name_or_fingerprint_that_is_no_text_costs_no_answer(bench: Bench) -> None:
     choices = [{"message": {"content": json.dumps({A: []})}}]
     body = json.dumps({"choices": choices, "model": "m\ud800", "system_fingerprint": "\ud800"})
     bench.server.script.append((200, {}, body))
@@ -283,7 +283,7 @@ def test_what_a_reply_says_of_itself_may_be_no_text(bench: Bench) -> None:
 
 @pytest.mark.every_form
 @pytest.mark.parametrize("usage", [None, "many", {"prompt_tokens": 2**70, "prompt_tokens_details": []}])
-def test_figures_that_a_server_misshapes_cost_no_answer(bench: Bench, usage: Any) -> None:
+def test_a_malformed_usage_costs_no_answer(bench: Bench, usage: Any) -> None:
     content = json.dumps({key: [] for key in module.row_ids(1)})
     body = {"choices": [{"message": {"content": content}}], "usage": usage, "model": ["m"], "system_fingerprint": 1.5}
     bench.server.script.append((200, {}, body))
