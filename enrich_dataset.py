@@ -769,7 +769,7 @@ def run(
         batches = plan_batches(task, cells)
         plan = make_plan(task, cells, batches, complete(from_examples))
         specifications = compare_specifications(task, cells)
-        say(*plan_lines(plan, options, specification_lines(specifications, plan.requested)))
+        say(*plan_lines(plan, options, specification_lines(specifications, plan)))
         if options.dry_run:
             say(*request_lines(task, batches), verbatim=True)
             say(*dry_run_lines(task, plan, batches))
@@ -1082,7 +1082,8 @@ def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
         is_named = task.options.gold_key is not None or gold.draw is not None  # else the key is a text
         rows = ([row, lines[row], key if is_named else "", *rest] for row, key, *rest in disagreements)
         with task.files.replacing("disagreements") as file:
-            file.write(csv_bytes(["row", "line", "key", "label", "model", "people"], rows))
+            key = SAMPLE_ID if gold.draw else task.options.gold_key or "key"
+            file.write(csv_bytes(["row", "line", key, "label", "model", "people"], rows))
     return figures
 
 
@@ -1171,8 +1172,8 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
         + (f" ({len(kept)} drawn earlier)" if kept else "")
         + f", in {path}",
         *([f"  Left out, since these texts are no longer in the table: {left}"] if left else []),
-        "  Fill in 1 or 0 for each label, from the top, then pass the file as `gold`; or code in a browser, on "
-        f"{task.files.paths['coding page']}",
+        "  Fill in 1 or 0 for each label, from the top, then pass the file as `gold`, or copies by several people as "
+        f"`coders`; or code in a browser, on {task.files.paths['coding page']}",
         *width_lines(options.labels, population, predicted, sizes, len(chosen), figures),
     ]
 
@@ -6340,16 +6341,25 @@ def opening_lines(options: Options) -> list[str]:
     ]
 
 
-def specification_lines(specifications: Sequence[Mapping[str, Any]], requested: int) -> list[str]:
-    """The shares under specifications with answers to half of the rows, as a table; the others in a line."""
+def specification_lines(specifications: Sequence[Mapping[str, Any]], plan: Plan) -> list[str]:
+    """The shares under specifications with answers to half of the rows, as a table.
+
+    Where there is something to send, the others in a line, which says why.
+    """
     if not specifications:
         return []
     this, *others = specifications
     large = [
-        each for each in others if 2 * each["rows"] >= requested and not all(map(math.isnan, each["shares"].values()))
+        each
+        for each in others
+        if 2 * each["rows"] >= plan.requested and not all(map(math.isnan, each["shares"].values()))
     ]
     small = [f"{join_words(each['differs_in'])}: {each['rows']} rows" for each in others if each not in large]
-    lines = [f"Answers that the store has to other questions do not count ({'; '.join(small)})"] if small else []
+    lines = (
+        [f"Answers that the store has to other questions do not count ({'; '.join(small)})"]
+        if small and plan.batches
+        else []
+    )
     if not large:
         return lines
     head = ["", "rows", *this["shares"]]

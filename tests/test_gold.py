@@ -331,7 +331,7 @@ class TestGold:
         listed = Path(f"{bench.output}.disagreements.csv")
         assert f"Where the model, people or coders differ: {listed}\n" in capsys.readouterr().out
         assert listed.read_text().split() == [
-            "row,line,key,label,model,people", "0,2,0,praising_violence,1,0", "0,2,0,personal_attacks,0,1",
+            "row,line,id,label,model,people", "0,2,0,praising_violence,1,0", "0,2,0,personal_attacks,0,1",
             "2,5,2,praising_violence,0,1", "2,5,2,personal_attacks,1,0",
         ]  # fmt: skip
         path.write_text(f"text,{LABELS[0]}\nviolence,0\n")
@@ -365,18 +365,18 @@ class TestRegression:
         texts = [
             f"{text} {'from here' if number % 2 else 'from there'}" for number, text in enumerate(make_texts(1500))
         ]
-        rows = {"type": ["here" if "from here" in text else "there" for text in texts], "text": texts}
+        rows = {"source": ["here" if "from here" in text else "there" for text in texts], "text": texts}
         pd.DataFrame(rows).to_csv(bench.input, index=False)
         path = sample_of(bench)
-        bench.enrich(sample=400, by="type")
+        bench.enrich(sample=400, by="source")
         code_sample(path)
-        bench.enrich(gold=path, by="type")
+        bench.enrich(gold=path, by="source")
         names: dict[str, Any] = {}
         code_lines = ("import pandas as pd\nimport statsmodels" + lines).replace("labelled.csv", str(bench.output))
         exec(code_lines.replace("hateful", LABELS[0]), names)  # noqa: S102 # our own README
-        right = pd.Series([int(truth(text)[0]) for text in texts]).groupby(rows["type"]).mean()
-        told = bench.enrich(gold=path, by="type").attrs["enrichment"]["corrected_shares"][LABELS[0]]
+        right = pd.Series([int(truth(text)[0]) for text in texts]).groupby(rows["source"]).mean()
+        told = bench.enrich(gold=path, by="source").attrs["enrichment"]["corrected_shares"][LABELS[0]]
         assert names["rows"]["y"].mean() == pytest.approx(told["corrected_share"], abs=1e-9)
-        low, high = names["fit"].conf_int().loc["C(type)[T.there]"]
+        low, high = names["fit"].conf_int().loc["C(source)[T.there]"]
         assert low <= right["there"] - right["here"] <= high
         assert high - low < 0.25

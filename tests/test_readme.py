@@ -37,7 +37,7 @@ def test_it_has_300_lines_and_no_paragraph_of_more_than_four_sentences() -> None
 
 
 NUMBERS = {
-    "at most 390, of 20,000 characters together": (module.MAX_EXAMPLES, module.EXAMPLE_CHARACTERS),
+    "at most 390 texts, and 20,000 characters in all": (module.MAX_EXAMPLES, module.EXAMPLE_CHARACTERS),
     "A batch is closed early when its texts reach 60,000 characters": (module.BATCH_CHARACTERS,),
     "half a second, doubled up to a minute": (0.5, module.Timing().longest_backoff / 60),
     "A wait of over an hour": (module.Timing().longest_wait / 3600,),
