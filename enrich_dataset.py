@@ -769,7 +769,7 @@ def run(
         batches = plan_batches(task, cells)
         plan = make_plan(task, cells, batches, complete(from_examples))
         specifications = compare_specifications(task, cells)
-        say(*plan_lines(plan, options, specification_lines(specifications, plan)))
+        say(*plan_lines(plan, options, specification_lines(specifications, plan.requested)))
         if options.dry_run:
             say(*request_lines(task, batches), verbatim=True)
             say(*dry_run_lines(task, plan, batches))
@@ -6341,25 +6341,16 @@ def opening_lines(options: Options) -> list[str]:
     ]
 
 
-def specification_lines(specifications: Sequence[Mapping[str, Any]], plan: Plan) -> list[str]:
-    """The shares under specifications with answers to half of the rows, as a table.
-
-    Where there is something to send, the others in a line, which says why.
-    """
+def specification_lines(specifications: Sequence[Mapping[str, Any]], requested: int) -> list[str]:
+    """The shares under specifications with answers to half of the rows, as a table; the others in a line."""
     if not specifications:
         return []
     this, *others = specifications
     large = [
-        each
-        for each in others
-        if 2 * each["rows"] >= plan.requested and not all(map(math.isnan, each["shares"].values()))
+        each for each in others if 2 * each["rows"] >= requested and not all(map(math.isnan, each["shares"].values()))
     ]
     small = [f"{join_words(each['differs_in'])}: {each['rows']} rows" for each in others if each not in large]
-    lines = (
-        [f"Answers that the store has to other questions do not count ({'; '.join(small)})"]
-        if small and plan.batches
-        else []
-    )
+    lines = [f"Answers that the store has to other questions do not count ({'; '.join(small)})"] if small else []
     if not large:
         return lines
     head = ["", "rows", *this["shares"]]
