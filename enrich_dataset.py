@@ -1789,7 +1789,7 @@ def count_header_records(head: Iterable[str], delimiter: str, source: str) -> in
             place += bool(fields)
             if place > 2:
                 break
-            found = place if any(cell.startswith('{"ImportId":') for cell in fields) and place > 0 else found
+            found = place if any(cell.startswith('{"ImportId":') for cell in fields) else found
     return found
 
 

@@ -198,6 +198,15 @@ def test_an_endless_reply_and_a_gzip_bomb_are_read_up_to_the_size_limit(bench: B
     assert "reply too large" in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("status", "inside", "right"), [(400, 429, 400), (404, 500, 404), (200, 502, 502), (200, 0, 200), (0, 503, 0)]
+)
+def test_the_status_of_an_error_inside_a_reply_counts_only_where_http_says_success(
+    status: int, inside: int, right: int
+) -> None:
+    assert module.Reply(status, {}, error_body("no", code=inside), 0.0).error_status == right
+
+
 class TestAddresses:
     @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
     @pytest.mark.parametrize("more", [(), ("--batch-api", "--poll-interval", "0.05", "--max-retries", "0")])
