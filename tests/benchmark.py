@@ -290,7 +290,7 @@ PARTS = {part.__name__: part for part in (sample, plans, tail, sizes, limits)}
 def main(chosen: Sequence[str]) -> None:
     print(
         f"Python {platform.python_version()}, openai {version('openai')}, pandas {version('pandas')}, "
-        f"{time.strftime('%F')}; tokens are counted by the rules of the dry run, the schema included."
+        f"{time.strftime('%F')}; tokens are counted by the stand-in, by a rule of its own, the schema included."
     )
     for name in chosen or PARTS:
         with tempfile.TemporaryDirectory() as folder:

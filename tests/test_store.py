@@ -41,7 +41,7 @@ def test_a_corrupted_store_is_one_line_and_asks_nothing(
 
 def test_a_second_process_on_one_output_is_refused_and_the_first_goes_on(bench: Bench) -> None:
     bench.server.model.first_token = 0.6
-    first = bench.write(make_texts(200)).process()
+    first = bench.write(make_texts(80)).process()
     bench.wait_in_flight()
     second = bench.process()
     _, errors = second.communicate(timeout=30)
