@@ -6831,9 +6831,9 @@ def labelling_words(record: Mapping[str, Any]) -> Iterator[str]:
         yield "They define no label. [author: which definitions did the coders have?]"
     blank = rows["requested"] - rows["labelled"] - rows["without_text"]
     if blank:
-        yield f"{blank:,} rows ({blank / rows['requested']:.1%}) have a text and no answer."
+        yield f"Rows that have a text and no answer: {blank:,} ({blank / rows['requested']:.1%})."
     for each in record.get("specifications", [])[1:]:
-        yield f"{each['rows']:,} rows also have labels from other settings ({join_words(each['differs_in'])})."
+        yield f"Rows that also have labels from other settings ({join_words(each['differs_in'])}): {each['rows']:,}."
 
 
 def validation_words(record: Mapping[str, Any]) -> Iterator[str]:

@@ -22,7 +22,7 @@ class TestMethods:
             in text
         )
         assert ", with these labels: praising_violence, personal_attacks and sexual_harassment." in text
-        assert "1 rows (1.0%) have a text and no answer." in text
+        assert "Rows that have a text and no answer: 1 (1.0%)." in text
         assert "| E.1 | validation by people | [author: none is recorded; say why] |" in text
         assert "To validate" not in text
         assert len(re.findall(r"^\| [A-G]\.\d \| ", text, re.MULTILINE)) == 14
@@ -37,6 +37,23 @@ class TestMethods:
         assert "[author: who coded, and how were they trained?]" in text
         assert "null" not in text
         assert "None" not in text
+        assert "Shares are not corrected" not in text
+
+    def test_a_sample_of_other_texts_corrects_nothing_and_the_sheet_says_why(self, bench: Bench) -> None:
+        bench.write(make_texts(100)).enrich(sample=40)
+        code_sample(sample_of(bench))
+        bench.write(make_texts(200)).enrich(gold=sample_of(bench))
+        text = Path(f"{bench.output}.methods.md").read_text()
+        assert (
+            "Shares are not corrected, since the texts are others than those from which the sample was drawn." in text
+        )
+        assert "corrected share" not in text
+
+    def test_labels_from_other_settings_are_counted(self, bench: Bench) -> None:
+        bench.write(make_texts(20)).enrich(instructions="Be strict.")
+        bench.enrich()
+        text = Path(f"{bench.output}.methods.md").read_text()
+        assert "Rows that also have labels from other settings (instructions): 20." in text
 
     def test_values_of_the_users_stay_in_their_cells(self) -> None:
         assert module.markdown(["a|b", "c"], [["one\ntwo", "|"]]) == "| a\\|b | c |\n| --- | --- |\n| one two | \\| |"
