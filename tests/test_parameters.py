@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from conftest import Bench, make_texts
+from hypothesis import given
+from hypothesis import strategies as st
 
 import enrich_dataset as module
 
@@ -89,17 +91,19 @@ def test_a_model_without_that_choice_is_asked_for_the_least(bench: Bench) -> Non
     assert body["max_completion_tokens"] > module.REASONING_ROOM
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
-        "Unsupported parameter: 'max_completion_tokens' is not supported with this model.",
-        "Unrecognized request argument supplied: reasoning_effort",
-        "Unsupported value: 'minimal' is not supported. reasoning.effort Supported values are: 'low', 'medium'.",
-        "'response_format.type' must be 'json_schema' or 'text'",
-        "Invalid schema for response_format 'labels': In context=(), 'maxItems' is not permitted.",
-    ],
-)
+REFUSALS = [
+    "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
+    "Unsupported parameter: 'max_completion_tokens' is not supported with this model.",
+    "Unrecognized request argument supplied: reasoning_effort",
+    "Unsupported value: 'minimal' is not supported. reasoning.effort Supported values are: 'low', 'medium'.",
+    "'response_format.type' must be 'json_schema' or 'text'",
+    "Invalid schema for response_format 'labels': In context=(), 'maxItems' is not permitted.",
+    "max_tokens is too large: 100000. This model supports at most 16384 completion tokens",
+    "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
+]
+
+
+@pytest.mark.parametrize("message", REFUSALS)
 def test_each_refusal_changes_one_part_and_learning_ends(message: str) -> None:
     parameters, steps = module.default_parameters("gpt-5", is_capped=False, extra_body={}), 0
     while lower := module.fall_back(parameters, message):
@@ -107,6 +111,26 @@ def test_each_refusal_changes_one_part_and_learning_ends(message: str) -> None:
         parameters, steps = lower, steps + 1
         assert steps < 6
     assert steps
+
+
+@given(
+    st.sampled_from(REFUSALS),
+    st.builds(
+        module.Parameters,
+        format=st.sampled_from(module.Format),
+        extras=st.dictionaries(st.just("temperature"), st.just(0.0)) | st.just({"reasoning_effort": "none"}),
+        completion_bound=st.sampled_from([None, *module.BOUNDS]),
+        has_system_role=st.booleans(),
+    ),
+)
+def test_a_refusal_of_what_is_not_sent_changes_nothing_and_any_other_something(
+    message: str, parameters: module.Parameters
+) -> None:
+    lower = module.fall_back(parameters, message)
+    assert lower != parameters
+    sent = str(parameters.shown)
+    if lower is not None:
+        assert str(lower.shown) != sent or parameters.has_system_role > lower.has_system_role
 
 
 class TestExtraBody:
