@@ -3658,7 +3658,7 @@ CREATE TABLE notes (name TEXT PRIMARY KEY, value);
 # The newest last, so that it counts.
 ALL_ANSWERS = "SELECT questions, row_keys, answers FROM attempts WHERE answers != '' ORDER BY id"
 OPEN_ROWS = "SELECT questions, row_keys, '' FROM job_requests"
-GIVEN_UP = "SELECT questions, row_keys, outcome FROM attempts WHERE answers = '' AND row_keys != x'' AND id > ?"
+GIVEN_UP = "SELECT questions, row_keys, outcome FROM attempts WHERE answers = '' AND row_keys != x'' ORDER BY id"
 OF_OPEN_JOBS = "FROM jobs WHERE id IN (SELECT job FROM job_requests)"
 SPENT = "SELECT coalesce(sum(cost), 0) + coalesce(sum(unconfirmed_cost), 0) FROM attempts"
 SET_ASIDE = f"SELECT coalesce(sum(set_aside), 0) {OF_OPEN_JOBS}"
@@ -3827,10 +3827,10 @@ class Store:
                 cells[at] = answer_cells(given, len(questions))[places >= 0][:, theirs] if given else IN_JOB
         return cells
 
-    def _asked(self, statement: str, *values: object) -> Iterator[tuple[tuple[Question, ...], bytes, str]]:
+    def _asked(self, statement: str) -> Iterator[tuple[tuple[Question, ...], bytes, str]]:
         with self._transaction():
             stored = self._questions()
-            for numbers, row_keys, rest in self.db.execute(statement, values):
+            for numbers, row_keys, rest in self.db.execute(statement):
                 yield tuple(stored[number] for number in numbers.split()), row_keys, rest
 
     def _questions(self) -> dict[str, Question]:
@@ -3838,11 +3838,10 @@ class Store:
         found = ((number, Question._make(values)) for number, *values in self.db.execute("SELECT * FROM questions"))
         return {str(number): question._replace(is_audit=bool(question.is_audit)) for number, question in found}
 
-    def given_up(self, prompt: Prompt, this_run: bool = False) -> dict[bytes, str]:
-        """The keys of rows that were given up alone because of their texts, and why; by any run, or by this one."""
+    def given_up(self, prompt: Prompt) -> dict[bytes, str]:
+        """The keys of rows that were given up alone because of their texts, and why, the last time."""
         asked = {*prompt.questions, *prompt.for_audit().questions}
-        found = self._asked(GIVEN_UP, self.last_before if this_run else 0)
-        return {key: reason for questions, key, reason in found if not asked.isdisjoint(questions)}
+        return {key: reason for questions, key, reason in self._asked(GIVEN_UP) if not asked.isdisjoint(questions)}
 
     def other_prompts(self, prompt: Prompt) -> list[Prompt]:
         """How else this store's rows were asked about these labels; under each model, form, ..., the newest words."""
@@ -6260,7 +6259,7 @@ def make_report(
     options, table, store, requested = task.options, task.table, task.store, task.requested
     spent = store.totals(this_run=True)
     unfinished = requested & (table.lengths > 0) & (~is_known(cells)).any(axis=1)
-    waiting, given_up = (cells == IN_JOB).any(axis=1), store.given_up(task.prompt, this_run=True)
+    waiting, given_up = (cells == IN_JOB).any(axis=1), store.given_up(task.prompt)
     blank_rows = {
         number: IN_A_JOB if waiting[number] else given_up.get(table.key(number), "not answered yet")
         for number in unfinished.nonzero()[0].tolist()

@@ -62,6 +62,14 @@ class TestContext:
         told = 'Each text comes with an earlier label, "thread", in this order, as context only: judge the text.'
         assert told in bench.server.calls[0].body["messages"][0]["content"]
 
+    def test_its_columns_are_named_before_anything_is_sent(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert write_rows(bench).command("--context", "thread") == 0
+        assert "Text column: 'text'\nContext: 'thread'\nNew labels" in capsys.readouterr().out
+        assert bench.command() == 0
+        assert "Context:" not in capsys.readouterr().out
+
     def test_without_context_the_bare_texts_are_sent(self, bench: Bench) -> None:
         write_rows(bench).enrich()
         assert entries(bench) == ["cake", "violence"]
