@@ -5382,6 +5382,19 @@ def weighted_rate(positive: BoolArray, weights: FloatArray, chances: FloatArray)
     return arcsine(share, total * total / squares) if squares > 0 else Rate(share, share, share)
 
 
+def combined_rate(strata: Sequence[tuple[float, Rate]]) -> Rate:
+    """A rate over strata with their shares; where nothing is coded, it is as elsewhere, or anything from 0 to 1."""
+    known = [(share, rate) for share, rate in strata if share > 0 and not math.isnan(rate.value)]
+    if not known:
+        return Rate(math.nan, math.nan, math.nan)
+    of_known = sum(share for share, _ in known)
+    value = sum(share * rate.value for share, rate in known) / of_known
+    unknown = 1 - of_known if of_known < 1 - 1e-9 else 0.0
+    low = math.hypot(*(share * (rate.value - rate.low) for share, rate in known), unknown * value)
+    high = math.hypot(*(share * (rate.high - rate.value) for share, rate in known), unknown * (1 - value))
+    return Rate(value, max(0.0, value - low), min(1.0, value + high))
+
+
 def correct_share(parts: Sequence[float], rates: Sequence[Rate]) -> dict[str, Rate]:
     """A label's share and how well it is found.
 
@@ -5455,11 +5468,18 @@ def corrected_shares(
         model, people = (frame[label].astype("Float64").fillna(BLANK).to_numpy(float) for frame in (predicted, gold))
         parts, rates = [], []
         for group in by_answer(model):
-            coded = group[places] & is_known(people)
-            response = kept * ratio(float(coded.sum()), float(group[places].sum()))
-            weights = np.asarray(often[places[coded]] / chances[coded], float)
-            parts.append(ratio(float(often[group].sum()), float(often.sum())))
-            rates.append(weighted_rate(people[coded] == 1, weights, np.asarray(response * chances[coded], float)))
+            total, strata = float(often[group].sum()), []
+            drawn_here, is_sure = group[places], chances >= 1
+            sure = min(total, ratio(float(often[places[drawn_here & is_sure]].sum()), kept))
+            # Apart, since a few texts that fill many rows would pull the variance of all others to theirs.
+            for stratum, rows_of_it in ((drawn_here & is_sure, sure), (drawn_here & ~is_sure, total - sure)):
+                coded = stratum & is_known(people)
+                response = kept * ratio(float(coded.sum()), float(stratum.sum()))
+                weights = np.asarray(often[places[coded]] / chances[coded], float)
+                rate = weighted_rate(people[coded] == 1, weights, np.asarray(response * chances[coded], float))
+                strata.append((ratio(rows_of_it, total), rate))
+            parts.append(ratio(total, float(often.sum())))
+            rates.append(combined_rate(strata))
         given, denied, _ = parts
         if math.isnan(rates[2].value):
             others = sum(part * rate.value for part, rate in zip(parts[:2], rates[:2], strict=True) if part)

@@ -145,6 +145,26 @@ class TestShares:
         assert len(misses(setting, figures, 40)) >= 10
         assert misses(setting, simulate(setting, 40).assign(covers=1.0, relative_width=3.0), 40)
 
+    def test_intervals_cover_where_a_few_texts_fill_many_rows(self) -> None:
+        """Twenty texts of 500 rows each, none of them true, which are all drawn, and 5,000 of one row."""
+        dice = np.random.default_rng(1)
+        counts = np.r_[np.full(20, 500), np.ones(4980, int)]
+        truth = np.r_[np.zeros(20, bool), dice.random(4980) < 0.15]
+        model = np.where(truth, dice.random(5000) < 0.6, dice.random(5000) < 0.03).astype(np.int8)
+        model[:20] = 0
+        keys, sizes = keys_of(5000), module.sampling_sizes(model[:, None], counts[:, None])
+        true, found = np.average(truth, weights=counts), []
+        for seed in range(100):
+            drawn, chances = module.draw_sample(keys, sizes, 300, seed)
+            row = module.corrected_shares(
+                pd.DataFrame({"a": model}), pd.DataFrame({"a": truth[drawn].astype(int)}, drawn), ["a"],
+                pd.Series(chances[drawn], drawn), pd.Series(counts),
+            ).loc["a"]  # fmt: skip
+            found.append((row["corrected_share"], row["corrected_share_low"] <= true <= row["corrected_share_high"]))
+        values, covers = map(np.array, zip(*found, strict=True))
+        assert values.mean() == pytest.approx(true, abs=3 * values.std() / 10)
+        assert covers.mean() >= 0.9
+
     def test_with_a_census_the_corrected_share_is_the_true_share_and_has_no_interval(self) -> None:
         dice = np.random.default_rng(3)
         people = pd.DataFrame((dice.random((400, 2)) < [0.3, 0.04]).astype(int), columns=["a", "b"])
