@@ -314,6 +314,8 @@ class Options:
         self._check_extra_body()
         if not (self.model or "").strip():
             raise InputError(f"`model` is blank: pass a name, such as {OPTIONS['model'].default}.")
+        if any("\ud800" <= sign <= "\udfff" for sign in self.model):  # what a shell makes of bytes that are no text
+            raise InputError("`model` has an invalid character: type its name again.")
         if self.no_wait and not self.use_batch_api:
             raise InputError("`no_wait` is for Batch API jobs: drop it, or send jobs.")
         if self.no_wait and "store" not in self.written:
@@ -391,13 +393,16 @@ class Options:
             return
         try:
             given = json.loads(self.extra_body) if isinstance(self.extra_body, str) else dict(self.extra_body)
-            json.dumps(given, allow_nan=False)
-        except (TypeError, ValueError):
+            json.dumps(given, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError):  # of an invalid character too
             given = None
         if not isinstance(given, dict):
             raise InputError('`extra_body` must be a JSON object, such as {"enable_thinking": false}.')
         for name in OWN_PARAMETERS & given.keys():
             raise InputError(f"`extra_body` cannot hold {name!r}, which this program sets itself: remove it.")
+        for name in ("max_completion_tokens", "max_tokens"):
+            if type(given.get(name, 1)) is not int or given.get(name, 1) < 1:
+                raise InputError(f"{name!r} in `extra_body` must be a whole number of tokens, at least 1.")
         object.__setattr__(self, "extra_body", given)
 
     def _check_paths(self) -> None:
@@ -2600,7 +2605,7 @@ class Reply:
 
         def tokens(*names: str) -> int | None:
             found = get_nested(self.body, "usage", *names)
-            return found if isinstance(found, int) else None
+            return found if isinstance(found, int) and found < MAX_TOKENS else None
 
         prompt, completion, total = (tokens(f"{name}_tokens") for name in ("prompt", "completion", "total"))
         if prompt is None or completion is None:
@@ -2721,6 +2726,7 @@ class ReplyRejected(Exception):  # noqa: N818
     """A reply that is not read to its end: why, in our own words."""
 
 
+MAX_TOKENS = 10**9  # of one call; a usage beyond that is no usage
 REPLY_BYTES = 8_000_000  # decoded; the longest answer, 500 rows with all of many labels, has some 500,000
 TOO_LARGE = "reply too large"
 
@@ -3508,14 +3514,14 @@ def find_answers(reply: Reply, attempt: Attempt) -> dict[str, Any] | str:
         return "the model refused to answer"
     is_cut_off = choice.get("finish_reason") == "length"
     ids = frozenset(row_ids(len(attempt.rows), attempt.id_set))
-    for source in sources(message, is_cut_off):
-        candidates = [as_answers(value, ids) for value in json_values(source, is_cut_off)]
-        readable = [by_id for by_id in candidates if any(not read_answer(attempt.prompt, x)[0] for x in by_id.values())]
-        found: dict[str, Any] = {}
-        for by_id in readable or candidates[:1]:  # an echoed request has the ids, but no answer
-            found |= {row: MISSING if found.get(row, answer) != answer else answer for row, answer in by_id.items()}
-        if found:
-            return found
+    values = (value for source in sources(message, is_cut_off) for value in json_values(source, is_cut_off))
+    candidates = [by_id for value in values if (by_id := as_answers(value, ids))]
+    readable = [by_id for by_id in candidates if any(not read_answer(attempt.prompt, x)[0] for x in by_id.values())]
+    found: dict[str, Any] = {}
+    for by_id in readable or candidates[:1]:  # an echoed request has the ids, but no answer
+        found |= {row: MISSING if found.get(row, answer) != answer else answer for row, answer in by_id.items()}
+    if found:
+        return found
     if is_cut_off:
         return "the answer was cut off at its maximum length"
     return "its id was missing from the answer, or repeated" if "{" in str(message.get("content")) else NO_ANSWER
@@ -3552,7 +3558,13 @@ def json_values(source: Any, is_cut_off: bool) -> Iterator[Any]:
     if not isinstance(source, str):
         yield source
         return
-    text, at, decoder = without_thinking(source), 0, json.JSONDecoder(object_pairs_hook=drop_repeated)
+    decoder = json.JSONDecoder(object_pairs_hook=drop_repeated)
+    with contextlib.suppress(ValueError, RecursionError):  # nothing but JSON, which may hold marks of thinking
+        value, end = decoder.raw_decode(source.strip())
+        if not source.strip()[end:] and not isinstance(value, str):
+            yield value
+            return
+    text, at = without_thinking(source), 0
     starts = re.compile(r'[{\[]|"[{\[\\]')  # also JSON that was encoded twice
     tries = MAX_FALSE_STARTS
     while tries and (found := starts.search(text, at)):
@@ -3571,8 +3583,8 @@ def as_answers(value: Any, ids: frozenset[str]) -> dict[str, Any]:
     if isinstance(value, dict) and ids.issuperset(value):
         return value
     if isinstance(value, dict):
-        named = {str(name).strip(): answer for name, answer in value.items()}
-        if ids & named.keys():
+        named = drop_repeated([(str(name).strip(), answer) for name, answer in value.items()])
+        if ids & {str(name).strip() for name in value}:
             return {name: answer for name, answer in named.items() if name in ids}
         return as_answers(next(iter(value.values())), ids) if len(value) == 1 else {}
     found: list[tuple[str, Any]] = []
@@ -3599,6 +3611,10 @@ def check_answers(by_id: dict[str, Any] | str, attempt: Attempt) -> tuple[dict[R
     return answers, problems
 
 
+# What models wrap a row's answer in: {"labels": [...]}.
+ANSWER_NAMES = {"label", "labels", "answer", "answers", "category", "categories", "result", "value", "values"}
+
+
 def read_answer(prompt: Prompt, answer: Any) -> tuple[str, Sequence[str]]:
     """What is wrong with a row's answer, or "", and the labels that apply; a label named twice is harmless."""
     if answer is MISSING:
@@ -3611,8 +3627,8 @@ def read_answer(prompt: Prompt, answer: Any) -> tuple[str, Sequence[str]]:
         return "" if is_whole else "its answer had no 0 or 1 for some label", [
             label for label, value in zip(prompt.labels, values, strict=True) if value == 1
         ]
-    if isinstance(answer, dict) and len(answer) == 1 and not prompt.spelled(next(iter(answer))):
-        answer = next(iter(answer.values()))  # {"labels": [...]}
+    if isinstance(answer, dict) and len(answer) == 1 and next(iter(answer)).strip().lower() in ANSWER_NAMES:
+        answer = next(iter(answer.values()))
     given = [] if answer is None and prompt.form == "list" else [answer] if isinstance(answer, str) else answer
     if not isinstance(given, list) or (prompt.form == "one" and len(given) != 1):
         return "its answer was not a list" if prompt.form == "list" else "its answer was not one label", []
@@ -3759,7 +3775,8 @@ class Store:
         except (OSError, sqlite3.Error) as error:
             self.db.close()
             with contextlib.suppress(OSError):
-                if path and not path.read_bytes()[:16].startswith(b"SQLite format 3\0"):
+                head = path.read_bytes()[:16] if path else b""
+                if head and not head.startswith(b"SQLite format 3\0"):
                     raise InputError(NO_STORE.format(path)) from None
             advice = STORE_ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "")  # the extended codes' base
             raise InputError(
@@ -4021,6 +4038,10 @@ class Store:
 # did not write is never replaced.
 
 
+# What is read before it is written: a sample is made to be filled in, and a methods sheet to be edited.
+NOT_KEPT = {"sample", "methods"}
+
+
 class Files:
     """The files that a run writes, by what they are."""
 
@@ -4048,8 +4069,7 @@ class Files:
                 ) from None
             if path.exists() and not path.stat().st_mode & stat.S_IWUSR:
                 raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
-            # A sample is made to be filled in, and a methods sheet to be edited.
-            if what not in {"sample", "methods"} and not self.options.overwrite and self.is_edited(what):
+            if what not in NOT_KEPT and not self.options.overwrite and self.is_edited(what):
                 known = self.store.noted(f"digests of {self.name(path)}")
                 why = "was changed since it was written" if known else "was not written by a run on this store"
                 advice = (
@@ -4081,6 +4101,11 @@ class Files:
                 before = target.stat()
                 draft.chmod(stat.S_IMODE(before.st_mode))
                 os.chown(draft, before.st_uid, before.st_gid)
+            if what not in NOT_KEPT and not self.options.overwrite and self.is_edited(what):
+                raise EnrichmentError(
+                    f"The {what} {path} was changed while this run was on, and would be lost: move it, then run the "
+                    "same command; no answers are lost."
+                )
             # Noted before the move, so that a kill between the two leaves a file that is known.
             note = f"digests of {self.name(path)}"
             last = self.store.noted(note).split()[-1:]
@@ -4782,9 +4807,10 @@ class JobSender(LiveSender):
                 continue
             for attempt in job.attempts.values():
                 self._restore(attempt)
+                attempt.reserved = job.set_aside / len(job.attempts)
             self.progress.expect(len(job.attempts))
             if job.remote_id is None:
-                job.remote_id = (self._find(job) or {}).get("id")
+                job.remote_id = id_of(self._find(job))
                 self.store.note_job(job)
             if job.remote_id is None:
                 self._requeue(job)
@@ -4809,7 +4835,7 @@ class JobSender(LiveSender):
             name = str(job.remote_id)
             remote = self._get(lambda client, name=name: client.batches.with_raw_response.retrieve(name), name)
             done += min(len(job.attempts), sum(count_of(remote, kind) for kind in ("completed", "failed")))
-            if remote.get("status") in ENDED:
+            if str(remote.get("status")) in ENDED:
                 ended.append((job, remote))
         self.progress.ahead(done)
         for job, remote in ended:
@@ -4820,7 +4846,8 @@ class JobSender(LiveSender):
 
     def _collect(self, job: Job, remote: dict[str, Any]) -> Landed:
         """What an ended job has settled; the rest goes into the next one."""
-        status, seen = remote.get("status"), set()
+        status, open_before = remote.get("status"), len(job.attempts)
+        landed_before = max(0, count_of(remote, "total") - open_before)
         if status == "failed" and not remote.get("output_file_id"):
             self._take_back(job, remote)
             return
@@ -4835,12 +4862,11 @@ class JobSender(LiveSender):
                 continue
             with reply.body as file:
                 for line in read_lines(file):
-                    seen.add(line["custom_id"])
                     yield from self._take_line(job, line)
         if self.parked and self.is_running:
             yield from self._judge_parked_again()
         self._raise_error()
-        if len(seen) < count_of(remote, "completed"):  # they were paid for
+        if landed_before + open_before - len(job.attempts) < count_of(remote, "completed"):  # they were paid for
             self.warn(
                 f"Job {job.remote_id} reports {count_of(remote, 'completed')} completed requests, but its files hold "
                 "fewer; keeping it open: run the same command later, or abandon it with `forget_jobs`."
@@ -4855,16 +4881,18 @@ class JobSender(LiveSender):
 
     def _take_line(self, job: Job, line: dict[str, Any]) -> Landed:
         """What a line of a job's files means for its attempt, if it has one."""
-        attempt = job.attempts.get(str(line["custom_id"]))
+        attempt = job.attempts.get(line["custom_id"])
         if attempt is None or not isinstance(line.get("response"), dict):
             return
         del job.attempts[attempt.custom_id]
         status = get_nested(line, "response", "status_code")
         unsaid = "the job's file holds no answer to it"  # of a line with status 0
         reply = Reply(status if isinstance(status, int) else 0, {}, line["response"].get("body"), 0.0, unsaid)
-        cost = self.server.billed(reply, self.tier, job.user_price, attempt.prompt.model)
-        self.budget.settle(0.0, cost or 0.0)
-        attempt.add_call(reply, cost, 0.0)
+        cost, unconfirmed = self.server.billed(reply, self.tier, job.user_price, attempt.prompt.model), 0.0
+        if cost is None and reply.status // 100 == 2 and self.server.knows_price:
+            unconfirmed = attempt.reserved
+        self.budget.settle(0.0, unconfirmed if cost is None else cost)
+        attempt.add_call(reply, cost, unconfirmed)
         attempt.jobs += 1
         verdict = self._judge(attempt, reply, self.timing.clock())
         if self._follow(attempt, verdict):
@@ -4930,7 +4958,7 @@ class JobSender(LiveSender):
                 break
             job.set_aside += bound
             file.write(encoded)
-            attempt.parameters, attempt.tier = parameters, self.tier
+            attempt.parameters, attempt.tier, attempt.reserved = parameters, self.tier, bound
             job.attempts[attempt.custom_id] = self.to_send.popleft()
         return job
 
@@ -4941,7 +4969,7 @@ class JobSender(LiveSender):
         uploaded = self._call(lambda client: client.files.with_raw_response.create(file=named, purpose="batch"))
         if not has_content(uploaded):
             raise self._error_of(uploaded, rows=job.rows)
-        file_id, until = str(uploaded.body.get("id")), self.timing.clock() + self.timing.find_file
+        file_id, until = id_of(uploaded.body) or "", self.timing.clock() + self.timing.find_file
         order = {
             "endpoint": "/v1/chat/completions",
             "completion_window": "24h",
@@ -4954,9 +4982,9 @@ class JobSender(LiveSender):
                 lambda client: client.batches.with_raw_response.create(input_file_id=file_id, **order),
                 max_retries=0,  # else the SDK might create it twice
             )
-            job.remote_id = reply.body.get("id") if has_content(reply) else None
+            job.remote_id = id_of(reply.body) if has_content(reply) else None
             if not job.remote_id and (is_failure(reply) or reply.status // 100 == 2):
-                job.remote_id = (self._find(job) or {}).get("id")  # which may be there all the same
+                job.remote_id = id_of(self._find(job))  # which may be there all the same
             if job.remote_id:
                 break
             words = " ".join([*reply.error.names, reply.error.message])
@@ -4998,9 +5026,7 @@ class JobSender(LiveSender):
             for remote in self._all_remote():
                 if get_nested(remote, "metadata", "enrich_dataset") == job.tag:
                     return remote
-            # By this machine's clock, which may have been set meanwhile, and by the time that has passed here.
-            age = max(self.timing.utc_now().timestamp() - job.planned_at, self.timing.clock() - started)
-            if age >= self.timing.find_job:
+            if self.timing.clock() - started >= self.timing.find_job:
                 return None
             self._sleep(min(self.options.poll_interval, self.timing.find_job / 12))
 
@@ -5067,6 +5093,12 @@ def has_content(reply: Reply) -> bool:
     return reply.status // 100 == 2 and not isinstance(reply.body, (str, int, float, list, type(None)))
 
 
+def id_of(remote: Any) -> str | None:
+    """The id of a file or a job."""
+    found = remote.get("id") if isinstance(remote, dict) else None
+    return encodable(str(found)) if found else None
+
+
 def count_of(remote: dict[str, Any], kind: str) -> int:
     count = get_nested(remote, "request_counts", kind)
     return count if isinstance(count, int) else 0
@@ -5077,7 +5109,7 @@ def read_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
     while raw := file.readline(LINE_BYTES):
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(raw)
-            if isinstance(line, dict) and "custom_id" in line:
+            if isinstance(line, dict) and isinstance(line.get("custom_id"), str):
                 yield line
 
 

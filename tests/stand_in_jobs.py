@@ -223,7 +223,7 @@ class BatchApi:
             status, content = 200, server.model.answer(body, fault)
         used = content["usage"]["completion_tokens"] if status == 200 else 0
         server.note_call(body, time.monotonic(), status, fault, used, job=job)
-        return status, content
+        return status, content | server.model.odd_reply if status == 200 else content
 
     def add_lines(self, lines: list[dict[str, Any]]) -> str | None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -236,6 +236,11 @@ class BatchApi:
         if self.long_line:
             return b"x" * self.long_line + b"\n" + content
         return BREAKS[self.broken_files.popleft()](content) if self.broken_files else content
+
+    def break_next(self, how: Callable[[bytes], bytes | None]) -> None:
+        """Have the next output file be what `how` makes of it."""
+        BREAKS["by the test"] = how
+        self.broken_files.append("by the test")
 
 
 JOB_FAULTS: dict[str, tuple[int, dict[str, Any]]] = {

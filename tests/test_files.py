@@ -298,6 +298,20 @@ class TestRefused:
             assert bench.server.calls == []
             assert (path.read_bytes() if path.exists() else b"") == before
 
+    def test_an_output_that_is_changed_while_the_run_is_on_is_kept(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench.write(make_texts(5)).enrich()
+        bench.server.on_call = lambda number, body: bench.output.write_text("mine") and None
+        assert bench.write(make_texts(10)).command() == 1
+        assert "was changed while this run was on, and would be lost: move it" in capsys.readouterr().err
+        assert bench.output.read_text() == "mine"
+        bench.output.unlink()
+        calls = len(bench.server.calls)
+        assert bench.command() == 0
+        assert len(bench.server.calls) == calls
+        bench.check()
+
 
 class TestDrafts:
     def test_a_disk_on_which_no_mode_can_be_set_is_no_failure(self, bench: Bench) -> None:

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,40 @@ class TestJobs:
         bench.server.batches.let_go.set()
         bench.check()
         assert len(bench.server.batches.jobs) == 6
+
+    def test_a_foreign_line_in_the_place_of_one_of_ours_keeps_the_job_open(self, bench: Bench) -> None:
+        bench.server.batches.seconds = 0.2
+        bench.write(make_texts(20)).enrich(**FAST, batch_size=5, no_wait=True)
+        time.sleep(0.3)
+        foreign = b'{"custom_id": "foreign", "response": {"status_code": 200, "body": {}}}\n[1]\n{"custom_id": [1]}\n'
+        bench.server.batches.break_next(lambda content: foreign + b"".join(content.splitlines(keepends=True)[1:]))
+        bench.enrich(**FAST, batch_size=5, no_wait=True)
+        assert open_requests(bench) == 1
+        bench.enrich(**FAST, batch_size=5)
+        bench.check()
+        assert len(bench.server.batches.jobs) == 1
+
+    def test_a_clock_that_has_jumped_ahead_submits_no_job_twice(self, bench: Bench) -> None:
+        bench.server.batches.hold_at, bench.server.batches.pages_lag = "created", 2
+        process = bench.write(make_texts(20)).process("--batch-api", "--poll-interval", "0.1")
+        assert bench.server.batches.held.wait(30)
+        process.kill()
+        process.communicate()
+        bench.server.batches.let_go.set()
+        bench.timing = module.Timing(utc_now=lambda: datetime.now(UTC) + timedelta(days=1), find_job=3.0)
+        bench.enrich(**FAST)
+        bench.check()
+        assert len(bench.server.batches.jobs) == 1
+
+    def test_a_job_without_usage_counts_at_its_worst_under_a_cap(self, bench: Bench) -> None:
+        bench.server.model.odd_reply = {"usage": None}
+        bench.write(make_texts(20)).enrich(**FAST, batch_size=5)
+        with module.Store(bench.store) as store:
+            spent, aside = store.money()
+        assert aside == 0
+        assert spent > price(bench.server.calls) / 2
+        with pytest.raises(module.BudgetExceeded):
+            bench.write(make_texts(200)).enrich(**FAST, batch_size=5, max_cost=spent * 1.5)
 
     @pytest.mark.parametrize(
         "errors", ["the queue is gone", ["the queue is gone"], {"data": "the queue is gone"}, None]

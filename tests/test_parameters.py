@@ -176,6 +176,10 @@ class TestExtraBody:
             ({"x": float("nan")}, "must be a JSON object"),
             ({"x": object()}, "must be a JSON object"),
             (7, "must be a JSON object"),
+            ({"x": "\ud800"}, "must be a JSON object"),
+            ({"max_tokens": None}, "must be a whole number of tokens, at least 1"),
+            ({"max_completion_tokens": 16_000.0}, "must be a whole number of tokens"),
+            ({"max_completion_tokens": -1}, "must be a whole number of tokens"),
         ],
     )
     def test_what_cannot_be_sent_is_refused(self, bench: Bench, given: Any, words: str) -> None:

@@ -207,6 +207,16 @@ def test_the_status_of_an_error_inside_a_reply_counts_only_where_http_says_succe
     assert module.Reply(status, {}, error_body("no", code=inside), 0.0).error_status == right
 
 
+@pytest.mark.parametrize("name", ["prompt_tokens", "completion_tokens", "total_tokens"])
+def test_a_usage_beyond_all_reason_is_none_and_leaves_the_store_usable(bench: Bench, name: str) -> None:
+    usage = {"prompt_tokens": 50, "completion_tokens": 5, "total_tokens": 55} | {name: 2**62}
+    bench.server.model.odd_reply = {"usage": usage}
+    told = run_figures(bench.write(make_texts(20)).enrich(batch_size=5))
+    bench.check()
+    assert told["tokens"]["prompt"] < 10_000
+    assert run_figures(bench.enrich())["reused_rows"] == 20
+
+
 class TestAddresses:
     @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
     @pytest.mark.parametrize("more", [(), ("--batch-api", "--poll-interval", "0.05", "--max-retries", "0")])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
 import re
+import resource
 import sqlite3
 import stat
 import subprocess
@@ -182,6 +184,22 @@ class TestNotAStore:
         errors = [process.communicate()[1] for process in started]
         assert [process.returncode for process in started].count(0) == 1
         assert sum("database is locked" in text for text in errors) == 3
+
+    def test_a_store_that_a_full_disk_left_empty_is_no_strangers_file(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench.write(["cake"])
+        command = [sys.executable, str(ROOT / "enrich_dataset.py"), *bench.arguments("--base-url", bench.server.url)]
+        bare = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+        limit = (0, resource.RLIM_INFINITY)
+        run = subprocess.run(
+            command, env=bare, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        assert run.returncode == 2
+        assert "is not an answer store" not in run.stderr
+        bench.enrich()
+        bench.check()
 
     def test_another_programs_database_is_refused_and_not_touched(self, bench: Bench) -> None:
         with contextlib.closing(sqlite3.connect(bench.store)) as db:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import LABELS, Bench, make_row, make_texts, prompt_of
+from conftest import LABELS, Bench, make_row, make_texts, prompt_of, read_cells
 from hypothesis import given
 from hypothesis import strategies as st
 from stand_in_rules import error_body
@@ -235,6 +235,32 @@ def test_labels_that_differ_in_signs_alone_are_read_only_as_they_are() -> None:
     frame = module.frame_options(pd.DataFrame(), "text", ["a_b", "a-b"], model="m")
     prompt = module.read_prompt(frame, "a-server")
     assert [prompt.spelled(name) for name in ("a_b", "a-b", "a b", "A_B")] == ["a_b", "a-b", None, None]
+
+
+def test_an_id_in_two_spellings_or_an_answer_in_two_places_that_differ_is_not_believed() -> None:
+    twice = read('{"660":[]," 660":["praising_violence"],"149":[],"538":[]}')
+    assert set(twice[1]) == {"a"}
+    call = {"function": {"name": "f", "arguments": '{"660":["praising_violence"],"149":[],"538":[]}'}}
+    message = {"content": '{"660":[],"149":[],"538":[]}', "tool_calls": [call]}
+    attempt = module.Attempt(ROWS, prompt_of())
+    reply = module.Reply(200, {}, {"choices": [{"message": message}]}, 0.0)
+    answers, problems = module.check_answers(module.find_answers(reply, attempt), attempt)
+    assert [row.text for row in problems] == ["a"]
+    assert [row.text for row in answers] == ["b", "c"]
+
+
+@pytest.mark.parametrize("answer", [{"error": None}, {"error": []}, {"does_not_apply": [LABELS[0]]}])
+def test_a_rows_answer_is_unwrapped_only_from_what_names_an_answer(answer: Any) -> None:
+    answers, problems = read(json.dumps({A: answer, B: {"labels": []}, C: []}))
+    assert set(problems) == {"a"}
+    assert answers["b"] == "000"
+
+
+def test_a_label_that_looks_like_a_mark_of_thinking_is_read(bench: Bench) -> None:
+    labels = ["[analysis] praise", "<thinking>violence"]
+    for form in ("list", "each"):
+        bench.write(["a prais", "a viole", "cake"]).enrich(labels, answer_form=form, overwrite=True)
+        assert read_cells(bench.output, labels) == [["1", "0"], ["0", "1"], ["0", "0"]]
 
 
 @pytest.mark.every_form
