@@ -737,11 +737,12 @@ class Task:
         return find_population(self.table, self.for_model)
 
     @functools.cached_property
-    def coded(self) -> CodedDraw | None:
-        """What people have coded of a sample, if that is what the gold labels are."""
+    def coded(self) -> list[CodedDraw]:
+        """For each label what people have coded of a sample, if that is what the gold labels are."""
         if self.gold is None or self.gold.draw is None:
-            return None
-        return coded_draw(self.gold, self.gold.draw, noted_draw(self.store, self.gold.draw))
+            return []
+        noted = noted_draw(self)
+        return [coded_draw(self.gold, self.gold.draw, noted, place) for place in range(len(self.options.labels))]
 
 
 def run(
@@ -765,7 +766,7 @@ def run(
         task = Task(options, table, requested, preset, prompt, gold, server, store, files, console, started_at)
         files.check()
         if options.sample and files.paths["sample"].exists():
-            read_sample(files.paths["sample"], table, options)  # so that an unreadable one is reported now
+            refuse_to_drop(task, read_sample(files.paths["sample"], table, options))  # now, if it must be
         if options.forget_jobs and not options.dry_run:
             console.warn(*(f"Job {name} is abandoned: {count} requests." for name, count in store.abandon_jobs()))
 
@@ -1070,15 +1071,16 @@ def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
     requested = cells.copy()
     requested[~task.requested] = BLANK
     figures, disagreements = compare_with_gold(gold, requested, labels)
-    weights = np.ones(len(gold.keys))
-    if gold.draw and task.coded:
+    weights = np.ones((len(labels), len(gold.keys)))
+    if task.coded:
         figures |= correct_by_draw(task, task.coded, cells)
-        weights = np.append(task.population.rows, 0)[task.population.find(gold.numbers)] / gold.draw.probabilities
+        occurs = np.append(task.population.rows, 0)[task.population.find(gold.numbers)]
+        weights = np.array([[ratio(1.0, sample.chances.get(key, 0.0)) for key in gold.keys] for sample in task.coded])
+        weights = np.nan_to_num(weights * occurs)  # of texts that are not in the draw that is coded: 0
     if "corrected_shares" in figures and task.options.output_filepath is not None:
         with task.files.replacing("coded") as file:
             labelled = task.for_model.nonzero()[0]
-            part = task.coded.gold if task.coded else gold
-            file.write(coded_content(part, task.population, table, labelled, cells, task.options))
+            file.write(coded_content(task.coded, task.population, table, labelled, cells, task.options))
     if len(gold.codes):
         figures |= measure_coders(gold, weights, labels, task.options.seed)
     if task.options.output_filepath is not None:
@@ -1092,37 +1094,74 @@ def compare_with_people(task: Task, gold: Gold, cells: Cells) -> dict[str, Any]:
     return figures
 
 
-def correct_by_draw(task: Task, sample: CodedDraw, cells: Cells) -> dict[str, Any]:
+def correct_by_draw(task: Task, samples: Sequence[CodedDraw], cells: Cells) -> dict[str, Any]:
     """Shares corrected by a coded sample, unless it was drawn from other texts; and how it was drawn."""
-    labels, population = task.options.labels, task.population
-    gold, draw, noted = sample.gold, sample.draw, sample.noted
-    texts, fingerprint = population.identity
-    is_same = (texts, fingerprint) == (draw.texts, draw.fingerprint)
-    coded = {label: int(is_known(column).sum()) for label, column in zip(labels, gold.cells.T, strict=True)}
+    labels, population, noted = task.options.labels, task.population, noted_draw(task)
+    here, (texts, _) = set(population.keys), population.identity
+    newest = max(samples, key=lambda each: len(each.chances))
     drawn_with, now = noted.get("prompts", {}), wordings(task.prompt)
-    told = {
-        "texts": draw.texts,
-        "texts_now": texts,
-        "is_same_population": is_same,
-        "rows": int(population.rows.sum()),
-        "coded": coded,
-        "ones": {label: int((column == 1).sum()) for label, column in zip(labels, gold.cells.T, strict=True)},
-        "drawn": sample.drawn,
-        **{name: noted.get(name) for name in ("seed", "drawn_at", "design")},
-        "labels_whose_prompt_has_changed": [x for x in labels if drawn_with.get(x, now[x]) != now[x]],
+    columns = [
+        (label, sample.gold.cells[:, place]) for place, (label, sample) in enumerate(zip(labels, samples, strict=True))
+    ]
+    figures: dict[str, Any] = {
+        "draw": {
+            "texts": newest.draw.texts,
+            "texts_now": texts,
+            "is_same_population": newest.draw[1:] == population.identity,
+            "rows": int(population.rows.sum()),
+            "rows_left_out": int((task.requested & (task.table.lengths > 0)).sum() - population.rows.sum()),
+            "drawn": newest.drawn,
+            "coded": {label: int(is_known(column).sum()) for label, column in columns},
+            "ones": {label: int((column == 1).sum()) for label, column in columns},
+            **{name: noted.get(name) for name in ("seed", "drawn_at", "design")},
+            "labels_without_earlier_codes": [x for x, sample in zip(labels, samples, strict=True) if sample.is_lacking],
+            "labels_whose_prompt_has_changed": [x for x in labels if drawn_with.get(x, now[x]) != now[x]],
+        }
     }
-    if not is_same and not 0 < abs(texts - draw.texts) <= MAX_APART * max(texts, draw.texts):
-        return {"draw": told}
-    in_all = sample.drawn if sample.is_even else None
-    return {"draw": told} | correct_by_sample(gold, population, cells, labels, task.options.by_column, in_all)
+    for place, (label, sample) in enumerate(zip(labels, samples, strict=True)):
+        outside = ratio(sum(bytes.fromhex(key[1:]) not in here for key in sample.chances), len(sample.chances))
+        apart = abs(texts - sample.draw.texts) / max(1, texts, sample.draw.texts)
+        # Of a sample the part outside may be larger by chance, by two standard errors.
+        most = MAX_APART + 2 * math.sqrt(MAX_APART / max(1, len(sample.chances)))
+        is_near = sample.draw[1:] == population.identity or (0 < apart <= MAX_APART and outside <= most)
+        if is_near and is_known(sample.gold.cells[:, place]).any():
+            gold = sample.gold._replace(cells=sample.gold.cells[:, [place]])
+            one = correct_by_sample(gold, population, cells[:, [place]], [label], task.options.by_column, sample.in_all)
+            figures.setdefault("corrected_shares", {}).update(one["corrected_shares"])
+            by = one.get("corrected_shares_by", {})
+            for name in ("groups", "differences") if "corrected_shares_by" in figures else ():
+                by[name] = figures["corrected_shares_by"][name] | by[name]
+            figures |= {"corrected_shares_by": by} if by else {}
+    return figures
 
 
-def noted_draw(store: Store, draw: Draw) -> dict[str, Any]:
-    """What the store knows of a draw besides what its ids tell."""
-    return dict(json.loads(store.noted(f"draw {draw.texts} {draw.fingerprint}") or "{}"))
+def noted_draw(task: Task, identity: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What the store knows of a draw besides what its ids tell: of this output's, or the only one from these texts."""
+    if identity is None:
+        draw = task.gold.draw if task.gold else None
+        identity = draw[1:] if draw else (0, 0)
+    found = task.store.noted_under(f"draw {identity[0]} {identity[1]} ")
+    ours = found.get(output_name(task), next(iter(found.values())) if len(found) == 1 else "{}")
+    return dict(json.loads(ours))
+
+
+def output_name(task: Task) -> str:
+    path = task.options.output_filepath
+    return task.files.name(Path(path)) if path is not None else ""
 
 
 MAX_APART = 0.01  # the part by which a population may differ from that of a sample that corrects its shares
+
+
+def refuse_to_drop(task: Task, sample: Gold) -> None:
+    """Refuse to grow a sample in a run that does not label all of its texts which are in the table."""
+    left_out = int(((sample.numbers >= 0) & (task.population.find(sample.numbers) < 0)).sum())
+    if left_out:
+        raise InputError(
+            f"The sample beside the output has {left_out} texts that are in the table, but that this run does not "
+            "label (`limit`, `start_index`, existing labels or examples), and would lose them: label the same rows as "
+            "when it was drawn, leave out `sample`, or choose another output."
+        )
 
 
 def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[str]:
@@ -1141,8 +1180,10 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
     places = {key: place for place, key in enumerate(population.keys)}
     earlier = [places.get(bytes.fromhex(key[1:])) for key in before.keys] if before else []
     kept = {place: index for index, place in enumerate(earlier) if place is not None}
-    first = noted_draw(task.store, before.draw) if before and before.draw else {}
-    seed = first.get("seed", options.seed)
+    first = noted_draw(task, before.draw[1:]) if before and before.draw else {}
+    note = f"draw {identity[0]} {identity[1]} {output_name(task)}"
+    gone = {} if before else dict(json.loads(task.store.noted(note) or "{}"))  # a sample that is not here any more
+    seed = first.get("seed", max(options.seed, gone["seed"] + 1) if gone else options.seed)
     sizes = sampling_sizes(predicted, population.counts)
     drawn, chances = draw_sample(population.keys, sizes, options.sample, seed)
     if before and before.draw:
@@ -1151,19 +1192,22 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
         earlier_chances = before.draw.probabilities[list(kept.values())]
         chances[list(kept)] = earlier_chances if is_enough else np.maximum(chances[list(kept)], earlier_chances)
     new = [place for place in drawn.tolist() if place not in kept]
-    chosen, earlier_draw = [*kept, *new], first.get("before")
-    if before and before.draw and new:
-        chances_before = dict(zip(before.keys, before.draw.probabilities.tolist(), strict=True))
-        earlier_draw = {"identity": before.draw[1:], "chances": chances_before, "before": earlier_draw}
+    chosen, draws = [*kept, *new], first.get("draws", [])
+    if new:
+        told = {f"t{population.keys[place].hex()}": float(np.float32(chances[place])) for place in chosen}
+        if before and before.draw and not draws:
+            known = dict(zip(before.keys, before.draw.probabilities.tolist(), strict=True))
+            draws = [{"identity": before.draw[1:], "chances": known}]
+        draws = [{"identity": identity, "chances": told}, *draws]
     how = {
         "seed": seed,
         "drawn": len(chosen),
         "design": DESIGN,
         "drawn_at": task.server.timing.utc_now().isoformat(timespec="seconds"),
         "prompts": wordings(task.prompt) | first.get("prompts", {}),
-        "before": earlier_draw,
+        "draws": draws,
     }
-    task.store.note(f"draw {identity[0]} {identity[1]}", json.dumps(how))
+    task.store.note(note, json.dumps(how))
     ids = [sample_id(population.keys[place], chances[place], identity) for place in chosen]
     pairs = list(zip(ids, table.rows(population.numbers[chosen]), strict=True))
     with task.files.replacing("sample") as file:
@@ -1177,6 +1221,7 @@ def extend_sample(task: Task, cells: Cells, figures: Mapping[str, Any]) -> list[
         + (f" ({len(kept)} drawn earlier)" if kept else "")
         + f", in {path}",
         *([f"  Left out, since these texts are no longer in the table: {left}"] if left else []),
+        *([f"  A sample was drawn before and is not here: others are drawn, with seed {seed}"] if gone else []),
         "  Fill in 1 or 0 for each label, from the top, then pass the file as `gold`, or copies by several people as "
         f"`coders`; or code in a browser, on {task.files.paths['coding page']}",
         *width_lines(options.labels, population, predicted, sizes, len(chosen), figures),
@@ -4011,6 +4056,12 @@ class Store:
             found = self.db.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
         return found[0] if found else ""
 
+    def noted_under(self, prefix: str) -> dict[str, str]:
+        """The values under all names that begin so, by the rest of the name."""
+        with self._transaction():
+            found = self.db.execute("SELECT name, value FROM notes").fetchall()
+        return {name.removeprefix(prefix): value for name, value in found if name.startswith(prefix)}
+
     def _one(self, statement: str, *values: object) -> tuple[Any, ...]:
         with self._transaction():
             return tuple(self.db.execute(statement, values).fetchone())
@@ -5832,40 +5883,40 @@ def read_sample(source: Source, table: Table, options: Options, newest: Gold | N
 
 
 class CodedDraw(NamedTuple):
-    """The part of a sample that stands for its population."""
+    """The part of a sample that stands for its population, for one label."""
 
     gold: Gold
     draw: Draw
-    noted: Mapping[str, Any]  # of the newest draw, in the store
+    chances: Mapping[str, float]  # the inclusion probabilities of all texts of that draw, by their keys
     drawn: int | None  # how many texts, if that is known
-    # Whether people have coded the earlier and the new texts of a sample that grew to the same part. If not, these are
-    # the coded ones, with the probabilities of having been drawn and coded.
-    is_even: bool = True
+    in_all: int | None  # the same, if `gold` may lack some of them; None: the probabilities allow for that
+    is_lacking: bool = False  # of texts that were drawn in one of its steps none has a code
 
 
-def coded_draw(gold: Gold, draw: Draw, noted: Mapping[str, Any]) -> CodedDraw:
-    """Of a sample that has grown, the newest draw of which a text is coded."""
+def coded_draw(gold: Gold, draw: Draw, noted: Mapping[str, Any], place: int) -> CodedDraw:
+    """Of a sample that has grown, the newest draw of which a text has a code for a label.
+
+    Where people have coded its earlier texts to another part than its new ones, what is coded has the probability of
+    having been drawn and coded.
+    """
     import numpy as np
 
-    draws, before = [(draw[1:], dict(zip(gold.keys, draw.probabilities.tolist(), strict=True)))], noted.get("before")
-    while before:
-        draws.append((before["identity"], before["chances"]))
-        before = before["before"]
-    is_coded = is_known(gold.cells).any(axis=1)
-    ages = np.array([sum(key in chances for _, chances in draws) for key in gold.keys], int)  # 1: new in the newest
-    youngest = int(ages[is_coded].min(initial=len(draws)))
-    if len(draws) == 1 or not is_coded.any():
-        return CodedDraw(gold, draw, noted, noted.get("drawn"))
-    identity, known = draws[youngest - 1]
-    coded_parts = {age: float(is_coded[ages == age].mean()) for age in {*ages[ages >= youngest].tolist()}}
-    is_even = len({*coded_parts.values()}) == 1
-    inside = (ages >= youngest) & (is_even | is_coded)
-    parts = [1.0 if is_even else coded_parts[age] for age in ages[inside].tolist()]
+    draws, is_coded = noted.get("draws", []), is_known(gold.cells[:, place])
+    if len(draws) < 2 or not is_coded.any():
+        chances = dict(zip(gold.keys, draw.probabilities.tolist(), strict=True))
+        return CodedDraw(gold, draw, chances, noted.get("drawn"), noted.get("drawn"))
+    ages = {key: number for number, each in enumerate(draws, 1) for key in each["chances"]}  # in draws; 1: the newest
+    coded = list(compress(gold.keys, is_coded))
+    chosen = draws[min(ages.get(key, 1) for key in coded) - 1]
+    known = chosen["chances"]
+    sizes, found = Counter(ages[key] for key in known), Counter(ages[key] for key in coded if key in known)
+    parts = {age: found[age] / size for age, size in sizes.items()}
+    is_lacking = min(parts.values()) == 0
+    inside = is_coded & np.array([key in known for key in gold.keys]) & (not is_lacking)
     keys = list(compress(gold.keys, inside))
-    chances = np.array([known[key] for key in keys]) * parts
-    part = Draw(chances, *identity)
+    part = Draw(np.array([known[key] * parts[ages[key]] for key in keys]), *chosen["identity"])
     gold = gold._replace(cells=gold.cells[inside], keys=keys, numbers=gold.numbers[inside], draw=part)
-    return CodedDraw(gold, part, noted, len(known), is_even)
+    return CodedDraw(gold, part, known, len(known), None, is_lacking)
 
 
 def check_texts(sample: Table, table: Table, numbers: IntArray) -> None:
@@ -6055,7 +6106,7 @@ def correct_by_sample(
 
 
 def coded_content(
-    gold: Gold,
+    samples: Sequence[CodedDraw],
     population: Population,
     table: Table,
     rows: IntArray,
@@ -6071,17 +6122,17 @@ def coded_content(
 
     labels, by = options.labels, options.by_column
     texts = np.searchsorted(table.key_indexes[population.numbers], table.key_indexes[rows])
-    places = population.find(gold.numbers)
-    inside = places >= 0
-    often, chances = population.rows, np.ones(len(population.keys))
-    chances[places[inside]] = gold.draw.probabilities[inside] if gold.draw else 1.0
+    often = population.rows
     frame = pd.DataFrame({"row": rows, "line": list(table.line_numbers(rows)) or pd.NA, "text_number": texts})
     if by is not None:
         frame[by] = [table.by_values[row] for row in rows]
     model, labelled = cells[population.numbers], label_columns(cells[rows], labels)
-    for place, label in enumerate(labels):
+    for place, (label, sample) in enumerate(zip(labels, samples, strict=True)):
         people, probability = np.full(len(model), BLANK, np.int8), np.full(len(model), np.nan)
-        people[places[inside]] = gold.cells[inside, place]
+        places, chances = population.find(sample.gold.numbers), np.ones(len(population.keys))
+        inside = places >= 0
+        chances[places[inside]] = sample.draw.probabilities[inside]
+        people[places[inside]] = sample.gold.cells[inside, place]
         for group in by_answer(model[:, place]):
             coded = group & is_known(people)
             # Scaled, so that in each group the weights add up to its rows, as in the corrected shares.
@@ -6142,13 +6193,16 @@ def compare_with_gold(
 
 
 def measure_coders(gold: Gold, weights: FloatArray, labels: Sequence[str], seed: int) -> dict[str, Any]:
-    """By label, how far several coders agree; drawn texts count by their weights: draws are tilted to positives."""
+    """By label, how far several coders agree; drawn texts count by their weights: draws are tilted to positives.
+
+    `weights`: labels x texts.
+    """
     import numpy as np
 
     codes, figures = np.array(gold.codes), {}
     for place, label in enumerate(labels):
         its_codes = codes[:, :, place]
-        alpha = krippendorff_alpha(its_codes, weights, seed)
+        alpha = krippendorff_alpha(its_codes, weights[place], seed)
         coders, ones = is_known(its_codes).sum(axis=0), (its_codes == 1).sum(axis=0)
         pairs = coders * (coders - 1) / 2
         agreeing = (ones * (ones - 1) + (coders - ones) * (coders - ones - 1)) / 2
@@ -6676,7 +6730,19 @@ def draw_lines(figures: Mapping[str, Any]) -> list[str]:
         for label, each in shares.items()
         if math.isnan(each["corrected_share"])
     ]
+    lines += [
+        f"{label}: not corrected, since of the texts that were drawn first, or later, none has a code: pass these too"
+        for label in draw["labels_without_earlier_codes"]
+    ]
     lines += [] if draw["is_same_population"] else [f"The sample was drawn from {texts}: nearly the same"]
+    if draw["design"] is None:
+        lines.append(
+            "How the sample was drawn is not in this store: if it has grown, pass the store of the run that drew it"
+        )
+    if draw["rows_left_out"]:
+        lines.append(
+            f"Rows with existing labels or of examples, which these shares leave out: {draw['rows_left_out']:,}"
+        )
     if changed := draw["labels_whose_prompt_has_changed"]:
         lines.append(
             f"The prompt of {join_words(changed)} was changed after the sample was drawn: if what people coded has led "

@@ -444,15 +444,18 @@ class TestSamples:
             cells = truth[places].astype(np.int8)[:, None]
             cells[len(first) + extra :] = module.BLANK
             names = [f"t{keys[place].hex()}" for place in places]
-            known = {f"t{keys[place].hex()}": float(before[place]) for place in first}
-            noted = {"drawn": len(places), "before": {"identity": (2000, 7), "chances": known, "before": None}}
+            known = [
+                dict(zip(names, map(float, chances[places]), strict=True)),
+                {f"t{keys[place].hex()}": float(before[place]) for place in first},
+            ]
+            noted = {"draws": [{"identity": (2000, 7), "chances": each} for each in known]}
             draw = module.Draw(chances[places], 2000, 7)
-            coded = module.coded_draw(module.Gold(cells, names, places, {}, [], [], draw), draw, noted)
+            coded = module.coded_draw(module.Gold(cells, names, places, {}, [], [], draw), draw, noted, 0)
             row = module.corrected_shares(
                 pd.DataFrame(model, columns=["a"]),
                 pd.DataFrame(module.label_columns(coded.gold.cells, ["a"]), coded.gold.numbers), ["a"],
                 pd.Series(coded.draw.probabilities, coded.gold.numbers),
-                drawn=coded.drawn if coded.is_even else None,
+                drawn=coded.in_all,
             ).loc["a"]  # fmt: skip
             found.append(row["corrected_share"])
             covered += row["corrected_share_low"] <= truth.mean() <= row["corrected_share_high"]
@@ -477,6 +480,87 @@ class TestSamples:
         whole = bench.enrich(gold=path).attrs["enrichment"]
         assert whole["corrected_shares"][LABELS[0]]["coded"] == 120
         assert whole["draw"]["drawn"] == 120
+
+    def test_a_sample_does_not_grow_in_a_run_that_labels_only_a_part_of_its_texts(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench.write(make_texts(100)).enrich(sample=40)
+        code_sample(sample_of(bench))
+        before, calls = sample_of(bench).read_bytes(), len(bench.server.calls)
+        assert bench.command("--limit", "50", "--sample", "45") == 2
+        assert "texts that are in the table, but that this run does not label" in capsys.readouterr().err
+        assert sample_of(bench).read_bytes() == before
+        assert len(bench.server.calls) == calls
+
+    def test_a_window_of_nearly_the_same_size_but_other_texts_is_not_taken_for_the_same(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench.write(make_texts(1200)).enrich(sample=100, limit=1000, batch_size=50)
+        code_sample(sample_of(bench))
+        assert "corrected_shares" in bench.enrich(gold=sample_of(bench), limit=1005).attrs["enrichment"]
+        for start in (100, 150):
+            told = bench.enrich(gold=sample_of(bench), start_index=start, limit=1005).attrs["enrichment"]
+            assert "corrected_shares" not in told
+
+    def test_rows_with_given_labels_are_told_to_be_left_out(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        texts = make_texts(60)
+        rows = {"text": texts, LABELS[0]: ["1" if number < 7 else "" for number in range(60)]}
+        pd.DataFrame(rows).to_csv(bench.input, index=False)
+        bench.enrich(sample=30)
+        code_sample(sample_of(bench))
+        bench.enrich(gold=sample_of(bench), quiet=False)
+        assert "Rows with existing labels or of examples, which these shares leave out: 7\n" in capsys.readouterr().out
+
+    def test_of_a_grown_sample_each_label_is_read_by_its_own_codes(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = sample_of(bench)
+        bench.write(make_texts(300)).enrich(sample=60)
+        code_sample(path)
+        before = bench.enrich(gold=path).attrs["enrichment"]["corrected_shares"]
+        bench.enrich(sample=120)
+        rows = read_sample(path)
+        for row in rows[60:]:
+            row[LABELS[1]] = truth(row["text"])[1]
+        for row in rows[:60]:
+            row[LABELS[2]] = ""
+        for row in rows[60:]:
+            row[LABELS[2]] = truth(row["text"])[2]
+        write_sample(path, rows)
+        told = bench.enrich(gold=path, quiet=False).attrs["enrichment"]
+        assert told["corrected_shares"][LABELS[0]] == pytest.approx(before[LABELS[0]])
+        assert told["corrected_shares"][LABELS[1]]["coded"] == 120
+        assert LABELS[2] not in told["corrected_shares"]
+        assert f"{LABELS[2]}: not corrected, since of the texts that were drawn first" in capsys.readouterr().out
+
+    def test_rows_deleted_from_a_grown_sample_still_count_as_drawn(self, bench: Bench) -> None:
+        path = sample_of(bench)
+        bench.write(make_texts(100)).enrich(sample=50)
+        bench.enrich(sample=100)
+        code_sample(path)
+        whole = bench.enrich(gold=path).attrs["enrichment"]["corrected_shares"][LABELS[0]]
+        assert whole["corrected_share_low"] == whole["corrected_share_high"]
+        write_sample(path, read_sample(path)[::2])
+        half = bench.enrich(gold=path).attrs["enrichment"]["corrected_shares"][LABELS[0]]
+        assert half["corrected_share_high"] - half["corrected_share_low"] > 0.05
+
+    def test_a_fresh_sample_has_other_texts_and_two_outputs_on_one_store_their_own_draws(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench.write(make_texts(300)).enrich(sample=40)
+        first = {row["text"] for row in read_sample(sample_of(bench))}
+        sample_of(bench).rename(bench.output.with_name("first.csv"))
+        assert bench.command("--sample", "40") == 0
+        assert "A sample was drawn before and is not here: others are drawn, with seed 1" in capsys.readouterr().out
+        second = {row["text"] for row in read_sample(sample_of(bench))}
+        assert len(first & second) < 15
+        store, bench.output = bench.store, bench.output.with_name("other.csv")
+        bench.enrich(sample=40, seed=7, store_filepath=store)
+        code_sample(sample_of(bench))
+        told = bench.enrich(gold=sample_of(bench), store_filepath=store).attrs["enrichment"]
+        assert told["draw"]["seed"] == 7
 
     def test_texts_that_have_left_the_table_are_dropped_and_counted(
         self, bench: Bench, capsys: pytest.CaptureFixture[str]
