@@ -3109,8 +3109,16 @@ class Attempt:
 
     def again(self, rows: Sequence[Row], **changes: Any) -> Attempt:
         """A new attempt about some of its rows."""
-        kept = replace(self, rows=tuple(rows), calls=0, seconds=0.0, usage=None, reply=None)
-        return replace(kept, cost=None, unconfirmed_cost=0.0, unconfirmed_calls=0, **changes)
+        return replace(self.without_calls, rows=tuple(rows), reply=None, **changes)
+
+    @property
+    def without_calls(self) -> Attempt:
+        """The same, for when its calls so far are recorded."""
+        return replace(self, calls=0, seconds=0.0, usage=None, cost=None, unconfirmed_cost=0.0, unconfirmed_calls=0)
+
+    @property
+    def is_billed(self) -> bool:
+        return bool(self.cost or self.unconfirmed_cost)
 
     def halves(self, rows: Sequence[Row], **changes: Any) -> list[Attempt]:
         middle = (len(rows) + 1) // 2
@@ -3725,7 +3733,7 @@ SPENT = "SELECT coalesce(sum(cost), 0) + coalesce(sum(unconfirmed_cost), 0) FROM
 SET_ASIDE = f"SELECT coalesce(sum(set_aside), 0) {OF_OPEN_JOBS}"
 # Of the runs' attempts after a number; `answers` holds a digit per label and row.
 TOTALS = """
-SELECT coalesce(sum(calls), 0), count(CASE WHEN calls > 0 THEN 1 END), coalesce(sum(seconds), 0),
+SELECT coalesce(sum(calls), 0), coalesce(sum(seconds), 0),
     coalesce(sum(CASE WHEN answers != '' THEN length(row_keys) END), 0) / ?, sum(cost),
     coalesce(sum(unconfirmed_cost), 0), coalesce(sum(unconfirmed_calls), 0),
     coalesce(sum(prompt_tokens), 0), coalesce(sum(cached_tokens), 0), coalesce(sum(written_tokens), 0),
@@ -3782,7 +3790,6 @@ class Totals(NamedTuple):
     """Sums over attempts; money in US dollars."""
 
     calls: int
-    attempts: int
     seconds: float  # of the calls
     answered: int  # rows, equal ones once
     cost: float | None  # None: no call's cost is known
@@ -4078,9 +4085,9 @@ class Store:
     def totals(self, this_run: bool = False) -> Totals:
         """Of this run's attempts, or of all runs'."""
         found = self._one(TOTALS, KEY_BYTES, self.last_before if this_run else 0)
-        calls, attempts, seconds, answered, cost, unconfirmed_cost, unconfirmed_calls, *tokens = found[:12]
+        calls, seconds, answered, cost, unconfirmed_cost, unconfirmed_calls, *tokens = found[:11]
         usage = Usage(*tokens)
-        return Totals(calls, attempts, seconds, answered, cost, unconfirmed_cost, unconfirmed_calls, usage, *found[12:])
+        return Totals(calls, seconds, answered, cost, unconfirmed_cost, unconfirmed_calls, usage, *found[11:])
 
 
 # --- Files ------------------------------------------------------------------------------------------------
@@ -4414,8 +4421,8 @@ class LiveSender:
                 verdict = self._process(attempt, returned[1])
                 has_landed = self._follow(attempt, verdict)
                 self._launch(new)  # before the caller spends time on the attempt
-                if has_landed:
-                    yield attempt, verdict
+                if has_landed or attempt.is_billed:
+                    yield attempt, verdict if has_landed else self._billed(verdict)
             for attempt in [*self.waiting, *self.parked]:
                 if attempt.calls:  # recorded, since its calls may have been billed
                     yield attempt, Verdict(Action.STOP, "not answered before the stop")
@@ -4523,8 +4530,13 @@ class LiveSender:
             said = self.server.server_message(reply, attempt.rows)
             self.warn(f"Rate limit: all workers wait {self.pace.resume_at - now:.0f} s.{said}")
 
+    def _billed(self, verdict: Verdict) -> Verdict:
+        """With which an attempt that goes on is recorded at once: a kill while it waits must not lose its bill."""
+        self.progress.expect(1)
+        return Verdict(Action.STOP, verdict.reason)
+
     def _follow(self, attempt: Attempt, verdict: Verdict) -> bool:
-        """Do what a verdict says; return whether the attempt has landed."""
+        """Do what a verdict says; return whether the attempt has landed. If it goes on, its bill is recorded apart."""
         action = verdict.action
         if action in {Action.DONE, Action.SPLIT, Action.GIVE_UP}:
             parts = self._parts(attempt, verdict)
@@ -4533,7 +4545,7 @@ class LiveSender:
             self._report_given_up(attempt, verdict)
             return True
         if action is Action.ADAPT and verdict.parameters is None:
-            self.parked.append(attempt)
+            self.parked.append(attempt.without_calls if attempt.is_billed else attempt)
             return False
         if action is Action.STOP:
             self.error = self.error or ProviderError(verdict.reason)
@@ -4548,7 +4560,8 @@ class LiveSender:
         wait = 0.0 if verdict.is_rate or verdict.parameters else verdict.seconds  # a rate makes all calls wait
         wait = self.timing.backoff(attempt.tries) if wait is None else wait
         due, id_set = self.timing.clock() + wait, verdict.id_set or attempt.id_set
-        heapq.heappush(self.waiting, replace(attempt, due=due, id_set=id_set))  # after a stop only to be recorded
+        goes_on = attempt.without_calls if attempt.is_billed else attempt
+        heapq.heappush(self.waiting, replace(goes_on, due=due, id_set=id_set))  # after a stop only to be recorded
         return False
 
     def _report_given_up(self, attempt: Attempt, verdict: Verdict) -> None:
@@ -4946,8 +4959,9 @@ class JobSender(LiveSender):
         attempt.add_call(reply, cost, unconfirmed)
         attempt.jobs += 1
         verdict = self._judge(attempt, reply, self.timing.clock())
-        if self._follow(attempt, verdict):
-            yield attempt, verdict
+        has_landed = self._follow(attempt, verdict)
+        if has_landed or attempt.is_billed:
+            yield attempt, verdict if has_landed else self._billed(verdict)
 
     def _send_again(self, attempt: Attempt, verdict: Verdict) -> bool:
         """In the next job, by an attempt of its own: what this one has cost is recorded whatever becomes of that."""
@@ -6865,7 +6879,6 @@ def run_record(report: Report) -> dict[str, Any]:
             "ended_at": report.ended_at.isoformat(timespec="seconds"),
             "seconds": round(report.seconds, 3),
             "calls": spent.calls,
-            "retries": spent.calls - spent.attempts,
             "tokens": spent.usage._asdict(),
             "dollars": (spent.cost or 0.0) if report.knows_price else None,
             "dollars_unconfirmed_at_most": spent.unconfirmed_cost if report.knows_price else None,

@@ -147,6 +147,22 @@ class TestBoundsAndBills:
         with module.Store(bench.store) as store:
             assert store.money()[0] == pytest.approx(float(counted) + float(aside), rel=0.01)
 
+    def test_a_kill_while_a_paid_reply_waits_for_its_next_try_loses_no_bill(self, bench: Bench) -> None:
+        bad = {
+            "choices": [{"message": {"content": "no"}}],
+            "usage": {"prompt_tokens": 1_000_000, "completion_tokens": 5},
+        }
+        wait = (429, {"retry-after": "60"}, {})
+        bench.server.on_call = lambda number, body: None if number == 0 else (200, {}, bad) if number == 1 else wait
+        process = bench.write(make_texts(3)).process("--batch-size", "1", "--max-workers", "1", "--max-cost", "1")
+        while len(bench.server.calls) < 3 and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.kill()
+        process.communicate()
+        with module.Store(bench.store) as store:
+            assert store.money()[0] > 0.15
+
     def test_no_tokenizer_that_has_a_byte_a_token_or_more_bills_beyond_what_is_set_aside(self, bench: Bench) -> None:
         """Where our guess of the tokens would let a call leave that costs more than the cap."""
         cap, bench.server.model.bills = 0.001, 3.0

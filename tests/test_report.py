@@ -330,7 +330,7 @@ class TestRecord:
         record = json.loads(Path(f"{bench.output}.run.json").read_text())
         assert record["blank_rows"] == [{"row": 1, "line": 3, "reason": "the model refused to answer"}]
         assert record["counts"][LABELS[0]] == {"ones": 0, "zeros": 1, "blank": 2}
-        assert record["this_run"]["retries"] == 1
+        assert record["this_run"]["calls"] == 5  # both rows, the probe, each row, and the refused one again
 
     def test_it_names_every_prompt_that_was_asked_of_these_labels_with_its_answers(self, bench: Bench) -> None:
         bench.write(make_texts(30)).enrich(LABELS[:2], limit=20)
