@@ -6724,8 +6724,12 @@ def draw_lines(figures: Mapping[str, Any]) -> list[str]:
     """Shares corrected by a sample."""
     draw, shares = figures["draw"], figures.get("corrected_shares")
     texts = f"{draw['texts']:,} texts, and there are {draw['texts_now']:,} now"
+    lacking = [
+        f"{label}: not corrected, since of the texts that were drawn first, or later, none has a code: pass these too"
+        for label in draw["labels_without_earlier_codes"]
+    ]
     if shares is None:
-        return [
+        return lacking or [
             f"✗ Shares are not corrected: the sample was drawn from {texts}"
             + (", which are others" if draw["texts"] == draw["texts_now"] else "")
             + ". Draw again with `sample`, which keeps what is coded"
@@ -6744,10 +6748,7 @@ def draw_lines(figures: Mapping[str, Any]) -> list[str]:
         for label, each in shares.items()
         if math.isnan(each["corrected_share"])
     ]
-    lines += [
-        f"{label}: not corrected, since of the texts that were drawn first, or later, none has a code: pass these too"
-        for label in draw["labels_without_earlier_codes"]
-    ]
+    lines += lacking
     lines += [] if draw["is_same_population"] else [f"The sample was drawn from {texts}: nearly the same"]
     if draw["design"] is None:
         lines.append(
@@ -6989,7 +6990,9 @@ def validation_words(record: Mapping[str, Any]) -> Iterator[str]:
     elif draw:
         yield "[author: who coded, and how were they trained?]"
     shares = record.get("corrected_shares") or {}
-    if draw and not shares:
+    if draw and not shares and draw["labels_without_earlier_codes"]:
+        yield "Shares are not corrected, since of the texts that were drawn first, or later, none was coded."
+    elif draw and not shares:
         yield "Shares are not corrected, since the texts are others than those from which the sample was drawn."
     if not shares:
         return

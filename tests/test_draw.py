@@ -535,6 +535,22 @@ class TestSamples:
         assert LABELS[2] not in told["corrected_shares"]
         assert f"{LABELS[2]}: not corrected, since of the texts that were drawn first" in capsys.readouterr().out
 
+    def test_a_grown_sample_of_which_only_new_texts_are_coded_corrects_nothing_and_says_why(
+        self, bench: Bench, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = sample_of(bench)
+        bench.write(make_texts(200)).enrich(sample=40)
+        bench.enrich(sample=80)
+        rows = read_sample(path)
+        code_sample(path)
+        write_sample(path, rows[:40] + read_sample(path)[40:])
+        told = bench.enrich(gold=path, quiet=False).attrs["enrichment"]
+        assert "corrected_shares" not in told
+        printed = capsys.readouterr().out
+        assert printed.count("not corrected, since of the texts that were drawn first") == 3
+        assert "which are others" not in printed
+        assert "none was coded" in Path(f"{bench.output}.methods.md").read_text()
+
     def test_rows_deleted_from_a_grown_sample_still_count_as_drawn(self, bench: Bench) -> None:
         path = sample_of(bench)
         bench.write(make_texts(100)).enrich(sample=50)
