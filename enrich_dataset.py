@@ -400,7 +400,7 @@ class Options:
             raise InputError('`extra_body` must be a JSON object, such as {"enable_thinking": false}.')
         for name in OWN_PARAMETERS & given.keys():
             raise InputError(f"`extra_body` cannot hold {name!r}, which this program sets itself: remove it.")
-        for name in ("max_completion_tokens", "max_tokens"):
+        for name in BOUNDS:
             if type(given.get(name, 1)) is not int or given.get(name, 1) < 1:
                 raise InputError(f"{name!r} in `extra_body` must be a whole number of tokens, at least 1.")
         object.__setattr__(self, "extra_body", given)
@@ -473,6 +473,7 @@ class Options:
 
 
 OWN_PARAMETERS = {"model", "messages", "stream", "n", "response_format"}
+BOUNDS = ("max_completion_tokens", "max_tokens")  # the two names of a completion's bound
 NOT_CSV = {
     **dict.fromkeys([".xlsx", ".xls", ".xlsm", ".ods"], "excel"),
     **dict.fromkeys([".json", ".jsonl", ".ndjson"], "json"),
@@ -2016,9 +2017,6 @@ def default_parameters(model: str, is_capped: bool, extra_body: Mapping[str, Any
     return Parameters(extras={k: v for k, v in extras.items() if k not in extra_body}, completion_bound=bound)
 
 
-BOUNDS = ("max_completion_tokens", "max_tokens")
-
-
 def fall_back(parameters: Parameters, message: str) -> Parameters | None:
     """The parameters without what a server's words point at; None if they point at nothing that is sent."""
     message, extras, bound = message.lower(), parameters.extras, parameters.completion_bound
@@ -2904,7 +2902,9 @@ class Server:
             return Reply(0, {}, None, clock() - started, reason, was_sent)
         content = response.extensions.get("file")
         content = parse_body(response.content) if content is None else content
-        headers = {"date": format_datetime(self.timing.utc_now(), usegmt=True)} | dict(response.headers)
+        headers = dict(response.headers)
+        if "date" not in headers:
+            headers["date"] = format_datetime(self.timing.utc_now(), usegmt=True)
         return Reply(response.status_code, headers, content, clock() - started)
 
     # What calls cost, in US dollars: by the user's price, else by genai-prices, else by the reply's own bill.
@@ -4127,7 +4127,7 @@ class Files:
                 ) from None
             if path.exists() and not path.stat().st_mode & stat.S_IWUSR:
                 raise InputError(f"The {what} {path} is read-only: choose another file, or allow writing to it.")
-            if what not in NOT_KEPT and not self.options.overwrite and self.is_edited(what):
+            if self.would_lose_edits(what):
                 known = self.store.noted(f"digests of {self.name(path)}")
                 why = "was changed since it was written" if known else "was not written by a run on this store"
                 advice = (
@@ -4138,6 +4138,10 @@ class Files:
                     f"The {what} {path} {why}, and would be lost: choose another file, or pass `overwrite`."
                     + (advice if what == "output" else "")
                 )
+
+    def would_lose_edits(self, what: str) -> bool:
+        """Whether to write a file would lose what somebody else wrote there, and nobody allowed it."""
+        return what not in NOT_KEPT and not self.options.overwrite and self.is_edited(what)
 
     def is_edited(self, what: str) -> bool:
         """Whether a file was changed since it was written, or was not written by this program."""
@@ -4159,7 +4163,7 @@ class Files:
                 before = target.stat()
                 draft.chmod(stat.S_IMODE(before.st_mode))
                 os.chown(draft, before.st_uid, before.st_gid)
-            if what not in NOT_KEPT and not self.options.overwrite and self.is_edited(what):
+            if self.would_lose_edits(what):
                 raise EnrichmentError(
                     f"The {what} {path} was changed while this run was on, and would be lost: move it, then run the "
                     "same command; no answers are lost."
@@ -4511,14 +4515,10 @@ class LiveSender:
     def _book(self, attempt: Attempt, reply: Reply, now: float) -> None:
         """Take in what a live call has cost, and what its reply says of limits."""
         self.pace.note_headers(reply.headers, attempt.departure, now)
-        cost, unconfirmed = (
-            self.server.billed(reply, self.server.live_tier, self.server.user_price, self.server.model),
-            0.0,
-        )
+        tier, unconfirmed = self.server.live_tier, 0.0
+        cost = self.server.billed(reply, tier, self.server.user_price, self.server.model)
         if cost is None and reply.may_be_billed and self.server.knows_price:
-            unconfirmed = attempt.reserved or worst_cost(
-                attempt, attempt.parameters, self.server, self.server.live_tier
-            )
+            unconfirmed = attempt.reserved or worst_cost(attempt, attempt.parameters, self.server, tier)
         self.budget.settle(attempt.reserved, unconfirmed if cost is None else cost)
         attempt.add_call(reply, cost, unconfirmed)
 
